@@ -1,0 +1,294 @@
+"""The episode file: one demonstration, one HDF5 file. The one module that every stage imports.
+
+    python episodes.py --check runs/demo/episodes
+
+prints a table of the demonstrations in a folder, and one sentence for every file that is broken.
+
+The layout is that of ACT's and ALOHA's datasets, so that their loaders read these files:
+
+    attrs                              format, task, variation, instruction, instructions, success, fps, robot, sim, seed
+    /observations/images/<camera>      (T, H, W, 3) uint8, one chunk per frame
+    /observations/qpos                 (T, D+1)      D joint positions (rad), gripper opening 0..1
+    /observations/qvel                 (T, D+1)
+    /observations/joint_poses          (T, J, 4, 4)  world from joint, J = D+1: the last is the gripper's tool centre
+    /action                            (T, D+1)      what was commanded after observation t: joint positions, gripper 0 or 1
+    /cameras/<camera>/intrinsics       (3, 3)        pixels
+    /cameras/<camera>/extrinsics       (T, 4, 4)     world from camera, OpenCV axes: x right, y down, z forward
+
+The world is the robot's base, in metres, z up. A joint's z axis is the axis it turns about, and its frame turns with it.
+"""
+
+import errno
+import os
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import h5py
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+FORMAT = "nanogenima-episode-1"
+CAMERAS = ("wrist", "front", "right_shoulder", "left_shoulder")  # tile order, row by row (paper, section 3.1)
+JOINT_LIMITS = {  # radians, from the data sheets; looked up by the word that occurs in the episode's `robot`
+    "panda": ((-2.8973, -1.7628, -2.8973, -3.0718, -2.8973, -0.0175, -2.8973), (2.8973, 1.7628, 2.8973, -0.0698, 2.8973, 3.7525, 2.8973)),
+    "franka": ((-2.7437, -1.7837, -2.9007, -3.0421, -2.8065, 0.5445, -3.0159), (2.7437, 1.7837, 2.9007, -0.1518, 2.8065, 4.5169, 3.0159)),
+}  # fmt: skip
+
+
+class UserError(Exception):
+    """One sentence for the person at the keyboard: what is wrong, in which file, and what to do about it."""
+
+
+def run_stage(main):
+    """Run a stage's main() and end the process: errors that a person can mend are one sentence, without a traceback."""
+    try:
+        main()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("Stopped.", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        where = f" while writing {error.filename}" if error.filename else ""
+        print(f"The disk is full{where}: make room and run the same command again; finished files are kept.", file=sys.stderr)
+        sys.exit(2)
+
+
+@contextmanager
+def write_whole(path):
+    """Yield a temporary path beside `path`, which becomes `path` when the block succeeds: a crash leaves all of a file or none."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")  # hidden; keeps its suffix, which tells some writers the format
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def write_hdf5(path):
+    """Yield an HDF5 file to fill, which is written to `path` when the block succeeds.
+
+    It grows in memory: HDF5 cannot close a file whose disk is full, a plain write can fail cleanly.
+    """
+    with h5py.File(str(path), "w", driver="core", backing_store=False) as root:
+        yield root
+        root.flush()
+        data = root.id.get_file_image()
+    with write_whole(path) as temporary:
+        try:
+            temporary.write_bytes(data)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextmanager
+def read_hdf5(path, file_format):
+    """Yield the HDF5 file at `path`; whatever is wrong with it becomes a UserError that names it."""
+    try:
+        with h5py.File(path, "r") as root:
+            if root.attrs.get("format") != file_format:
+                raise UserError(f"{path}: attribute 'format' is not '{file_format}', so another program or version wrote this file.")
+            yield root
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist.") from None
+    except Exception as error:  # HDF5 reports a damaged file in many ways: OSError, KeyError, RuntimeError, ...
+        reason = str(error.args[0] if error.args else error).strip("'\"")
+        raise UserError(f"{path} cannot be read ({reason}): delete it and make it again.") from error
+
+
+@dataclass
+class Episode:
+    """One demonstration in memory; T frames, D joints, J = D+1 frames with a pose."""
+
+    path: Path
+    task: str
+    variation: int
+    instruction: str
+    instructions: list[str]
+    success: bool
+    fps: float
+    robot: str
+    sim: bool
+    seed: int
+    qpos: np.ndarray  # (T, D+1) float32
+    qvel: np.ndarray  # (T, D+1) float32
+    action: np.ndarray  # (T, D+1) float32
+    joint_poses: np.ndarray  # (T, J, 4, 4) float32
+    images: dict[str, np.ndarray]  # camera: (T, H, W, 3) uint8; empty when read without
+    intrinsics: dict[str, np.ndarray]  # camera: (3, 3) float64
+    extrinsics: dict[str, np.ndarray]  # camera: (T, 4, 4) float64
+    image_sizes: dict[str, tuple[int, int]] = field(default_factory=dict)  # camera: (H, W); there even when read without images
+
+
+ATTRIBUTES = {"task": str, "variation": int, "instruction": str, "instructions": list, "success": bool, "fps": float,
+              "robot": str, "sim": bool, "seed": int}
+ARRAYS = {"qpos": "observations/qpos", "qvel": "observations/qvel", "action": "action", "joint_poses": "observations/joint_poses"}
+
+
+def check_poses(poses, where):
+    """Raise a UserError unless every (..., 4, 4) matrix is a rotation and a translation."""
+    rotation = np.asarray(poses, np.float64)[..., :3, :3]
+    unit = np.abs(rotation @ np.swapaxes(rotation, -1, -2) - np.eye(3)).max() < 1e-3 and np.linalg.det(rotation).min() > 0
+    if not unit or np.abs(poses[..., 3, :] - [0, 0, 0, 1]).max() > 1e-6:
+        raise UserError(f"{where} holds a matrix that is not a rotation and a translation: check the poses where they are made.")
+
+
+def check_intrinsics(matrix, where):
+    """Raise a UserError unless the (3, 3) matrix is [[fx, 0, cx], [0, fy, cy], [0, 0, 1]] with positive focal lengths."""
+    focal_x, focal_y = matrix[0, 0], matrix[1, 1]
+    pinhole = np.array([[focal_x, 0, matrix[0, 2]], [0, focal_y, matrix[1, 2]], [0, 0, 1]])
+    if not (focal_x > 0 and focal_y > 0 and np.allclose(matrix, pinhole, atol=1e-6)):
+        raise UserError(f"{where} is not [[fx, 0, cx], [0, fy, cy], [0, 0, 1]] with positive focal lengths in pixels.")
+
+
+def check_array(array, shape, kind, where):
+    """Raise a UserError unless the array has this shape (None: any length), this kind of numbers, and no NaN."""
+    matches = len(array.shape) == len(shape) and all(n in (None, m) and m > 0 for m, n in zip(array.shape, shape))
+    if not matches:
+        wanted = ", ".join("any" if n is None else str(n) for n in shape)
+        raise UserError(f"{where} has shape {tuple(array.shape)} where ({wanted}) is needed: delete the file and make it again.")
+    if not np.issubdtype(array.dtype, kind):
+        raise UserError(f"{where} holds {array.dtype} where {kind.__name__} is needed: delete the file and make it again.")
+    if kind is np.floating and not np.isfinite(array).all():
+        raise UserError(f"{where} holds NaN or infinite numbers: delete the file and make it again.")
+
+
+def check_episode(episode):
+    """Raise a UserError that names file and dataset unless the episode is whole. Fills in image_sizes."""
+    at = lambda dataset: f"{episode.path}: {dataset}"  # noqa: E731
+    check_array(episode.qpos, (None, None), np.floating, at(ARRAYS["qpos"]))
+    frames, columns = episode.qpos.shape
+    check_array(episode.qvel, (frames, columns), np.floating, at(ARRAYS["qvel"]))
+    check_array(episode.action, (frames, columns), np.floating, at(ARRAYS["action"]))
+    check_array(episode.joint_poses, (frames, columns, 4, 4), np.floating, at(ARRAYS["joint_poses"]))
+    check_poses(episode.joint_poses, at(ARRAYS["joint_poses"]))
+    if episode.action[:, -1].min() < 0 or episode.action[:, -1].max() > 1:
+        raise UserError(f"{at('action')} has a gripper command outside 0 (closed) to 1 (open) in its last column.")
+    if not set(episode.images) == set(episode.intrinsics) == set(episode.extrinsics) or not episode.images:
+        raise UserError(f"{at('observations/images')} and cameras must name the same cameras, at least one.")
+    for camera, images in episode.images.items():
+        check_array(images, (frames, None, None, 3), np.uint8, at(f"observations/images/{camera}"))
+        check_array(episode.intrinsics[camera], (3, 3), np.floating, at(f"cameras/{camera}/intrinsics"))
+        check_intrinsics(episode.intrinsics[camera], at(f"cameras/{camera}/intrinsics"))
+        check_array(episode.extrinsics[camera], (frames, 4, 4), np.floating, at(f"cameras/{camera}/extrinsics"))
+        check_poses(episode.extrinsics[camera], at(f"cameras/{camera}/extrinsics"))
+        episode.image_sizes[camera] = tuple(images.shape[1:3])
+
+
+def write_episode(path, episode):
+    """Write a whole episode to a new file."""
+    path = Path(path)
+    if path.exists():
+        raise UserError(f"{path} exists already: delete it, or write to another folder.")
+    episode.path = path
+    check_episode(episode)
+    with write_hdf5(path) as root:
+        root.attrs["format"] = FORMAT
+        for name, kind in ATTRIBUTES.items():
+            root.attrs[name] = kind(getattr(episode, name))
+        for name, dataset in ARRAYS.items():
+            root[dataset] = np.asarray(getattr(episode, name), np.float32)
+        for camera, images in episode.images.items():
+            root.create_dataset(f"observations/images/{camera}", data=images, chunks=(1, *images.shape[1:]), compression=1)
+            root[f"cameras/{camera}/intrinsics"] = np.asarray(episode.intrinsics[camera], np.float64)
+            root[f"cameras/{camera}/extrinsics"] = np.asarray(episode.extrinsics[camera], np.float64)
+
+
+def read_episode(path, images=True):
+    """Read and check an episode; without its images this takes a few milliseconds."""
+    path = Path(path)
+    with read_hdf5(path, FORMAT) as root:
+        episode = Episode(
+            path=path,
+            **{name: kind(root.attrs[name]) for name, kind in ATTRIBUTES.items()},
+            **{name: root[dataset][()] for name, dataset in ARRAYS.items()},
+            images=dict(root["observations/images"].items()),  # datasets: shape and dtype are known, nothing is read yet
+            intrinsics={camera: group["intrinsics"][()] for camera, group in root["cameras"].items()},
+            extrinsics={camera: group["extrinsics"][()] for camera, group in root["cameras"].items()},
+        )
+        check_episode(episode)
+        episode.images = {camera: data[()] for camera, data in episode.images.items()} if images else {}
+    return episode
+
+
+def find_episodes(folder, tasks=None):
+    """The sorted paths <folder>/<task>/<name>.hdf5, of these tasks or of all."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"There is no folder {folder}: run the stage that makes it first.")
+    paths = sorted(path for path in folder.glob("*/*.hdf5") if not path.name.startswith("."))
+    for task in tasks or ():
+        if not any(path.parent.name == task for path in paths):
+            raise UserError(f"There is no HDF5 file of task '{task}' in {folder}.")
+    if not paths:
+        raise UserError(f"There is no HDF5 file in {folder}/<task>/: run the stage that makes them first.")
+    return [path for path in paths if tasks is None or path.parent.name in tasks]
+
+
+def check_alike(episode, first):
+    """Raise a UserError unless two episodes can be trained on together: same joints, same cameras, same image sizes."""
+    if episode.qpos.shape[1] != first.qpos.shape[1]:
+        raise UserError(f"{episode.path} has {episode.qpos.shape[1] - 1} joints where {first.path} has "
+                        f"{first.qpos.shape[1] - 1}: put the robots' episodes into folders of their own.")
+    if episode.image_sizes != first.image_sizes:
+        raise UserError(f"{episode.path} has images {episode.image_sizes} where {first.path} has {first.image_sizes}: "
+                        f"put them into folders of their own.")
+
+
+def beyond_limits(episode):
+    """In how many frames a joint is, or is sent, beyond its limits; None for a robot whose limits we don't know."""
+    limits = [np.array(limits) for word, limits in JOINT_LIMITS.items() if word in episode.robot.lower()]
+    if not limits or limits[0].shape[1] != episode.qpos.shape[1] - 1:
+        return None
+    joints = np.stack([episode.qpos, episode.action])[:, :, :-1]  # (2, T, D)
+    return ((joints < limits[0][0] - 1e-3) | (joints > limits[0][1] + 1e-3)).any(axis=(0, 2)).sum()
+
+
+@dataclass
+class Settings:
+    check: Path
+    """Folder of task folders to check, such as runs/demo/episodes."""
+
+
+def main():
+    settings = tyro.cli(Settings, description=__doc__)
+    groups, broken, first = {}, [], None  # task: [(frames, success, largest step, largest jerk, frames beyond the limits)]
+    paths = find_episodes(settings.check)
+    for path in tqdm(paths, desc="checking", unit="episode", leave=False):
+        try:
+            episode = read_episode(path)
+            first = first or episode
+            check_alike(episode, first)
+        except UserError as error:
+            broken.append(str(error))
+            continue
+        joints = episode.qpos[:, :-1]
+        step = np.abs(np.diff(joints, axis=0)).max(initial=0)
+        jerk = np.abs(np.diff(joints, n=3, axis=0)).max(initial=0) * episode.fps**3
+        groups.setdefault(path.parent.name, []).append((len(joints), episode.success, step, jerk, beyond_limits(episode)))
+
+    print(f"{'task':28s} {'episodes':>8s} {'frames':>7s} {'success':>7s} {'step rad':>8s} {'jerk rad/s³':>11s} {'beyond limits':>13s}")
+    for task, rows in groups.items():
+        frames, success, step, jerk, beyond = zip(*rows)
+        beyond = "unknown" if None in beyond else f"{sum(beyond)} frames"
+        print(f"{task:28s} {len(rows):8d} {sum(frames):7d} {sum(success) / len(rows):7.0%} {max(step):8.3f} {max(jerk):11.1f} {beyond:>13s}")
+    if broken:
+        raise UserError("\n".join([*broken, f"{len(broken)} of {len(paths)} files are broken."]))
+
+
+if __name__ == "__main__":
+    run_stage(main)

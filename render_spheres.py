@@ -1,0 +1,340 @@
+"""Stage 1: draw the target spheres: where the joints will be, K steps from now, as each camera would see them.
+
+In:   runs/demo/episodes/<task>/<name>.hdf5     (collect_demos.py)
+Out:  runs/demo/spheres/<task>/<name>.hdf5      attrs format, horizon, episode, settings
+          /layers/<camera>   (T, H, W, 4) uint8 RGBA, to be laid over a picture with `over`
+          /target/qpos       (T, D+1) joint positions K steps later, and the gripper command (0 or 1) sent then
+
+    python render_spheres.py                    for every episode of runs/demo
+    python render_spheres.py --preview          and runs/demo/spheres/preview.png and preview.mp4
+
+Paper, section 3.1 and appendix: joints 2, 4 and 6 in red, green and purple; the gripper in cyan when it is to be open, in
+yellow when it is to be closed; striped, so that a joint's turning can be seen. A sphere needs no renderer: it is drawn by
+intersecting the rays of the pixels around it with it, exactly.
+"""
+
+import hashlib
+import math
+import os
+import signal
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import imageio.v2 as imageio
+import numpy as np
+import tyro
+import yaml
+from PIL import Image
+from tqdm import tqdm
+
+from episodes import (CAMERAS, UserError, check_alike, check_array, check_intrinsics, check_poses, find_episodes, read_episode,
+                      read_hdf5, run_stage, write_hdf5, write_whole)
+
+FORMAT = "nanogenima-spheres-1"
+JOINTS = (1, 3, 5)  # joints 2, 4 and 6 (paper, section 3.1)
+RED, GREEN, PURPLE, CYAN, YELLOW = (255, 0, 0), (0, 255, 0), (160, 32, 240), (0, 255, 255), (255, 255, 0)
+RADIUS = 0.01  # metres, times a factor per camera (published code)
+RADIUS_FACTOR = {"wrist": 3, "front": 8, "left_shoulder": 6.5, "right_shoulder": 6.5, "overhead": 6.5}
+DARK_STRIPE = 0.6  # brightness of every other sector; ours, for the paper only says striped
+
+
+@dataclass
+class Settings:
+    run: Path = Path("runs/demo")
+    """Folder of the run; episodes/ inside it is read, spheres/ is written."""
+    horizon: int = 8
+    """K: how many steps ahead the spheres show the robot (paper: 20 at RLBench's 20 Hz)."""
+    size: int = 0
+    """Height of the layers in pixels, the width follows; 0: as large as the camera's images."""
+    calibration: Path | None = None
+    """JSON or YAML file of cameras measured anew: {camera: {intrinsics: 3x3, and world_from_camera: 4x4, or for a camera on the arm last_joint_from_camera: 4x4}}."""
+    preview: bool = False
+    """Also draw preview.png and preview.mp4 of the first episode."""
+
+
+def draw_spheres(poses, radii, colours, intrinsics, world_from_camera, height, width):
+    """Draw striped spheres as a camera sees them: poses (S, 4, 4), radii (S,), colours (S, 3) -> (H, W, 4) uint8 RGBA.
+
+    Each sphere is drawn in a box around it, all boxes at once: (S, h, w), as large as the largest needs.
+    """
+    picture = np.zeros((height, width, 4), np.uint8)
+    focal_x, focal_y, middle_x, middle_y = intrinsics[[0, 1, 0, 1], [0, 1, 2, 2]].tolist()
+    rotation = world_from_camera[:3, :3]
+    centres = (poses[:, :3, 3] - world_from_camera[:3, 3]) @ rotation  # (S, 3) in the camera
+    boxes = []
+    for s, (cx, cy, cz) in enumerate(centres.tolist()):
+        radius = float(radii[s])
+        tangent2 = cx * cx + cy * cy + cz * cz - radius * radius  # squared distance at which the camera's rays touch the sphere
+        if cz <= 0 or tangent2 <= 0:
+            continue  # behind the camera, or around it
+        reach = radius + cz / focal_x / 2  # half a pixel more, for the edge
+        left, right = visible_range(cx, cz, reach, focal_x, middle_x, width)
+        top, bottom = visible_range(cy, cz, reach, focal_y, middle_y, height)
+        if left < right and top < bottom:
+            boxes.append((tangent2, s, left, right, top, bottom))
+    if not boxes:
+        return picture
+    boxes.sort(reverse=True)  # far to near: no sphere's edge lies before a sphere whose tangents are shorter
+    _, shown, left, right, top, bottom = map(list, zip(*boxes))
+    h, w = max(map(int.__sub__, bottom, top)), max(map(int.__sub__, right, left))
+    left, top = [min(pixel, width - w) for pixel in left], [min(pixel, height - h) for pixel in top]
+
+    # A pixel's ray is t * (x, y, 1). At t = nearest it passes the centre (cx, cy, cz), at the distance rho.
+    single = lambda values: np.asarray(values, np.float32)[..., None, None]  # noqa: E731
+    x = (single(left) + np.arange(0.5, w, dtype=np.float32) - np.float32(middle_x)) / np.float32(focal_x)  # (S, 1, w)
+    y = (single(top) + np.arange(0.5, h, dtype=np.float32)[:, None] - np.float32(middle_y)) / np.float32(focal_y)  # (S, h, 1)
+    centres = centres[shown]
+    cx, cy, cz = single(centres.T)  # (S, 1, 1) each
+    radius = single([radii[s] for s in shown])
+    length2 = x * x + (y * y + 1)  # (S, h, w)
+    along = np.maximum(x * cx + (y * cy + cz), 0)
+    nearest = along / length2
+    rho2 = np.maximum((cx * cx + cy * cy + cz * cz) - along * nearest, 0)
+    footprint = cz / np.float32(focal_x)  # width of a pixel at the centre, metres
+    coverage = np.minimum(np.maximum((radius - np.sqrt(rho2)) / footprint + np.float32(0.5), 0), 1)
+    t = nearest - np.sqrt(np.maximum(radius * radius - rho2, 0) / length2)  # depth at which the ray enters the sphere
+
+    # Stripes: which of six sectors around the joint's axis the point (u, v, .) lies in. sin(3 angle) is negative in every
+    # other one, and is 3 sin cos² - sin³, so no angle is needed.
+    joint_from_camera = np.swapaxes(poses[shown, :3, :3], 1, 2) @ rotation  # (S, 3, 3)
+    (a, b, c), (d, e, f) = single(joint_from_camera.transpose(1, 2, 0)[:2])  # (S, 1, 1) each
+    u = (x * a + (y * b + c)) * t - (a * cx + b * cy + c * cz)
+    v = (x * d + (y * e + f)) * t - (d * cx + e * cy + f * cz)
+    brightness = np.where(v * (3 * u * u - v * v) < 0, np.float32(DARK_STRIPE), np.float32(1))
+
+    nearness = np.zeros((height, width), np.float32)  # 1 / depth of what is drawn so far, 0 where there is nothing yet
+    for i, s in enumerate(shown):
+        box = slice(top[i], top[i] + h), slice(left[i], left[i] + w)
+        layer, near = picture[box], nearness[box]
+        new = coverage[i] * (t[i] * near <= 1)
+        old = (1 - new) * (layer[..., 3] * np.float32(1 / 255))
+        alpha = new + old
+        layer[..., 3] = alpha * 255 + 0.5
+        scale = 1 / np.maximum(alpha, np.float32(1e-6))
+        old *= scale
+        shade = new * brightness[i] * scale
+        for channel, value in enumerate(colours[s].tolist()):
+            layer[..., channel] = shade * value + old * layer[..., channel] + 0.5
+        np.maximum(near, (new > 0) / t[i], out=near)
+    return picture
+
+
+def visible_range(across, ahead, radius, focal, centre, size):
+    """First and last+1 pixel, along one axis of the picture, that may see a sphere at (across, ahead) in the camera."""
+    distance = math.hypot(across, ahead)
+    if distance <= radius:
+        return 0, size
+    middle, half = math.atan2(across, ahead), math.asin(radius / distance)
+    first = math.floor(focal * math.tan(middle - half) + centre) if middle - half > -math.pi / 2 else 0
+    last = math.ceil(focal * math.tan(middle + half) + centre) if middle + half < math.pi / 2 else size
+    return max(first, 0), min(last, size)
+
+
+def target_spheres(joint_poses, gripper_open, camera):
+    """The paper's four spheres for one camera: joint_poses (J, 4, 4) -> poses (4, 4, 4), radii (4,), colours (4, 3)."""
+    poses = joint_poses[[*JOINTS, -1]]
+    radii = np.full(4, RADIUS * RADIUS_FACTOR.get(camera, 6.5))
+    colours = np.array([RED, GREEN, PURPLE, CYAN if gripper_open else YELLOW], np.uint8)
+    return poses, radii, colours
+
+
+def over(layer, picture):
+    """Lay RGBA layers (..., H, W, 4) over RGB pictures (..., H, W, 3), both uint8."""
+    alpha = layer[..., 3:].astype(np.uint16)
+    return ((layer[..., :3] * alpha + picture * (255 - alpha) + 127) // 255).astype(np.uint8)
+
+
+@dataclass
+class Chain:
+    """A robot's kinematics, found in an episode: world_from_joint[i] = world_from_joint[i-1] @ links[i] @ turn about z by q[i]."""
+
+    links: np.ndarray  # (D, 4, 4)
+    tool: np.ndarray  # (4, 4) last joint from tool centre
+    mounted: dict[str, np.ndarray]  # camera on the arm: (4, 4) last joint from camera
+    fixed: dict[str, np.ndarray]  # camera in the room: (4, 4) world from camera
+
+    @classmethod
+    def from_episode(cls, episode):
+        joints = episode.joint_poses.astype(np.float64)  # (T, J, 4, 4)
+        before = np.concatenate([np.broadcast_to(np.eye(4), joints[:, :1].shape), joints[:, :-2]], axis=1)
+        links = np.linalg.inv(before) @ joints[:, :-1] @ turns(-episode.qpos[:, :-1])  # (T, D, 4, 4)
+        from_world = np.linalg.inv(joints[:, -2])
+        what = f"{episode.path}: observations/joint_poses"
+        tool = constant(from_world @ joints[:, -1], f"{what}: the tool centre is not fixed to the last joint.")
+        links = constant(links, f"{what} does not follow qpos through a chain of joints that turn about their z axes.")
+        mounted, fixed = {}, {}
+        for camera, poses in episode.extrinsics.items():
+            # A camera that never moves is in the room, unless the arm never moved either: then its name has to tell.
+            if spread(poses) < TOLERANCE and (spread(from_world) >= TOLERANCE or camera != "wrist"):
+                fixed[camera] = poses[0].astype(np.float64)
+            else:
+                mounted[camera] = constant(from_world @ poses, f"{episode.path}: cameras/{camera}/extrinsics moves, "
+                                           "but not with the last joint.")
+        return cls(links, tool, mounted, fixed)
+
+    def joint_poses(self, q):
+        """Joint positions (..., D) -> poses (..., J, 4, 4), the last the tool centre's."""
+        steps, pose, poses = self.links @ turns(np.asarray(q)), np.eye(4), []  # steps (..., D, 4, 4)
+        for i in range(len(self.links)):
+            pose = pose @ steps[..., i, :, :]
+            poses.append(pose)
+        return np.stack([*poses, pose @ self.tool], axis=-3)
+
+    def camera_pose(self, camera, joint_poses):
+        """World from camera (..., 4, 4), when the joints are at joint_poses (..., J, 4, 4)."""
+        if camera in self.mounted:
+            return joint_poses[..., -2, :, :] @ self.mounted[camera]
+        return np.broadcast_to(self.fixed[camera], (*joint_poses.shape[:-3], 4, 4))
+
+
+TOLERANCE = 1e-3  # metres, and parts of a rotation matrix
+
+
+def spread(poses):
+    return np.ptp(poses, axis=0).max()
+
+
+def constant(poses, otherwise):
+    """The mean over the frames of poses (T, ..., 4, 4) that ought not to change."""
+    if spread(poses) > TOLERANCE:
+        raise UserError(f"{otherwise} Check how the episode was recorded.")
+    return poses.mean(axis=0)
+
+
+def turns(angles):
+    """Rotations about z: (...) -> (..., 4, 4)."""
+    matrices = np.zeros((*angles.shape, 4, 4))
+    matrices[..., 0, 0] = matrices[..., 1, 1] = np.cos(angles)
+    matrices[..., 1, 0] = np.sin(angles)
+    matrices[..., 0, 1] = -matrices[..., 1, 0]
+    matrices[..., 2, 2] = matrices[..., 3, 3] = 1
+    return matrices
+
+
+def load_calibration(path):
+    """Read the cameras measured anew: {camera: {"intrinsics": (3, 3), and one pose (4, 4) by its name}}."""
+    shapes = {"intrinsics": (3, 3), "world_from_camera": (4, 4), "last_joint_from_camera": (4, 4)}
+    try:
+        cameras = yaml.safe_load(Path(path).read_text())  # YAML reads JSON too
+        cameras = {camera: {key: np.array(value, np.float64) for key, value in entries.items()} for camera, entries in cameras.items()}
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} is no file of cameras ({' '.join(str(error).split())}): see --calibration in --help.") from error
+    for camera, entries in cameras.items():
+        if set(entries) - {"intrinsics"} not in ({"world_from_camera"}, {"last_joint_from_camera"}) or "intrinsics" not in entries:
+            raise UserError(f"{path}: {camera} needs intrinsics, and either world_from_camera or last_joint_from_camera.")
+        for key, value in entries.items():
+            check_array(value, shapes[key], np.floating, f"{path}: {camera}/{key}")
+            (check_intrinsics if key == "intrinsics" else check_poses)(value, f"{path}: {camera}/{key}")
+    return cameras
+
+
+def render(source, target, horizon, size, calibration, first):
+    """Draw one episode's spheres into the file `target`; nothing is done where that file was drawn with these settings."""
+    episode = read_episode(source, images=False)
+    check_alike(episode, first)
+    for camera, measured in calibration.items():
+        if camera not in episode.intrinsics:
+            raise UserError(f"{source} has no camera '{camera}', which the calibration names.")
+        episode.intrinsics[camera] = measured["intrinsics"]
+        if "world_from_camera" in measured:
+            episode.extrinsics[camera][:] = measured["world_from_camera"]
+        else:
+            episode.extrinsics[camera] = episode.joint_poses[:, -2] @ measured["last_joint_from_camera"]
+    settings = fingerprint(episode, horizon, size)
+    if target.exists():
+        with read_hdf5(target, FORMAT) as root:
+            if root.attrs["horizon"] != horizon:
+                raise UserError(f"{target} was drawn with horizon {root.attrs['horizon']}, not {horizon}: delete {target.parent.parent} or use another --run.")
+            if root.attrs["settings"] != settings:
+                raise UserError(f"{target} was drawn from another recording, size or calibration: delete {target.parent.parent}.")
+        return
+
+    frames = len(episode.qpos)
+    later = np.minimum(np.arange(frames) + horizon, frames - 1)  # (T,)
+    command = np.round(episode.action[later, -1:])  # (T, 1)
+    with write_hdf5(target) as root:
+        root.attrs.update(format=FORMAT, horizon=horizon, episode=f"{source.parent.name}/{source.name}", settings=settings)
+        root["target/qpos"] = np.concatenate([episode.qpos[later, :-1], command], axis=1)
+        for camera, (image_height, image_width) in episode.image_sizes.items():
+            height = size or image_height
+            width = round(image_width * height / image_height)
+            intrinsics = np.diag([width / image_width, height / image_height, 1]) @ episode.intrinsics[camera]
+            layers = np.stack([
+                draw_spheres(*target_spheres(episode.joint_poses[later[t]], command[t, 0] == 1, camera),
+                             intrinsics, episode.extrinsics[camera][t], height, width) for t in range(frames)])
+            root.create_dataset(f"layers/{camera}", data=layers, chunks=(1, height, width, 4), compression=1)
+
+
+def fingerprint(episode, horizon, size):
+    """A short text that changes with anything that the drawing of an episode depends on."""
+    numbers = hashlib.sha256(repr([horizon, size, sorted(episode.image_sizes.items())]).encode())
+    for array in (episode.qpos, episode.action, episode.joint_poses):
+        numbers.update(array.tobytes())
+    for camera in sorted(episode.image_sizes):
+        numbers.update(episode.intrinsics[camera].tobytes() + episode.extrinsics[camera].tobytes())
+    return numbers.hexdigest()[:16]
+
+
+def read_spheres(path):
+    """Read and check a file of this stage -> layers {camera: (T, H, W, 4)}, target_qpos (T, D+1)."""
+    with read_hdf5(path, FORMAT) as root:
+        qpos = root["target/qpos"][()]
+        layers = {camera: data[()] for camera, data in root["layers"].items()}
+    check_array(qpos, (None, None), np.floating, f"{path}: target/qpos")
+    for camera, layer in layers.items():
+        check_array(layer, (len(qpos), None, None, 4), np.uint8, f"{path}: layers/{camera}")
+    return layers, qpos
+
+
+def preview(source, target, folder):
+    """Contact sheet and film of one episode: per camera the observation, and the spheres over it."""
+    episode = read_episode(source)
+    layers, _ = read_spheres(target)
+    frames, cells = len(episode.qpos), []
+    height, width = max(layer.shape[1] for layer in layers.values()), max(layer.shape[2] for layer in layers.values())
+    fit = lambda picture: np.array(Image.fromarray(picture).resize((width, height)))  # noqa: E731
+    for camera in sorted(layers, key=lambda name: (*CAMERAS, name).index(name)):
+        seen = np.stack([fit(picture) for picture in episode.images[camera]])  # (T, H, W, 3)
+        shown = over(np.stack([fit(layer) for layer in layers[camera]]), seen)
+        cells.append((seen, shown))
+    rows = [np.concatenate([picture[t] for pair in cells for picture in pair], axis=1)
+            for t in np.linspace(0, frames - 1, min(5, frames)).round().astype(int)]
+    with write_whole(folder / "preview.png") as path:
+        Image.fromarray(np.concatenate(rows)).save(path)
+    cells = [shown for _, shown in cells]
+    cells += [np.zeros_like(cells[0])] * (len(cells) % 2 if len(cells) > 1 else 0)
+    film = np.concatenate([np.concatenate(cells[i:i + 2], axis=2) for i in range(0, len(cells), 2)], axis=1)  # two in a row
+    with write_whole(folder / "preview.mp4") as path:
+        imageio.mimwrite(path, film, fps=episode.fps, codec="libx264", macro_block_size=2)
+
+
+def main():
+    settings = tyro.cli(Settings, description=__doc__)
+    if settings.horizon < 1 or settings.size < 0:
+        raise UserError("--horizon must be 1 or more, and --size 0 or more.")
+    calibration = load_calibration(settings.calibration) if settings.calibration else {}
+    sources = find_episodes(settings.run / "episodes")
+    first = read_episode(sources[0], images=False)
+    if len(first.joint_poses[0]) <= max(JOINTS) + 1:
+        raise UserError(f"{sources[0]} has {first.qpos.shape[1] - 1} joints, but spheres are drawn on joints 2, 4 and 6.")
+    folder = settings.run / "spheres"
+    targets = [folder / source.parent.name / source.name for source in sources]
+
+    ignore_interrupt = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is this process's business, not the workers'
+    with ProcessPoolExecutor(min(os.cpu_count(), len(sources)), initializer=signal.signal, initargs=ignore_interrupt) as pool:
+        jobs = [pool.submit(render, source, target, settings.horizon, settings.size, calibration, first)
+                for source, target in zip(sources, targets)]
+        try:
+            for job in tqdm(jobs, desc="spheres", unit="episode"):
+                job.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    if settings.preview:
+        preview(sources[0], targets[0], folder)
+    print(f"{len(targets)} files of spheres, {settings.horizon} steps ahead, are in {folder}.")
+
+
+if __name__ == "__main__":
+    run_stage(main)
