@@ -1,0 +1,407 @@
+"""Stage 2: a diffusion model with a ControlNet learns to paint where the robot should go.
+
+In:   <run>/episodes (pictures, instructions) and <run>/spheres (the targets, render_spheres.py)
+Out:  <run>/controlnet, in diffusers' layout: unet/ controlnet/ text_encoder/ tokenizer/ scheduler/ (safetensors);
+      painter.json, validation.png (observation, truth, painted; unseen scenes), losses.csv, losses.png, training.pt (to resume)
+Run:  python train_controlnet.py                       the laptop rung: trained from nothing
+      Stop it with Ctrl-C; the same command goes on where it was, to the same losses.
+
+The paper (section 3.1) fine-tunes SD-Turbo: a text-to-image network that reads a prompt, and a ControlNet that reads the
+current views, tiled 2x2, and steers it. The laptop rung keeps the parts (CLIP text model, UNet, ControlNet with its zero
+convolutions, one step at t = 999) and builds them small, with three simplifications that a network trained from nothing needs:
+  - no VAE: a latent is a 4x4 patch of pixels (pixel unshuffle), which loses nothing and need not be trained;
+  - the UNet starts from the observation instead of noise (as pix2pix-turbo does, arXiv 2403.12036, section 3.1): with one
+    step there is nothing in the noise to read;
+  - the output is an RGBA layer over the observation instead of the whole picture: the network need not learn to copy.
+"""
+
+import csv
+import json
+import os
+import signal
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from accelerate import Accelerator
+from diffusers import ControlNetModel, EulerDiscreteScheduler, UNet2DConditionModel
+from PIL import Image
+from tokenizers import models, pre_tokenizers, trainers, Tokenizer
+from tqdm import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from episodes import CAMERAS, UserError, find_episodes, read_episode, run_stage, write_whole
+from render_spheres import over, read_spheres
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+PROMPT = "tiled perspectives of a robot arm executing '{}'"  # paper, appendix: the views and the instruction in one sentence
+TIMESTEP = 999  # SD-Turbo's first and only step
+PATCH = 4  # pixels a side that make up one latent; 8 gave blurred blobs
+TOKENS = 32  # longest prompt; CLIP's 77 would be padding
+
+
+@dataclass
+class Settings:
+    run: Path = Path("runs/demo")
+    """Folder of the run: reads episodes/ and spheres/, writes controlnet/."""
+    steps: int = 3600
+    """Gradient steps."""
+    batch: int = 8
+    """Samples a step."""
+    learning_rate: float = 8e-4
+    """Peak of the cosine schedule (AdamW)."""
+    seed: int = 0
+    """Seed of initialisation, sampling and augmentation."""
+    checkpoint_every: int = 300
+    """Steps between checkpoints and validation pictures."""
+    workers: int = 1
+    """Processes that read episodes beside the training."""
+
+
+# -------------------------------------------------------------------------------------------------------------- data
+def tile(views):
+    """Views (B, 4, C, H, W) in the order of CAMERAS -> one picture (B, C, 2H, 2W): row 1 wrist, front; row 2 shoulders."""
+    B, V, C, H, W = views.shape
+    return views.reshape(B, 2, 2, C, H, W).permute(0, 3, 1, 4, 2, 5).reshape(B, C, 2 * H, 2 * W)
+
+
+def untile(picture):
+    """The inverse of `tile`."""
+    B, C, H, W = picture.shape
+    return picture.reshape(B, C, 2, H // 2, 2, W // 2).permute(0, 2, 4, 1, 3, 5).reshape(B, 4, C, H // 2, W // 2)
+
+
+class Batches(torch.utils.data.Dataset):
+    """Item `step` is the whole batch of that step, a function of (seed, step) alone: resuming needs no other state."""
+
+    def __init__(self, frames, settings, augment=True):
+        self.frames, self.settings, self.augment = frames, settings, augment  # frames: [(episode, spheres, t, instructions)]
+
+    def __len__(self):
+        return self.settings.steps
+
+    def __getitem__(self, step):
+        rng = np.random.default_rng([self.settings.seed, step])
+        chosen = [self.frames[i] for i in rng.integers(len(self.frames), size=self.settings.batch)]
+        return load(chosen, rng, self.augment)
+
+
+def load(frames, rng, augment):
+    """Reads frames -> condition, observation (B, 3, 2H, 2W) and layer (B, 4, 2H, 2W) as floats 0..1, and prompts."""
+    observations, layers, prompts = [], [], []
+    for episode, spheres, t, instructions in frames:
+        with h5py.File(episode, "r") as images, h5py.File(spheres, "r") as drawn:
+            observation = np.stack([images[f"observations/images/{camera}"][t] for camera in CAMERAS])
+            layer = np.stack([drawn[f"layers/{camera}"][t] for camera in CAMERAS])
+        both = np.concatenate([observation, layer], axis=-1)  # (4, H, W, 7)
+        if augment:  # the same random crop for condition and target: 2 pixels of reflect padding (published code)
+            dy, dx = rng.integers(0, 5, size=2)
+            H, W = both.shape[1:3]
+            both = np.pad(both, ((0, 0), (2, 2), (2, 2), (0, 0)), mode="reflect")[:, dy : dy + H, dx : dx + W]
+        observations.append(both[..., :3])
+        layers.append(both[..., 3:])
+        prompts.append(PROMPT.format(instructions[rng.integers(len(instructions))]))
+    as_tiles = lambda pictures: tile(torch.from_numpy(np.stack(pictures)).permute(0, 1, 4, 2, 3).float() / 255)  # noqa: E731
+    observation, layer = as_tiles(observations), as_tiles(layers)
+    condition = colour_jitter(observation, rng) if augment else observation
+    return condition, observation, layer, prompts
+
+
+def colour_jitter(pictures, rng):
+    """Brightness 0.2, contrast 0.2, saturation 0.1 (published code), of the condition alone: (B, 3, H, W) in 0..1.
+
+    Its hue jitter of 0.05 is left out: here the colour's name is what the instruction says.
+    """
+    B = len(pictures)
+    brightness, contrast, saturation = (
+        torch.from_numpy(rng.uniform(1 - s, 1 + s, (B, 1, 1, 1)).astype(np.float32)) for s in (0.2, 0.2, 0.1)
+    )
+    pictures = pictures * brightness
+    mean = pictures.mean(dim=(1, 2, 3), keepdim=True)
+    pictures = mean + contrast * (pictures - mean)
+    grey = pictures.mean(dim=1, keepdim=True)
+    return (grey + saturation * (pictures - grey)).clamp(0, 1)
+
+
+def find_frames(run):
+    """Every frame on disk as (episode file, spheres file, t, instructions), a twentieth of the scenes kept apart; and K."""
+    training, held_out, horizons = [], [], set()
+    for path in find_episodes(run / "episodes"):
+        spheres = run / "spheres" / path.relative_to(run / "episodes")
+        if not spheres.exists():
+            raise UserError(f"{spheres} is missing: draw the spheres first (python render_spheres.py --run {run}).")
+        with h5py.File(path, "r") as root:
+            instructions, length, seed = [str(text) for text in root.attrs["instructions"]], len(root["action"]), root.attrs["seed"]
+        with h5py.File(spheres, "r") as root:
+            horizons.add(int(root.attrs["horizon"]))
+        frames = [(str(path), str(spheres), t, instructions) for t in range(length)]
+        (held_out if seed % 20 == 0 else training).extend(frames)
+    if not training:
+        raise UserError(f"{run / 'episodes'} has no scene to train on: record more (python collect_demos.py --run {run}).")
+    if len(horizons) > 1:
+        raise UserError(f"{run / 'spheres'} was drawn with different horizons {sorted(horizons)}: delete it and draw it again.")
+    return training, held_out, horizons.pop()
+
+
+# ------------------------------------------------------------------------------------------------------------ model
+def build_tiny(instructions, image_size):
+    """The parts of StableDiffusionControlNetPipeline, small and untrained: tokenizer, text model, UNet, ControlNet, scheduler."""
+    tokenizer = train_tokenizer([PROMPT.format(instruction) for instruction in instructions])
+    width = 64
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width, projection_dim=width,
+            num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=TOKENS,
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        )
+    )  # fmt: skip
+    unet = UNet2DConditionModel(
+        sample_size=2 * image_size // PATCH,
+        in_channels=3 * PATCH**2,
+        out_channels=4 * PATCH**2,
+        # Text enters where objects are still visible: at 8 cells a view (and 4), not at the coarsest level alone.
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(48, 64, 128),
+        layers_per_block=1,
+        cross_attention_dim=width,
+        attention_head_dim=4,  # in truth the number of heads (diffusers keeps the misnomer)
+        norm_num_groups=16,
+    )
+    controlnet = ControlNetModel.from_unet(
+        unet, conditioning_channels=3 * PATCH**2, conditioning_embedding_out_channels=(48,)
+    )
+    scheduler = EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="trailing"
+    )
+    return tokenizer, text_encoder, unet, controlnet, scheduler
+
+
+def train_tokenizer(sentences):
+    """CLIP's tokenizer with a vocabulary of our own: every byte, and the words of the instructions merged from them."""
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe.train_from_iterator(
+        [sentence.lower() for sentence in sentences],
+        trainers.BpeTrainer(vocab_size=2000, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False),
+    )
+    state = json.loads(bpe.to_str())["model"]
+    pieces = alphabet + [byte + "</w>" for byte in alphabet]
+    pieces += [piece for piece in sorted(state["vocab"], key=state["vocab"].get) if piece not in set(pieces)]
+    pieces += ["<|startoftext|>", "<|endoftext|>"]
+    merges = [tuple(merge) for merge in state["merges"]]
+    return CLIPTokenizer({piece: i for i, piece in enumerate(pieces)}, merges, model_max_length=TOKENS)
+
+
+class Painter(torch.nn.Module):
+    """Text model, UNet and ControlNet as one network: pictures and prompts in, RGBA layers out, in one step."""
+
+    def __init__(self, tokenizer, text_encoder, unet, controlnet, scheduler, config):
+        super().__init__()
+        self.config, self.horizon = config, config["horizon"]
+        self.tokenizer, self.scheduler = tokenizer, scheduler
+        self.text_encoder, self.unet, self.controlnet = text_encoder, unet, controlnet
+
+    @classmethod
+    def load(cls, folder, device="cpu"):
+        folder = Path(folder)
+        if not (folder / "painter.json").exists():
+            raise UserError(f"{folder} holds no painter: train one first (python train_controlnet.py).")
+        return cls(
+            CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+            CLIPTextModel.from_pretrained(folder / "text_encoder"),
+            UNet2DConditionModel.from_pretrained(folder, subfolder="unet"),
+            ControlNetModel.from_pretrained(folder, subfolder="controlnet"),
+            EulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler"),
+            json.loads((folder / "painter.json").read_text()),
+        ).to(device).eval()  # fmt: skip
+
+    def save(self, folder):
+        """Writes the parts file by file, each whole."""
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as new:
+            new = Path(new)
+            self.tokenizer.save_pretrained(new / "tokenizer")
+            for name in ("text_encoder", "unet", "controlnet", "scheduler"):
+                getattr(self, name).save_pretrained(new / name)
+            (new / "painter.json").write_text(json.dumps(self.config, indent=1))
+            for file in [file for file in new.rglob("*") if file.is_file()]:
+                target = folder / file.relative_to(new)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(file, target)
+
+    def forward(self, condition, prompts):
+        """Condition (B, 3, 2H, 2W) in 0..1 -> the layer's logits (B, 4, 2H, 2W): red, green, blue, alpha."""
+        tokens = self.tokenizer(prompts, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
+        text = self.text_encoder(tokens.input_ids.to(condition.device)).last_hidden_state  # (B, 32, 64)
+        latent = F.pixel_unshuffle(2 * condition - 1, PATCH)  # (B, 48, 2H/4, 2W/4)
+        down, middle = self.controlnet(latent, TIMESTEP, text, controlnet_cond=latent, return_dict=False)
+        layer = self.unet(
+            latent, TIMESTEP, text, down_block_additional_residuals=down, mid_block_additional_residual=middle
+        ).sample  # (B, 64, 2H/4, 2W/4)
+        return F.pixel_shuffle(layer, PATCH)
+
+    @torch.no_grad()
+    def paint(self, images, instructions):
+        """Views {camera: (B, H, W, 3) uint8} and B instructions -> the painted views, likewise."""
+        views = torch.from_numpy(np.stack([images[camera] for camera in CAMERAS], axis=1))  # (B, 4, H, W, 3)
+        picture = tile(views.permute(0, 1, 4, 2, 3).to(self.unet.device).float() / 255)
+        if picture.shape[-1] != 2 * self.config["image_size"]:
+            raise UserError(
+                f"The painter was trained on views of {self.config['image_size']} pixels, these have {picture.shape[-1] // 2}: "
+                "render the observations in that size."
+            )
+        layer = self(picture, [PROMPT.format(instruction) for instruction in instructions]).sigmoid()
+        painted = untile(compose(layer, picture)).permute(0, 1, 3, 4, 2)  # (B, 4, H, W, 3)
+        painted = (255 * painted).round().to(torch.uint8).cpu().numpy()
+        return {camera: painted[:, i] for i, camera in enumerate(CAMERAS)}
+
+
+def compose(layer, picture):
+    """Layer (B, 4, H, W) over picture (B, 3, H, W), both 0..1."""
+    colour, alpha = layer[:, :3], layer[:, 3:]
+    return alpha * colour + (1 - alpha) * picture
+
+
+def painting_loss(logits, layer, observation):
+    """Where to paint (cross-entropy of alpha) and what it looks like (L1 of the composed picture, spheres 20 to 1)."""
+    alpha = layer[:, 3:]
+    where = F.binary_cross_entropy_with_logits(logits[:, 3:], alpha)
+    difference = (compose(logits.sigmoid(), observation) - compose(layer, observation)).abs()
+    weight = 1 + 19 * alpha
+    return where + (weight * difference).mean()
+
+
+# --------------------------------------------------------------------------------------------------------- training
+def main():
+    settings = tyro.cli(Settings, description=__doc__)
+    folder = settings.run / "controlnet"
+    accelerator = Accelerator()
+    training, held_out, horizon = find_frames(settings.run)
+    image_size = read_episode(training[0][0]).images[CAMERAS[0]].shape[1]
+    instructions = sorted({sentence for frame in training for sentence in frame[3]})
+    identity = {"image_size": image_size, "horizon": horizon, "frames": len(training), "steps": settings.steps,
+                "batch": settings.batch, "learning_rate": settings.learning_rate, "seed": settings.seed}  # fmt: skip
+
+    torch.manual_seed(settings.seed)
+    painter = Painter(*build_tiny(instructions, image_size), {"image_size": image_size, "horizon": horizon, "cameras": CAMERAS})
+    optimizer = torch.optim.AdamW(painter.parameters(), lr=settings.learning_rate, weight_decay=1e-2)
+    step, log = resume(folder, painter, optimizer, identity)
+    if step == settings.steps:
+        print(f"{folder} is trained already: {step} steps.")
+        return
+    model, optimizer = accelerator.prepare(painter, optimizer)
+    batches = torch.utils.data.DataLoader(
+        Batches(training, settings), batch_size=None, sampler=range(step, settings.steps), num_workers=settings.workers,
+        worker_init_fn=lambda _: signal.signal(signal.SIGINT, signal.SIG_IGN),  # Ctrl-C is the trainer's business
+    )  # fmt: skip
+    stopping = []
+    signal.signal(signal.SIGINT, lambda *_: stopping.append(True))
+    bar = tqdm(batches, desc="painter", unit="step", initial=step, total=settings.steps, disable=not accelerator.is_main_process)
+    for condition, observation, layer, prompts in bar:
+        condition, observation, layer = (x.to(accelerator.device) for x in (condition, observation, layer))
+        for group in optimizer.param_groups:  # a short warm-up, then half a cosine down to zero
+            group["lr"] = settings.learning_rate * min((step + 1) / 100, 0.5 * (1 + np.cos(np.pi * step / settings.steps)))
+        loss = painting_loss(model(condition, prompts), layer, observation)
+        optimizer.zero_grad()
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+        step += 1
+        log.append([step, loss.item(), ""])
+        bar.set_postfix(loss=f"{np.mean([row[1] for row in log[-50:]]):.4f}", refresh=False)
+        last = step == settings.steps or stopping
+        if accelerator.is_main_process and (step % settings.checkpoint_every == 0 or last):
+            log[-1][2] = validate(painter, held_out or training, folder)
+            save(folder, painter, optimizer, step, log, identity)
+        if stopping:
+            print(f"\nStopped after step {step}: run the same command again to go on.", file=sys.stderr)
+            sys.exit(130)
+    print(f"{folder}: overlap (IoU) of painted and true spheres at the first frames of unseen scenes {log[-1][2]:.3f}.")
+
+
+@torch.no_grad()
+def validate(painter, frames, folder, count=48):
+    """Overlap (IoU) of painted and true layers on unseen scenes, at their *first* frames, where nothing but the picture and
+    the words tell the target; and a picture of some."""
+    painter.eval()
+    firsts = [frame for frame in frames if frame[2] == 0]
+    rng = np.random.default_rng(0)
+    chosen = [firsts[i] for i in rng.permutation(len(firsts))[:count]]
+    _, observation, layer, prompts = load(chosen, rng, augment=False)
+    device = next(painter.parameters()).device
+    painted = torch.cat([painter(o.to(device), p).sigmoid().cpu() for o, p in
+                         ((observation[i : i + 8], prompts[i : i + 8]) for i in range(0, len(chosen), 8))])  # fmt: skip
+    painter.train()
+    a, b = painted[:, 3] > 0.5, layer[:, 3] > 0.5
+    overlap = ((a & b).sum() / (a | b).sum()).item()
+    show = slice(0, 6)
+    rows = [observation[show], compose(layer, observation)[show], compose(painted, observation)[show]]
+    height, width = rows[0].shape[-2:]
+    figure, axes = plt.subplots(len(rows[0]), 3, figsize=(9, 3.3 * len(rows[0])), squeeze=False)
+    for j, (title, pictures) in enumerate(zip(("observation", "truth", "painted"), rows)):
+        for i, picture in enumerate(pictures):
+            axes[i, j].imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")
+            axes[i, j].axis("off")
+            axes[i, j].set_title(title if j else prompts[i].split("'")[1], fontsize=9)
+    figure.tight_layout()
+    with write_whole(folder / "validation.png") as path:
+        figure.savefig(path, dpi=70, format="png")
+    plt.close(figure)
+    return overlap
+
+
+def save(folder, painter, optimizer, step, log, identity):
+    """The checkpoint, the parts for inference, the log and its plot: each file whole."""
+    with write_whole(folder / "training.pt") as path:
+        torch.save({"step": step, "identity": identity, "log": log, "model": painter.state_dict(), "optimizer": optimizer.state_dict()}, path)
+    painter.save(folder)
+    with write_whole(folder / "losses.csv") as path, open(path, "w", newline="") as file:
+        csv.writer(file).writerows([("step", "loss", "first_frame_iou"), *log])
+    figure, left = plt.subplots(figsize=(7, 4), layout="constrained")
+    losses, window = np.array([row[1] for row in log]), min(50, len(log))
+    left.plot(range(window, len(losses) + 1), np.convolve(losses, np.ones(window) / window, "valid"))
+    left.set(xlabel="step", ylabel="training loss (mean of 50 steps)", yscale="log", title="The painter learns")
+    right = left.twinx()
+    right.plot(*zip(*[(row[0], row[2]) for row in log if row[2] != ""]), "o-", color="tab:orange")
+    right.set(ylim=(0, 1))
+    right.set_ylabel("overlap (IoU), first frames of unseen scenes", color="tab:orange")
+    with write_whole(folder / "losses.png") as path:
+        figure.savefig(path, dpi=100, format="png")
+    plt.close(figure)
+
+
+def resume(folder, painter, optimizer, identity):
+    """Loads the last checkpoint, if there is one. Returns the step to go on from and the log so far."""
+    path = folder / "training.pt"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        return 0, []
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        before = saved["identity"]
+    except Exception as error:
+        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())[:100]}): delete it to train anew.") from error
+    for name, value in identity.items():
+        if before.get(name) != value:
+            raise UserError(f"{path} was trained with {name} {before.get(name)}, not {value}: delete {folder}, or use another --run.")
+    try:
+        painter.load_state_dict(saved["model"])
+    except RuntimeError:
+        raise UserError(f"{path} is of a network of another size or vocabulary: delete {folder}, or use another --run.") from None
+    optimizer.load_state_dict(saved["optimizer"])
+    return saved["step"], saved["log"]
+
+
+if __name__ == "__main__":
+    run_stage(main)
