@@ -32,9 +32,11 @@ from tqdm import tqdm
 
 FORMAT = "nanogenima-episode-1"
 CAMERAS = ("wrist", "front", "right_shoulder", "left_shoulder")  # tile order, row by row (paper, section 3.1)
-JOINT_LIMITS = {  # radians, from the data sheets; looked up by the word that occurs in the episode's `robot`
-    "panda": ((-2.8973, -1.7628, -2.8973, -3.0718, -2.8973, -0.0175, -2.8973), (2.8973, 1.7628, 2.8973, -0.0698, 2.8973, 3.7525, 2.8973)),
-    "franka": ((-2.7437, -1.7837, -2.9007, -3.0421, -2.8065, 0.5445, -3.0159), (2.7437, 1.7837, 2.9007, -0.1518, 2.8065, 4.5169, 3.0159)),
+JOINT_LIMITS = {  # lower and upper, radians, from the data sheets; looked up by the word that occurs in the episode's `robot`
+    "panda": ((-2.8973, -1.7628, -2.8973, -3.0718, -2.8973, -0.0175, -2.8973),
+              (2.8973, 1.7628, 2.8973, -0.0698, 2.8973, 3.7525, 2.8973)),
+    "franka": ((-2.7437, -1.7837, -2.9007, -3.0421, -2.8065, 0.5445, -3.0159),  # the Franka Research 3
+               (2.7437, 1.7837, 2.9007, -0.1518, 2.8065, 4.5169, 3.0159)),
 }  # fmt: skip
 
 
@@ -65,7 +67,7 @@ def write_whole(path):
     """Yield a temporary path beside `path`, which becomes `path` when the block succeeds: a crash leaves all of a file or none."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")  # hidden; keeps its suffix, which tells some writers the format
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")  # some writers go by the suffix
     try:
         yield temporary
         with open(temporary, "rb+") as file:
@@ -99,7 +101,7 @@ def read_hdf5(path, file_format):
     try:
         with h5py.File(path, "r") as root:
             if root.attrs.get("format") != file_format:
-                raise UserError(f"{path}: attribute 'format' is not '{file_format}', so another program or version wrote this file.")
+                raise UserError(f"{path}: attribute 'format' is not '{file_format}': another program or version wrote this file.")
             yield root
     except UserError:
         raise
@@ -281,11 +283,12 @@ def main():
         jerk = np.abs(np.diff(joints, n=3, axis=0)).max(initial=0) * episode.fps**3
         groups.setdefault(path.parent.name, []).append((len(joints), episode.success, step, jerk, beyond_limits(episode)))
 
-    print(f"{'task':28s} {'episodes':>8s} {'frames':>7s} {'success':>7s} {'step rad':>8s} {'jerk rad/s³':>11s} {'beyond limits':>13s}")
+    print(f"{'task':28s} episodes  frames success step rad jerk rad/s³ beyond limits")
     for task, rows in groups.items():
         frames, success, step, jerk, beyond = zip(*rows)
         beyond = "unknown" if None in beyond else f"{sum(beyond)} frames"
-        print(f"{task:28s} {len(rows):8d} {sum(frames):7d} {sum(success) / len(rows):7.0%} {max(step):8.3f} {max(jerk):11.1f} {beyond:>13s}")
+        print(f"{task:28s} {len(rows):8d} {sum(frames):7d} {sum(success) / len(rows):7.0%} "
+              f"{max(step):8.3f} {max(jerk):11.1f} {beyond:>13s}")
     if broken:
         raise UserError("\n".join([*broken, f"{len(broken)} of {len(paths)} files are broken."]))
 

@@ -48,7 +48,8 @@ class Settings:
     size: int = 0
     """Height of the layers in pixels, the width follows; 0: as large as the camera's images."""
     calibration: Path | None = None
-    """JSON or YAML file of cameras measured anew: {camera: {intrinsics: 3x3, and world_from_camera: 4x4, or for a camera on the arm last_joint_from_camera: 4x4}}."""
+    """JSON or YAML file of cameras measured anew: {camera: {intrinsics: 3x3, world_from_camera: 4x4}}; for a camera on the arm
+    last_joint_from_camera in place of world_from_camera."""
     preview: bool = False
     """Also draw preview.png and preview.mp4 of the first episode."""
 
@@ -217,7 +218,7 @@ def load_calibration(path):
     shapes = {"intrinsics": (3, 3), "world_from_camera": (4, 4), "last_joint_from_camera": (4, 4)}
     try:
         cameras = yaml.safe_load(Path(path).read_text())  # YAML reads JSON too
-        cameras = {camera: {key: np.array(value, np.float64) for key, value in entries.items()} for camera, entries in cameras.items()}
+        cameras = {camera: {key: np.array(value, float) for key, value in entries.items()} for camera, entries in cameras.items()}
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise UserError(f"{path} is no file of cameras ({' '.join(str(error).split())}): see --calibration in --help.") from error
     for camera, entries in cameras.items():
@@ -245,7 +246,8 @@ def render(source, target, horizon, size, calibration, first):
     if target.exists():
         with read_hdf5(target, FORMAT) as root:
             if root.attrs["horizon"] != horizon:
-                raise UserError(f"{target} was drawn with horizon {root.attrs['horizon']}, not {horizon}: delete {target.parent.parent} or use another --run.")
+                raise UserError(f"{target} was drawn with horizon {root.attrs['horizon']}, not {horizon}: "
+                                f"delete {target.parent.parent} or use another --run.")
             if root.attrs["settings"] != settings:
                 raise UserError(f"{target} was drawn from another recording, size or calibration: delete {target.parent.parent}.")
         return

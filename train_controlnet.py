@@ -17,6 +17,7 @@ convolutions, one step at t = 999) and builds them small, with three simplificat
 
 import csv
 import json
+import math
 import os
 import signal
 import sys
@@ -310,7 +311,7 @@ def main():
     for condition, observation, layer, prompts in bar:
         condition, observation, layer = (x.to(accelerator.device) for x in (condition, observation, layer))
         for group in optimizer.param_groups:  # a short warm-up, then half a cosine down to zero
-            group["lr"] = settings.learning_rate * min((step + 1) / 100, 0.5 * (1 + np.cos(np.pi * step / settings.steps)))
+            group["lr"] = settings.learning_rate * min((step + 1) / 100, 0.5 * (1 + math.cos(math.pi * step / settings.steps)))
         loss = painting_loss(model(condition, prompts), layer, observation)
         optimizer.zero_grad()
         accelerator.backward(loss)

@@ -1,0 +1,398 @@
+"""Stage 4: closed loop. Does the robot do what the instruction says, in scenes that no network has seen?
+
+In:   runs/demo/controlnet/ and runs/demo/act/        (train_controlnet.py, train_act.py)
+Out:  runs/demo/evaluation/evaluation.json            per task: successes, interval, steps, milliseconds, every outcome
+      runs/demo/evaluation/success.png, <task>.mp4, <task>.png
+
+    python evaluate.py                                          the tasks of runs/demo/episodes, 50 episodes each
+    python evaluate.py --tasks pick_and_lift --seed 1000        one task, other scenes
+    python evaluate.py --policy oracle                          spheres from a demonstration: the controller's upper bound
+    python evaluate.py --policy act                             no spheres: ACT on the plain pictures (runs/demo/act_rgb)
+
+Paper, sections 3.3 and 4: look, paint the target spheres, let the controller turn the painted picture into a chunk of joint
+positions, run the beginning of the chunk, look again.
+"""
+
+import csv
+import difflib
+import json
+import os
+import platform
+import re
+import signal
+import subprocess
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Literal
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # one process per core does the work; threads would fight
+
+import imageio_ffmpeg
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import tyro
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+from collect_demos import record
+from episodes import UserError, find_episodes, run_stage, write_whole
+from render_spheres import draw_spheres, over, target_spheres
+from sims.mujoco_panda import CONTROL_HZ, TASKS, PandaEnv
+from train_act import Controller
+from train_controlnet import Painter
+
+matplotlib.use("Agg")
+
+LANGUAGE_TASKS = ("push_button", "pick_and_lift")  # where several objects differ in nothing but colour
+PANEL = 256  # height and width of a video's three panels, pixels
+
+
+@dataclass
+class Settings:
+    run: Path = Path("runs/demo")
+    """Folder of the run; controlnet/ and act/ inside it are read, evaluation/ is written."""
+    tasks: tuple[str, ...] = ()
+    """Which tasks; none named: those that were recorded in <run>/episodes."""
+    episodes: int = 50
+    """Episodes per task (paper: 50)."""
+    seed: int = 0
+    """Seed of the first episode's scene; the next one's is one more. Recorded scenes are refused."""
+    policy: Literal["genima", "act", "oracle"] = "genima"
+    """genima: painter and controller; act: the controller alone on plain pictures; oracle: the controller with true spheres."""
+    execute: int = 8
+    """Steps of each chunk to run before looking again."""
+    drop_state: bool = False
+    """Leave the joint state out of the controller's input."""
+    language: int = 50
+    """Scenes in which every object is named once, to see where the painted gripper goes; 0: no language check."""
+    videos: int = 1
+    """Episodes in each task's video."""
+    trace: bool = False
+    """Write a table of every failed episode's steps, trace_<task>_<seed>.csv: the first thing to look at when a policy fails."""
+    controller: Path | None = None
+    """The controller's folder, if it is not <run>/act (or <run>/act_rgb for --policy act)."""
+    out: Path | None = None
+    """Folder for the results, if it is not <run>/evaluation."""
+    workers: int = os.cpu_count()
+    """Processes; the results do not depend on how many."""
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    """Where the networks run; auto takes a GPU where there is one."""
+
+
+class Oracle:
+    """Paints the true spheres of a demonstration, which it follows by progress: a clock would run away from a slow controller."""
+
+    def __init__(self, task, seed, variation, horizon):
+        self.demo = record(environment(task, 0, ()), task, seed, variation, start="anywhere")
+        self.horizon, self.frame = horizon, -1
+
+    def progress(self, joints):
+        """The demonstration's frame nearest to these joints (D,), at least one further than the last time."""
+        last = len(self.demo.qpos) - 1
+        # No further than a chunk: a hand that goes down and up again passes the same place twice.
+        ahead = np.arange(min(self.frame + 1, last), min(self.frame + self.horizon, last) + 1)
+        distance = np.linalg.norm(self.demo.qpos[ahead, :-1] - joints, axis=1)
+        self.frame = int(ahead[np.argmin(distance)])
+        return self.frame
+
+    def paint(self, env, images, frame):
+        """The spheres of `horizon` steps after this frame, over what the cameras see now."""
+        frame = min(frame + self.horizon, len(self.demo.qpos) - 1)
+        painted = {}
+        for camera, image in images.items():
+            spheres = target_spheres(self.demo.joint_poses[frame], self.demo.action[frame, -1] > 0.5, camera)
+            painted[camera] = over(draw_spheres(*spheres, *env.camera(camera), *image.shape[:2]), image)
+        return painted
+
+
+@cache
+def networks(policy, run, folder, device):
+    """The painter (None without painting) and the controller of a policy, loaded once per process."""
+    torch.set_num_threads(1)  # one process per core does the work, and the results do not depend on how many there are
+    controller = Controller.load(folder, device)
+    needed = "rgb" if policy == "act" else "spheres"
+    if controller.config["observation"] != needed:
+        raise UserError(f"{folder} was not trained with --observation {needed}, which --policy {policy} needs: give another --controller.")
+    if policy != "genima":
+        return None, controller
+    painter = Painter.load(run / "controlnet", device)
+    ours, theirs = controller.config, painter.config | {"image_size": [painter.config["image_size"]] * 2}
+    for what in ("cameras", "horizon", "image_size"):
+        if theirs[what] != ours[what]:
+            raise UserError(f"{run / 'controlnet'} was trained with {what} {theirs[what]}, but {folder} with {ours[what]}: train one again.")
+    return painter, controller
+
+
+@cache
+def environment(task, image_size, cameras):
+    """One environment per task and process."""
+    return PandaEnv(task, image_size, cameras, images=False)  # pictures are taken when they are looked at
+
+
+def look(env):
+    return {camera: env.picture(camera, env.height, env.width) for camera in env.cameras}
+
+
+def drive(task, seed, settings):
+    """One episode in closed loop. Returns its outcome, and a log: seconds, a row per step, frames of a film if one is wanted."""
+    painter, controller = networks(settings.policy, settings.run, settings.controller, settings.device)
+    env = environment(task, tuple(controller.config["image_size"]), tuple(controller.config["cameras"]))
+    observation, info = env.reset(seed=seed)
+    outcome = {"seed": seed, "variation": info["variation"], "instruction": info["instruction"], "success": False, "steps": 0}
+    log = {"paint": [], "control": [], "trace": [], "frames": []}
+    try:
+        oracle = Oracle(task, seed, info["variation"], controller.config["horizon"]) if settings.policy == "oracle" else None
+    except UserError:  # out of the demonstrator's reach: counts as a failure
+        return outcome, log
+    film, done = seed < settings.seed + settings.videos, False
+    while not done:
+        images = painted = look(env)
+        start = time.perf_counter()
+        if painter:
+            painted = painter.paint({camera: image[None] for camera, image in images.items()}, [info["instruction"]])
+            painted = {camera: image[0] for camera, image in painted.items()}
+        elif oracle:
+            painted = oracle.paint(env, images, oracle.progress(observation["qpos"][:-1]))
+        middle = time.perf_counter()
+        seen = {camera: image[None] for camera, image in painted.items()}
+        chunk = controller(seen, observation["qpos"][None], [info["instruction"]], settings.drop_state)[0]  # (K, D+1)
+        log["paint"].append(middle - start)
+        log["control"].append(time.perf_counter() - middle)
+        chunk[:, -1] = chunk[:, -1] > 0.5
+        chunk = np.clip(chunk, env.action_space.low, env.action_space.high)  # a network may overshoot a joint's limit by a hair
+        panels = np.concatenate([env.picture("front", PANEL, PANEL), tile(painted)], axis=1) if film else None
+        for i, action in enumerate(chunk[: settings.execute]):
+            if film:
+                log["frames"].append(np.concatenate([panels, env.picture("front", PANEL, PANEL)], axis=1))
+            log["trace"].append([env.steps, *env.tool()[:3, 3], *env.task.focus(env), action[-1], int(i == 0)])
+            observation, _, terminated, truncated, info = env.step(action)
+            done = terminated or truncated
+            if done:
+                break
+    if film:
+        log["frames"].append(np.concatenate([panels, env.picture("front", PANEL, PANEL)], axis=1))
+    outcome.update(success=info["success"], steps=env.steps)
+    return outcome, log
+
+
+# ---------------------------------------------------------------------------------------------------- does language matter?
+def gripper_spots(painted, images):
+    """Where the painted gripper sphere is: the mean pixel (x, y) of what is cyan or yellow and was not there before.
+
+    {camera: (H, W, 3)} twice -> (cameras without the wrist's, 2), NaN where nothing was painted.
+    """
+    spots = []
+    for camera in painted:
+        if camera == "wrist":  # the sphere is always near its middle
+            continue
+        now, before = painted[camera].astype(float), images[camera].astype(float)
+        red, green, blue = np.moveaxis(now, -1, 0)
+        gripper = np.maximum(np.minimum(green, blue) - red, np.minimum(red, green) - blue) > 80
+        y, x = np.nonzero(gripper & (np.linalg.norm(now - before, axis=-1) > 60))
+        spots.append([x.mean(), y.mean()] if len(x) else [np.nan, np.nan])
+    return np.array(spots)
+
+
+def listen(task, seed, settings):
+    """One picture, every object named once. Returns, per instruction, whether the gripper was painted towards the named one."""
+    painter, controller = networks(settings.policy, settings.run, settings.controller, settings.device)
+    env = environment(task, tuple(controller.config["image_size"]), tuple(controller.config["cameras"]))
+    instructions, truth = [], []
+    for variation in range(env.task.candidates):
+        _, info = env.reset(seed=seed, options={"variation": variation})
+        images = look(env)
+        try:
+            oracle = Oracle(task, seed, variation, controller.config["horizon"])
+        except UserError:
+            return []  # without a demonstration there is no knowing where the sphere belongs
+        instructions.append(info["instruction"])
+        truth.append(gripper_spots(oracle.paint(env, images, 0), images))
+    truth = np.stack(truth)  # (variations, cameras, 2)
+    painted = painter.paint({c: np.repeat(image[None], len(truth), 0) for c, image in images.items()}, instructions)
+    correct = []
+    for variation in range(len(truth)):
+        spots = gripper_spots({camera: batch[variation] for camera, batch in painted.items()}, images)
+        distance = np.linalg.norm(truth - spots, axis=-1)  # (variations, cameras) pixels
+        distance = np.nan_to_num(distance, nan=env.width).mean(axis=1)
+        correct.append(bool(np.isfinite(spots).any() and distance.argmin() == variation))
+    return correct
+
+
+# ------------------------------------------------------------------------------------------------------------- results
+def rate(successes, episodes):
+    """The rate and its 95 % interval (Wilson 1927): unlike the textbook's, right for few episodes and for rates near 0 and 1."""
+    z, share = 1.959964, successes / episodes
+    middle = (share + z**2 / (2 * episodes)) / (1 + z**2 / episodes)
+    half = z / (1 + z**2 / episodes) * np.sqrt(share * (1 - share) / episodes + z**2 / (4 * episodes**2))
+    return {"rate": share, "wilson_95": [round(float(max(middle - half, 0)), 4), round(float(min(middle + half, 1)), 4)]}
+
+
+def summary(outcomes, logs):
+    """What evaluation.json says about one task."""
+    steps = [outcome["steps"] for outcome in outcomes if outcome["success"]]
+    milliseconds = lambda name: round(1000 * float(np.median(sum((log[name] for log in logs), []) or [0])), 2)  # noqa: E731
+    return {
+        "successes": len(steps), "episodes": len(outcomes), **rate(len(steps), len(outcomes)),
+        "mean_steps": float(np.mean(steps)) if steps else None,
+        "paint_ms": milliseconds("paint"), "control_ms": milliseconds("control"), "outcomes": outcomes,
+    }  # fmt: skip
+
+
+def machine(device):
+    """The processor, and the GPU if the networks ran there, for the reader of the milliseconds."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
+    gpu = {"gpu": torch.cuda.get_device_name()} if device == "cuda" else {}
+    return {"cpu": (names or [platform.processor()])[0], "cores": os.cpu_count()} | gpu
+
+
+def tile(images):
+    """Pictures of all cameras in two columns, as the painter sees them, enlarged to a panel with the pixels left visible."""
+    pictures = list(images.values())
+    pictures += [np.zeros_like(pictures[0])] * (len(pictures) % 2)
+    rows = [np.concatenate(pictures[i : i + 2], axis=1) for i in range(0, len(pictures), 2)]
+    return np.array(Image.fromarray(np.concatenate(rows)).resize((PANEL, PANEL), Image.NEAREST))
+
+
+def caption(frame, text, what):
+    """A frame (H, 3 W, 3) with the instruction above it and the panels' names below."""
+    height, width, _ = frame.shape
+    sheet = Image.new("RGB", (width, height + 48), "white")
+    sheet.paste(Image.fromarray(frame), (0, 28))
+    draw, names = ImageDraw.Draw(sheet), ("observation", what, "motion")
+    for name, x, y, size in [(text, width // 2, 14, 16)] + [(names[i], (2 * i + 1) * PANEL // 2, height + 38, 13) for i in range(3)]:
+        draw.text((x, y), name, "black", ImageFont.load_default(size), anchor="mm")
+    return np.array(sheet)
+
+
+def write_film(out, name, films, what):
+    """<name>.mp4 of (outcome, frames) pairs one after the other, and <name>.png: how the first successful one began and ended."""
+    outcome, frames = next((film for film in films if film[0]["success"]), films[0])
+    still = np.concatenate([frames[0][:, : 2 * PANEL], frames[-1][:, 2 * PANEL :]], axis=1)
+    with write_whole(out / f"{name}.png") as path:
+        Image.fromarray(caption(still, outcome["instruction"], what)).save(path, format="png")
+    shown = []
+    for outcome, frames in films:
+        shown += [caption(frame, outcome["instruction"], what) for frame in frames]
+        verdict = f"{outcome['instruction']}: {'done' if outcome['success'] else 'not done'}"
+        shown += [caption(frames[-1], verdict, what)] * CONTROL_HZ  # a second to read it
+    with write_whole(out / f"{name}.mp4") as path:
+        writer = imageio_ffmpeg.write_frames(str(path), shown[0].shape[1::-1], fps=CONTROL_HZ, codec="libx264",
+                                             pix_fmt_out="yuv420p", macro_block_size=2, output_params=["-f", "mp4"])  # fmt: skip
+        for frame in [None, *shown]:  # None starts it
+            writer.send(frame)
+        writer.close()
+
+
+def write_bars(path, report):
+    """Success per task with its interval, as a picture."""
+    tasks = report["tasks"]
+    figure, axes = plt.subplots(figsize=(2 + 1.4 * len(tasks), 4), layout="constrained")
+    rates = np.array([100 * task["rate"] for task in tasks.values()])
+    ends = 100 * np.array([task["wilson_95"] for task in tasks.values()]).T  # (2, tasks)
+    axes.bar(range(len(tasks)), rates, 0.6, color="#4c78a8")
+    axes.errorbar(range(len(tasks)), rates, np.maximum([rates - ends[0], ends[1] - rates], 0), fmt="none", color="black", capsize=6)
+    for i, task in enumerate(tasks.values()):
+        axes.text(i, 3, f"{task['successes']} of {task['episodes']}", ha="center", color="white" if rates[i] > 10 else "black")
+    axes.set(ylim=(0, 102), ylabel="success in unseen scenes, %", title=f"policy: {report['policy']} (whiskers: 95 % interval)")
+    axes.set_xticks(range(len(tasks)), [name.replace("_", "\n") for name in tasks])
+    axes.spines[["top", "right"]].set_visible(False)
+    with write_whole(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
+    plt.close(figure)
+
+
+def print_table(report):
+    print(f"\n{'task':<24}{'success':>10}{'rate':>7}{'95 % interval':>16}{'steps':>7}{'paint':>10}{'control':>10}")
+    for name, task in report["tasks"].items():
+        low, high = task["wilson_95"]
+        steps = "-" if task["mean_steps"] is None else f"{task['mean_steps']:.0f}"
+        print(f"{name:<24}{task['successes']:>4} of {task['episodes']:<3}{task['rate']:>6.0%}{f'{low:.0%} to {high:.0%}':>16}{steps:>7}"
+              f"{task['paint_ms']:>7.1f} ms{task['control_ms']:>7.1f} ms")
+    if "language" in report:
+        correct, cases, share, (low, high) = report["language"].values()
+        print(f"The gripper was painted towards the named object in {correct} of {cases} cases ({share:.0%}, {low:.0%} to {high:.0%}).")
+
+
+def check_settings(settings):
+    """Fill in the settings that follow from others. Raises UserError for what cannot be evaluated."""
+    for name, least in {"episodes": 1, "execute": 1, "workers": 1, "seed": 0, "language": 0, "videos": 0}.items():
+        if getattr(settings, name) < least:
+            raise UserError(f"--{name} must be {least} or more.")
+    folder = settings.run / "episodes"
+    recorded = find_episodes(folder) if folder.is_dir() or not settings.tasks else []
+    settings.tasks = settings.tasks or tuple(dict.fromkeys(path.parent.name for path in recorded))
+    for task in settings.tasks:
+        if task not in TASKS:
+            near = difflib.get_close_matches(task, TASKS, 1)
+            raise UserError(f"There is no task '{task}'; " + (f"is it '{near[0]}'?" if near else f"choose from {', '.join(TASKS)}."))
+    seeds = range(settings.seed, settings.seed + max(settings.episodes, settings.language))
+    for path in recorded:
+        seed = path.name.split("_")[0]
+        if path.parent.name in settings.tasks and seed.isdigit() and int(seed) in seeds:
+            raise UserError(f"Seed {int(seed)} was recorded in {path}, so its scene is not unseen: choose another --seed.")
+    if settings.device == "auto":
+        settings.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    settings.controller = settings.controller or settings.run / ("act_rgb" if settings.policy == "act" else "act")
+    settings.out = settings.out or settings.run / "evaluation"
+    for needed in [settings.controller] + [settings.run / "controlnet"] * (settings.policy == "genima"):
+        if not needed.is_dir():
+            raise UserError(f"There is no checkpoint {needed}: train it first.")
+
+
+def evaluate(settings):
+    """Run all episodes in parallel -> {task: [(outcome, log), ...] in the order of the seeds}, [correct, ...] of the language check."""
+    episodes = [(drive, task, settings.seed + i) for i in range(settings.episodes) for task in settings.tasks]
+    scenes = settings.language if settings.policy == "genima" else 0
+    cases = [(listen, task, settings.seed + i) for i in range(scenes) for task in LANGUAGE_TASKS if task in settings.tasks]
+    driven, heard = {}, {}
+    ignore_interrupt = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is this process's business, not the workers'
+    context = get_context(None if settings.device == "cpu" else "spawn")  # CUDA does not survive a fork
+    with ProcessPoolExecutor(settings.workers, context, initializer=signal.signal, initargs=ignore_interrupt) as pool:
+        jobs = {pool.submit(what, task, seed, settings): (what, task, seed) for what, task, seed in episodes + cases}
+        try:
+            for job in tqdm(as_completed(jobs), total=len(jobs), desc=f"evaluating {settings.policy}", unit="episode"):
+                what, task, seed = jobs[job]
+                (driven if what is drive else heard)[task, seed] = job.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return {task: [driven[key] for key in sorted(driven) if key[0] == task] for task in settings.tasks}, sum(heard.values(), [])
+
+
+def main():
+    settings = tyro.cli(Settings, description=__doc__)
+    check_settings(settings)
+    results, heard = evaluate(settings)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    report = {
+        "policy": settings.policy, "git_commit": commit.stdout.strip() if commit.returncode == 0 else None,
+        "machine": machine(settings.device), "execute": settings.execute,
+        "seeds": {"first": settings.seed, "last": settings.seed + settings.episodes - 1},
+        "tasks": {task: summary(*zip(*runs)) for task, runs in results.items()},
+    }  # fmt: skip
+    if heard:
+        report["language"] = {"correct": sum(heard), "cases": len(heard), **rate(sum(heard), len(heard))}
+    suffix = "" if settings.policy == "genima" else f"_{settings.policy}"
+    with write_whole(settings.out / f"evaluation{suffix}.json") as path:
+        path.write_text(json.dumps(report, indent=1))
+    for task, runs in results.items():
+        if films := [(outcome, log["frames"]) for outcome, log in runs if log["frames"]]:
+            write_film(settings.out, f"{task}{suffix}", films, "plain pictures" if settings.policy == "act" else "painted target")
+        for outcome, log in runs:
+            if settings.trace and not outcome["success"]:
+                with write_whole(settings.out / f"trace{suffix}_{task}_{outcome['seed']}.csv") as path, open(path, "w", newline="") as file:
+                    csv.writer(file).writerows(["step,tool x,tool y,tool z,object x,object y,object z,gripper,painted".split(","), *log["trace"]])
+    write_bars(settings.out / f"success{suffix}.png", report)
+    print_table(report)
+    print(f"Everything is in {settings.out}.")
+
+
+if __name__ == "__main__":
+    run_stage(main)

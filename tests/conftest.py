@@ -1,0 +1,78 @@
+"""Synthetic episodes: a chain of joints with random constants, a few frames, made without a simulator."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from episodes import Episode, write_episode  # noqa: E402
+
+
+def random_pose(random, shift=0.3):
+    """A random rotation (QR of a Gaussian) and a translation within `shift` metres."""
+    rotation, _ = np.linalg.qr(random.normal(size=(3, 3)))
+    rotation *= np.linalg.det(rotation)
+    pose = np.eye(4)
+    pose[:3, :3], pose[:3, 3] = rotation, random.uniform(-shift, shift, 3)
+    return pose
+
+
+def look_at(position, target):
+    """World from camera, OpenCV axes, for a camera at `position` that looks at `target`."""
+    forward = np.subtract(target, position) / np.linalg.norm(np.subtract(target, position))
+    right = np.cross(forward, [0, 0, 1])
+    right /= np.linalg.norm(right)
+    pose = np.eye(4)
+    pose[:3, :3] = np.stack([right, np.cross(forward, right), forward], axis=1)
+    pose[:3, 3] = position
+    return pose
+
+
+def turn_about_z(angle):
+    return np.array([[np.cos(angle), -np.sin(angle), 0, 0], [np.sin(angle), np.cos(angle), 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+
+
+def make_episode(seed=0, joints=7, frames=6, size=(32, 40), task="pick_and_lift"):
+    """A whole episode -> (episode, links (D, 4, 4), tool (4, 4), wrist camera (4, 4)): the constants it was made from."""
+    random = np.random.default_rng(seed)
+    links = [random_pose(random) for _ in range(joints)]
+    tool, mount = random_pose(random, 0.1), random_pose(random, 0.1)
+    angles = random.uniform(-2, 2, joints) + np.cumsum(random.normal(0, 0.05, (frames, joints)), axis=0)
+    poses = np.zeros((frames, joints + 1, 4, 4))
+    for t in range(frames):
+        pose = np.eye(4)
+        for i in range(joints):
+            pose = pose @ links[i] @ turn_about_z(angles[t, i])
+            poses[t, i] = pose
+        poses[t, joints] = pose @ tool
+    gripper = (np.arange(frames) < frames // 2)[:, None]
+    height, width = size
+    episode = Episode(
+        path=Path("in memory"), task=task, variation=1, instruction="pick up the cube", success=True, fps=10.0, robot="panda",
+        instructions=["pick up the cube", "lift it"], sim=True, seed=seed, joint_poses=poses.astype(np.float32),
+        qpos=np.hstack([angles, gripper * 0.9]).astype(np.float32),
+        qvel=random.normal(size=(frames, joints + 1)).astype(np.float32),
+        action=np.hstack([angles + 0.05, gripper]).astype(np.float32),
+        images={camera: random.integers(0, 256, (frames, height, width, 3), np.uint8) for camera in ("front", "wrist")},
+        intrinsics=dict.fromkeys(("front", "wrist"), np.array([[width, 0, width / 2], [0, width, height / 2], [0, 0, 1.0]])),
+        extrinsics={"front": np.repeat(look_at((2.0, 0.3, 0.5), (0, 0, 0))[None], frames, 0), "wrist": poses[:, -2] @ mount},
+    )
+    return episode, np.array(links), tool, mount
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run's folder with two episodes of one task."""
+    for seed in range(2):
+        write_episode(tmp_path / f"episodes/pick_and_lift/{seed:06d}_00.hdf5", make_episode(seed)[0])
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def no_fsync(monkeypatch):
+    """A busy disk takes a second for each fsync; the tests need none."""
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)
