@@ -85,14 +85,19 @@ class Batches(torch.utils.data.Dataset):
     """Item `step` is the whole batch of that step, a function of (seed, step) alone: resuming needs no other state."""
 
     def __init__(self, frames, settings, augment=True):
-        self.frames, self.settings, self.augment = frames, settings, augment  # frames: [(episode, spheres, t, instructions)]
+        self.settings, self.augment, self.episodes = settings, augment, {}
+        for frame in frames:  # (episode, spheres, t, instructions)
+            self.episodes.setdefault(frame[0], []).append(frame)
+        self.episodes = list(self.episodes.values())
 
     def __len__(self):
         return self.settings.steps
 
     def __getitem__(self, step):
         rng = np.random.default_rng([self.settings.seed, step])
-        chosen = [self.frames[i] for i in rng.integers(len(self.frames), size=self.settings.batch)]
+        chosen = [self.episodes[i] for i in rng.integers(len(self.episodes), size=self.settings.batch)]
+        # Early frames come more often: there nothing but the words tells the target; later the arm's place gives it away.
+        chosen = [frames[int(len(frames) * rng.random() ** 2)] for frames in chosen]
         return load(chosen, rng, self.augment)
 
 
@@ -177,6 +182,11 @@ def build_tiny(instructions, image_size):
         cross_attention_dim=width,
         attention_head_dim=4,  # in truth the number of heads (diffusers keeps the misnomer)
         norm_num_groups=16,
+        # ... and as one vector that scales every block's channels (FiLM), as SDXL's pooled text does: "the blue one" is learned
+        # several times sooner than through attention alone.
+        class_embed_type="projection",
+        projection_class_embeddings_input_dim=width,
+        resnet_time_scale_shift="scale_shift",
     )
     controlnet = ControlNetModel.from_unet(
         unet, conditioning_channels=3 * PATCH**2, conditioning_embedding_out_channels=(48,)
@@ -243,12 +253,16 @@ class Painter(torch.nn.Module):
     def forward(self, condition, prompts):
         """Condition (B, 3, 2H, 2W) in 0..1 -> the layer's logits (B, 4, 2H, 2W): red, green, blue, alpha."""
         tokens = self.tokenizer(prompts, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
-        text = self.text_encoder(tokens.input_ids.to(condition.device)).last_hidden_state  # (B, 32, 64)
+        text = self.text_encoder(tokens.input_ids.to(condition.device))
+        words, sentence = text.last_hidden_state, text.pooler_output  # (B, 32, 64), (B, 64)
         latent = F.pixel_unshuffle(2 * condition - 1, PATCH)  # (B, 48, 2H/4, 2W/4)
-        down, middle = self.controlnet(latent, TIMESTEP, text, controlnet_cond=latent, return_dict=False)
+        down, middle = self.controlnet(
+            latent, TIMESTEP, words, class_labels=sentence, controlnet_cond=latent, return_dict=False
+        )
         layer = self.unet(
-            latent, TIMESTEP, text, down_block_additional_residuals=down, mid_block_additional_residual=middle
-        ).sample  # (B, 64, 2H/4, 2W/4)
+            latent, TIMESTEP, words, class_labels=sentence,
+            down_block_additional_residuals=down, mid_block_additional_residual=middle,
+        ).sample  # (B, 64, 2H/4, 2W/4)  # fmt: skip
         return F.pixel_shuffle(layer, PATCH)
 
     @torch.no_grad()
