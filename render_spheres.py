@@ -117,7 +117,7 @@ def draw_spheres(poses, radii, colours, intrinsics, world_from_camera, height, w
         shade = new * brightness[i] * scale
         for channel, value in enumerate(colours[s].tolist()):
             layer[..., channel] = shade * value + old * layer[..., channel] + 0.5
-        np.maximum(near, (new > 0) / t[i], out=near)
+        np.maximum(near, (new > 0) / np.maximum(t[i], np.float32(1e-6)), out=near)
     return picture
 
 

@@ -52,7 +52,7 @@ class Settings:
     """tiny: a narrow network for a laptop; sd-turbo: the paper's, to go with the SD-Turbo painter."""
     observation: Literal["spheres", "rgb"] = "spheres"
     """spheres: GENIMA's controller; rgb: plain views and the instruction, which is the ACT baseline."""
-    steps: int = 2000
+    steps: int = 1800
     """Gradient steps; the learning rate falls to zero over them."""
     batch: int = 32
     """Samples a step, on each device."""

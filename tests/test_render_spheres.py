@@ -176,6 +176,13 @@ def test_what_is_not_to_be_seen_is_not_drawn():
     pose[:3, 3] = 0.95, 0, 0.32  # beside the camera, wider than 90 degrees: it covers the right of the picture, not the left
     alpha = draw_spheres(pose[None], [0.99], COLOURS[:1], intrinsics, camera, 48, 64)[..., 3]
     assert (alpha[:, 40:] == 255).all() and not alpha[:, :2].any()
+    near = np.eye(4)  # a nearer one where the wide one is not
+    near[:3, 3] = -0.06, 0, 0.1
+    with np.errstate(all="raise"):
+        both = draw_spheres(np.stack([pose, near]), [0.99, 0.01], COLOURS, intrinsics, camera, 48, 64)
+    alone = draw_spheres(near[None], [0.01], COLOURS[1:], intrinsics, camera, 48, 64)
+    assert alone.any()
+    np.testing.assert_array_equal(both[alone[..., 3] == 255], alone[alone[..., 3] == 255])
 
 
 def test_over():
