@@ -105,7 +105,7 @@ _env = {}  # one environment per task and process
 
 
 def record_scene(folder, task, seed, image_size):
-    """All variations of one scene that are not on disk yet. Returns (attempts, successes, frames, seconds of work)."""
+    """All variations of one scene that are not on disk yet. Returns (task, attempts, successes)."""
     if task not in _env:
         _env[task] = PandaEnv(task, image_size, CAMERAS)
     attempts = successes = 0
