@@ -14,17 +14,26 @@ import torch
 from conftest import ROOT, look_at, make_episode
 
 import train_act
-from episodes import UserError, find_episodes, run_stage
-from render_spheres import Chain, draw_spheres, render, target_spheres
+from episodes import UserError, find_episodes, read_episode, run_stage, write_hdf5
+from render_spheres import FORMAT, Chain, draw_spheres, target_spheres
 from train_act import ACT, COLUMNS, Controller, Samples, Settings, losses_of
 
 HORIZON = 3
 CAMERAS = ["wrist", "front"]  # in the order of the tiles
 
 
-def draw_targets(run, horizon=HORIZON):
+def write_targets(run, horizon=HORIZON):
+    """What the controller reads of render_spheres.py's files."""
     for path in find_episodes(run / "episodes"):
-        render(path, run / "spheres" / path.parent.name / path.name, horizon, 0, {})
+        write_target(path, run / "spheres" / path.parent.name / path.name, horizon)
+
+
+def write_target(source, target, horizon):
+    episode = read_episode(source, images=False)
+    later = np.minimum(np.arange(len(episode.qpos)) + horizon, len(episode.qpos) - 1)
+    with write_hdf5(target) as root:
+        root.attrs.update(format=FORMAT, horizon=horizon)
+        root["target/qpos"] = np.hstack([episode.qpos[later, :-1], np.round(episode.action[later, -1:])])
 
 
 def train(run, *options, steps=4):
@@ -173,7 +182,7 @@ def test_the_state_can_be_left_out():
 
 
 def test_training_stopped_twice_gives_the_losses_of_an_uninterrupted_one(run):
-    draw_targets(run)
+    write_targets(run)
     assert train(run, steps=16) == 0
     expected = (run / "act/losses.csv").read_text()
     rows = list(csv.DictReader(expected.splitlines()))
@@ -201,7 +210,7 @@ def test_training_stopped_twice_gives_the_losses_of_an_uninterrupted_one(run):
 
 
 def test_a_trained_controller_is_loaded_and_says_what_it_cannot_do(run, capsys):
-    draw_targets(run)
+    write_targets(run)
     assert train(run) == 0
     assert train(run) == 0 and "trained already" in capsys.readouterr().out
     controller = Controller.load(run / "act")
@@ -225,7 +234,7 @@ def test_a_trained_controller_is_loaded_and_says_what_it_cannot_do(run, capsys):
 
 
 def test_the_baseline_reads_the_instruction(run):
-    draw_targets(run)
+    write_targets(run)
     assert train(run, "--observation", "rgb") == 0
     controller = Controller.load(run / "act_rgb")
     assert {"pick", "up", "cube", "lift"} <= set(controller.config["vocabulary"])
@@ -242,7 +251,7 @@ def test_bad_input_is_one_sentence(run, capsys):
         return text[text.rfind("\r") + 1:]
 
     assert "render_spheres.py" in sentence()  # no spheres yet
-    draw_targets(run)
+    write_targets(run)
     assert "1 or more" in sentence(steps=0)
     assert train(run) == 0
     assert "size tiny, not sd-turbo" in sentence("--size", "sd-turbo")
@@ -255,10 +264,10 @@ def test_bad_input_is_one_sentence(run, capsys):
     spheres = find_episodes(run / "spheres")
     spheres[1].unlink()
     path = find_episodes(run / "episodes")[1]
-    render(path, spheres[1], HORIZON + 1, 0, {})
+    write_target(path, spheres[1], HORIZON + 1)
     assert "horizon" in sentence()  # not all the same
     spheres[0].unlink()
-    render(find_episodes(run / "episodes")[0], spheres[0], HORIZON + 1, 0, {})
+    write_target(find_episodes(run / "episodes")[0], spheres[0], HORIZON + 1)
     assert "horizon 3, not 4" in sentence()  # not the checkpoint's
     spheres[0].write_bytes(b"")
     assert "cannot be read" in sentence()
