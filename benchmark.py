@@ -24,9 +24,9 @@ from render_spheres import DARK_STRIPE, draw_spheres, target_spheres
 INSTALL_PYRENDER = "pip install --no-deps pyrender==0.1.45 trimesh==5.2.0 freetype-py==2.5.1 pyglet==1.5.29 six networkx"
 
 
-def four_spheres(repeat):
+def four_spheres(seed):
     """Joint poses (8, 4, 4) of an arm in front of a camera that looks along the world's x, and that camera's pose."""
-    random = np.random.default_rng(repeat)
+    random = np.random.default_rng(seed)
     joint_poses = np.tile(np.eye(4), (8, 1, 1))
     for pose in joint_poses:
         rotation, _ = np.linalg.qr(random.normal(size=(3, 3)))
@@ -64,11 +64,11 @@ def pyrender_spheres(radii, colours, intrinsics, world_from_camera, height, widt
     return draw, renderer.delete
 
 
-def spheres(repeats: int = 50):
-    """Pictures per second of draw_spheres, and of pyrender drawing the same spheres, in turns.
+def spheres(turns: int = 15):
+    """Pictures per second of draw_spheres, and of pyrender drawing the same spheres.
 
     Args:
-        repeats: Pictures per size and renderer; the median counts.
+        turns: How often each draws ten pictures, in turns; the median counts.
     """
     for height, width in [(128, 128), (480, 640)]:
         intrinsics = np.array([[height, 0, width / 2], [0, height, height / 2], [0, 0, 1.0]])
@@ -80,14 +80,14 @@ def spheres(repeats: int = 50):
             "pyrender": draw_pyrender,
         }
         seconds, overlaps = {name: [] for name in renderers}, []
-        for repeat in range(repeats):
-            poses = target_spheres(four_spheres(repeat)[0], True, "front")[0]
+        for turn in range(turns):
+            frames = [target_spheres(four_spheres(10 * turn + i)[0], True, "front")[0] for i in range(10)]
             covered = []
             for name, draw in renderers.items():
                 start = time.perf_counter()
-                picture = draw(poses)
-                seconds[name].append(time.perf_counter() - start)
-                covered.append(picture[..., 3] >= 128)
+                pictures = [draw(poses) for poses in frames]
+                seconds[name].append((time.perf_counter() - start) / len(frames))
+                covered.append(np.stack(pictures)[..., 3] >= 128)
             overlaps.append((covered[0] & covered[1]).sum() / (covered[0] | covered[1]).sum())
         end_pyrender()
         if np.median(overlaps) < 0.9:

@@ -55,17 +55,14 @@ class Settings:
 
 
 def draw_spheres(poses, radii, colours, intrinsics, world_from_camera, height, width):
-    """Draw striped spheres as a camera sees them: poses (S, 4, 4), radii (S,), colours (S, 3) -> (H, W, 4) uint8 RGBA.
-
-    Each sphere is drawn in a box around it, all boxes at once: (S, h, w), as large as the largest needs.
-    """
+    """Draw striped spheres as a camera sees them: poses (S, 4, 4), radii (S,), colours (S, 3) -> (H, W, 4) uint8 RGBA."""
     picture = np.zeros((height, width, 4), np.uint8)
     focal_x, focal_y, middle_x, middle_y = intrinsics[[0, 1, 0, 1], [0, 1, 2, 2]].tolist()
     rotation = world_from_camera[:3, :3]
-    centres = (poses[:, :3, 3] - world_from_camera[:3, 3]) @ rotation  # (S, 3) in the camera
-    boxes = []
-    for s, (cx, cy, cz) in enumerate(centres.tolist()):
-        radius = float(radii[s])
+    centres = ((poses[:, :3, 3] - world_from_camera[:3, 3]) @ rotation).tolist()  # S times (x, y, z) in the camera
+    radii = [float(radius) for radius in radii]
+    boxes = []  # around each sphere that can be seen
+    for s, ((cx, cy, cz), radius) in enumerate(zip(centres, radii)):
         tangent2 = cx * cx + cy * cy + cz * cz - radius * radius  # squared distance at which the camera's rays touch the sphere
         if cz <= 0 or tangent2 <= 0:
             continue  # behind the camera, or around it
@@ -74,51 +71,61 @@ def draw_spheres(poses, radii, colours, intrinsics, world_from_camera, height, w
         top, bottom = visible_range(cy, cz, reach, focal_y, middle_y, height)
         if left < right and top < bottom:
             boxes.append((tangent2, s, left, right, top, bottom))
-    if not boxes:
-        return picture
     boxes.sort(reverse=True)  # far to near: no sphere's edge lies before a sphere whose tangents are shorter
-    _, shown, left, right, top, bottom = map(list, zip(*boxes))
-    h, w = max(map(int.__sub__, bottom, top)), max(map(int.__sub__, right, left))
-    left, top = [min(pixel, width - w) for pixel in left], [min(pixel, height - h) for pixel in top]
 
-    # A pixel's ray is t * (x, y, 1). At t = nearest it passes the centre (cx, cy, cz), at the distance rho.
-    single = lambda values: np.asarray(values, np.float32)[..., None, None]  # noqa: E731
-    x = (single(left) + np.arange(0.5, w, dtype=np.float32) - np.float32(middle_x)) / np.float32(focal_x)  # (S, 1, w)
-    y = (single(top) + np.arange(0.5, h, dtype=np.float32)[:, None] - np.float32(middle_y)) / np.float32(focal_y)  # (S, h, 1)
-    centres = centres[shown]
-    cx, cy, cz = single(centres.T)  # (S, 1, 1) each
-    radius = single([radii[s] for s in shown])
-    length2 = x * x + (y * y + 1)  # (S, h, w)
-    along = np.maximum(x * cx + (y * cy + cz), 0)
-    nearest = along / length2
-    rho2 = np.maximum((cx * cx + cy * cy + cz * cz) - along * nearest, 0)
-    footprint = cz / np.float32(focal_x)  # width of a pixel at the centre, metres
-    coverage = np.minimum(np.maximum((radius - np.sqrt(rho2)) / footprint + np.float32(0.5), 0), 1)
-    t = nearest - np.sqrt(np.maximum(radius * radius - rho2, 0) / length2)  # depth at which the ray enters the sphere
+    # NumPy takes longer to begin than to compute a small box: those are computed together, S of them, with the largest one's size.
+    small = all((right - left) * (bottom - top) < 2048 for *_, left, right, top, bottom in boxes)
+    drawn = []
+    for group in [boxes] * bool(boxes) if small else [[box] for box in boxes]:
+        _, shown, left, right, top, bottom = map(list, zip(*group))
+        h, w = max(map(int.__sub__, bottom, top)), max(map(int.__sub__, right, left))
+        left, top = [min(pixel, width - w) for pixel in left], [min(pixel, height - h) for pixel in top]
+        x = (single(left) + np.arange(0.5, w, dtype=np.float32) - np.float32(middle_x)) / np.float32(focal_x)  # (S, 1, w)
+        y = (single(top) + np.arange(0.5, h, dtype=np.float32)[:, None] - np.float32(middle_y)) / np.float32(focal_y)  # (S, h, 1)
+        cx, cy, cz = single([centres[s] for s in shown]).swapaxes(0, 1)  # (S, 1, 1) each
+        radius = single([radii[s] for s in shown])
+        rho2, t = meet(x, y, cx, cy, cz, radius)  # (S, h, w)
+        footprint = cz / np.float32(focal_x)  # width of a pixel at the centre, metres
+        coverage = np.minimum(np.maximum((radius - np.sqrt(rho2)) / footprint + np.float32(0.5), 0), 1)
 
-    # Stripes: which of six sectors around the joint's axis the point (u, v, .) lies in. sin(3 angle) is negative in every
-    # other one, and is 3 sin cos² - sin³, so no angle is needed.
-    joint_from_camera = np.swapaxes(poses[shown, :3, :3], 1, 2) @ rotation  # (S, 3, 3)
-    (a, b, c), (d, e, f) = single(joint_from_camera.transpose(1, 2, 0)[:2])  # (S, 1, 1) each
-    u = (x * a + (y * b + c)) * t - (a * cx + b * cy + c * cz)
-    v = (x * d + (y * e + f)) * t - (d * cx + e * cy + f * cz)
-    brightness = np.where(v * (3 * u * u - v * v) < 0, np.float32(DARK_STRIPE), np.float32(1))
+        # Stripes: which of six sectors around the joint's axis the point (u, v, .) lies in. sin(3 angle) is negative in every
+        # other one, and is 3 sin cos² - sin³, so no angle is needed.
+        (a, b, c), (d, e, f) = single((np.swapaxes(poses[shown, :3, :3], 1, 2) @ rotation).transpose(1, 2, 0)[:2])
+        u = (x * a + (y * b + c)) * t - (a * cx + b * cy + c * cz)
+        v = (x * d + (y * e + f)) * t - (d * cx + e * cy + f * cz)
+        brightness = np.where(v * (3 * u * u - v * v) < 0, np.float32(DARK_STRIPE), np.float32(1))
 
-    nearness = np.zeros((height, width), np.float32)  # 1 / depth of what is drawn so far, 0 where there is nothing yet
-    for i, s in enumerate(shown):
-        box = slice(top[i], top[i] + h), slice(left[i], left[i] + w)
-        layer, near = picture[box], nearness[box]
-        new = coverage[i] * (t[i] * near <= 1)
-        old = (1 - new) * (layer[..., 3] * np.float32(1 / 255))
-        alpha = new + old
-        layer[..., 3] = alpha * 255 + 0.5
-        scale = 1 / np.maximum(alpha, np.float32(1e-6))
-        old *= scale
-        shade = new * brightness[i] * scale
-        for channel, value in enumerate(colours[s].tolist()):
-            layer[..., channel] = shade * value + old * layer[..., channel] + 0.5
-        np.maximum(near, (new > 0) / np.maximum(t[i], np.float32(1e-6)), out=near)
+        for i, s in enumerate(shown):
+            new = coverage[i]
+            for other in drawn:  # a sphere that reaches into this one may hide a part of it
+                if math.dist(centres[other], centres[s]) < radii[other] + radii[s]:
+                    other_rho2, other_t = meet(x[i], y[i], *centres[other], radii[other])
+                    new = new * ((other_t > t[i]) | (other_rho2 > radii[other] ** 2))
+            drawn.append(s)
+            layer = picture[top[i]:top[i] + h, left[i]:left[i] + w]
+            old = (1 - new) * (layer[..., 3] * np.float32(1 / 255))
+            alpha = new + old
+            scale = 1 / np.maximum(alpha, np.float32(1e-6))
+            shade = new * brightness[i] * scale
+            old *= scale
+            for channel, value in enumerate(colours[s].tolist()):
+                layer[..., channel] = shade * value + old * layer[..., channel] + 0.5
+            layer[..., 3] = alpha * 255 + 0.5
     return picture
+
+
+def single(values):
+    """Numbers (..., S) as float32 (..., S, 1, 1): one for each box of pixels."""
+    return np.asarray(values, np.float32)[..., None, None]
+
+
+def meet(x, y, cx, cy, cz, radius):
+    """The rays t * (x, y, 1) and a sphere: the squared distance rho2 of ray and centre, and the depth t of the point that is seen."""
+    length2 = x * x + (y * y + 1)
+    along = np.maximum(x * cx + (y * cy + cz), 0)
+    nearest = along / length2  # where the ray passes the centre, or begins
+    rho2 = np.maximum((cx * cx + cy * cy + cz * cz) - along * nearest, 0)
+    return rho2, nearest - np.sqrt(np.maximum(radius * radius - rho2, 0) / length2)
 
 
 def visible_range(across, ahead, radius, focal, centre, size):

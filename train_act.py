@@ -418,6 +418,11 @@ def save(folder, checkpoint, config):
         figure.savefig(path, format="png", dpi=120)
 
 
+def ignore_interrupt(_worker):
+    """Ctrl-C is the trainer's business. (A function of the module: macOS starts workers by name.)"""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def main():
     settings = tyro.cli(Settings, description=__doc__)
     if min(settings.steps, settings.batch, settings.checkpoint_every) < 1:
@@ -466,7 +471,7 @@ def main():
     stopping = []  # Ctrl-C ends the training after the step it is in, a second one at once
     signal.signal(signal.SIGINT, lambda *_: stopping.append(True) or signal.signal(signal.SIGINT, signal.default_int_handler))
     batches = DataLoader(samples, batch_size=None, sampler=range(start, settings.steps), num_workers=2, pin_memory=device.type == "cuda",
-                         worker_init_fn=lambda _: signal.signal(signal.SIGINT, signal.SIG_IGN))
+                         worker_init_fn=ignore_interrupt)
     bar = tqdm(batches, desc="controller", unit="step", initial=start, total=settings.steps, disable=not accelerator.is_main_process)
     for step, batch in enumerate(bar, start):
         torch.manual_seed(int(np.random.SeedSequence((settings.seed, step, accelerator.process_index)).generate_state(1)[0]))

@@ -19,30 +19,38 @@ import csv
 import json
 import math
 import os
+import re
 import signal
 import sys
 import tempfile
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import diffusers
 import h5py
 import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
 import tyro
 from accelerate import Accelerator
 from diffusers import ControlNetModel, EulerDiscreteScheduler, UNet2DConditionModel
 from PIL import Image
-from tokenizers import models, pre_tokenizers, trainers, Tokenizer
+from tokenizers import pre_tokenizers
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from episodes import CAMERAS, UserError, find_episodes, read_episode, run_stage, write_whole
-from render_spheres import over, read_spheres
+from episodes import CAMERAS, UserError, find_episodes, read_episode, read_hdf5, run_stage, write_whole
+from episodes import FORMAT as EPISODE_FORMAT
+from render_spheres import FORMAT as SPHERES_FORMAT
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+diffusers.utils.logging.disable_progress_bar()  # one bar, ours
+transformers.utils.logging.disable_progress_bar()
 
 PROMPT = "tiled perspectives of a robot arm executing '{}'"  # paper, appendix: the views and the instruction in one sentence
 TIMESTEP = 999  # SD-Turbo's first and only step
@@ -145,9 +153,9 @@ def find_frames(run):
         spheres = run / "spheres" / path.relative_to(run / "episodes")
         if not spheres.exists():
             raise UserError(f"{spheres} is missing: draw the spheres first (python render_spheres.py --run {run}).")
-        with h5py.File(path, "r") as root:
+        with read_hdf5(path, EPISODE_FORMAT) as root:
             instructions, length, seed = [str(text) for text in root.attrs["instructions"]], len(root["action"]), root.attrs["seed"]
-        with h5py.File(spheres, "r") as root:
+        with read_hdf5(spheres, SPHERES_FORMAT) as root:
             horizons.add(int(root.attrs["horizon"]))
         frames = [(str(path), str(spheres), t, instructions) for t in range(length)]
         (held_out if seed % 20 == 0 else training).extend(frames)
@@ -198,19 +206,28 @@ def build_tiny(instructions, image_size):
 
 
 def train_tokenizer(sentences):
-    """CLIP's tokenizer with a vocabulary of our own: every byte, and the words of the instructions merged from them."""
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    """CLIP's tokenizer with a vocabulary of our own: every byte, and the words of the instructions merged from them.
+
+    Byte-pair encoding by the textbook: the most frequent pair of neighbours becomes one piece, until every word is one. (The
+    `tokenizers` package's trainer breaks ties by chance, and a resumed training would read other numbers for the same words.)
+    """
+    counts = Counter(word for sentence in sentences for word in re.findall("[a-z]+", sentence.lower()))
+    words, merges = {word: [*word[:-1], word[-1] + "</w>"] for word in sorted(counts)}, []
+    while True:
+        pairs = Counter()
+        for word, spelling in words.items():
+            for pair in zip(spelling, spelling[1:]):
+                pairs[pair] += counts[word]
+        if not pairs:
+            break
+        merges.append(max(pairs, key=lambda pair: (pairs[pair], pair)))
+        for spelling in words.values():
+            for i in reversed(range(len(spelling) - 1)):
+                if tuple(spelling[i : i + 2]) == merges[-1]:
+                    spelling[i : i + 2] = ["".join(merges[-1])]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe.train_from_iterator(
-        [sentence.lower() for sentence in sentences],
-        trainers.BpeTrainer(vocab_size=2000, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False),
-    )
-    state = json.loads(bpe.to_str())["model"]
-    pieces = alphabet + [byte + "</w>" for byte in alphabet]
-    pieces += [piece for piece in sorted(state["vocab"], key=state["vocab"].get) if piece not in set(pieces)]
+    pieces = alphabet + [byte + "</w>" for byte in alphabet] + ["".join(merge) for merge in merges]
     pieces += ["<|startoftext|>", "<|endoftext|>"]
-    merges = [tuple(merge) for merge in state["merges"]]
     return CLIPTokenizer({piece: i for i, piece in enumerate(pieces)}, merges, model_max_length=TOKENS)
 
 
@@ -299,6 +316,8 @@ def painting_loss(logits, layer, observation):
 # --------------------------------------------------------------------------------------------------------- training
 def main():
     settings = tyro.cli(Settings, description=__doc__)
+    if min(settings.steps, settings.batch, settings.checkpoint_every) < 1:
+        raise UserError("--steps, --batch and --checkpoint-every must be 1 or more.")
     folder = settings.run / "controlnet"
     accelerator = Accelerator()
     training, held_out, horizon = find_frames(settings.run)
@@ -317,7 +336,7 @@ def main():
     model, optimizer = accelerator.prepare(painter, optimizer)
     batches = torch.utils.data.DataLoader(
         Batches(training, settings), batch_size=None, sampler=range(step, settings.steps), num_workers=settings.workers,
-        worker_init_fn=lambda _: signal.signal(signal.SIGINT, signal.SIG_IGN),  # Ctrl-C is the trainer's business
+        worker_init_fn=ignore_interrupt,
     )  # fmt: skip
     stopping = []
     signal.signal(signal.SIGINT, lambda *_: stopping.append(True))
@@ -335,14 +354,20 @@ def main():
         step += 1
         log.append([step, loss.item(), ""])
         bar.set_postfix(loss=f"{np.mean([row[1] for row in log[-50:]]):.4f}", refresh=False)
-        last = step == settings.steps or stopping
-        if accelerator.is_main_process and (step % settings.checkpoint_every == 0 or last):
-            log[-1][2] = validate(painter, held_out or training, folder)
+        due = step % settings.checkpoint_every == 0 or step == settings.steps
+        if accelerator.is_main_process and (due or stopping):
+            if due:
+                log[-1][2] = validate(painter, held_out or training, folder)
             save(folder, painter, optimizer, step, log, identity)
         if stopping:
             print(f"\nStopped after step {step}: run the same command again to go on.", file=sys.stderr)
             sys.exit(130)
     print(f"{folder}: overlap (IoU) of painted and true spheres at the first frames of unseen scenes {log[-1][2]:.3f}.")
+
+
+def ignore_interrupt(_worker):
+    """Ctrl-C is the trainer's business. (A function of the module: macOS starts workers by name.)"""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @torch.no_grad()
@@ -388,7 +413,8 @@ def save(folder, painter, optimizer, step, log, identity):
     left.plot(range(window, len(losses) + 1), np.convolve(losses, np.ones(window) / window, "valid"))
     left.set(xlabel="step", ylabel="training loss (mean of 50 steps)", yscale="log", title="The painter learns")
     right = left.twinx()
-    right.plot(*zip(*[(row[0], row[2]) for row in log if row[2] != ""]), "o-", color="tab:orange")
+    marks = [(row[0], row[2]) for row in log if row[2] != ""]
+    right.plot([step for step, _ in marks], [overlap for _, overlap in marks], "o-", color="tab:orange")
     right.set(ylim=(0, 1))
     right.set_ylabel("overlap (IoU), first frames of unseen scenes", color="tab:orange")
     with write_whole(folder / "losses.png") as path:

@@ -40,7 +40,8 @@ def make_episode(seed=0, joints=7, frames=6, size=(32, 40), task="pick_and_lift"
     """A whole episode -> (episode, links (D, 4, 4), tool (4, 4), wrist camera (4, 4)): the constants it was made from."""
     random = np.random.default_rng(seed)
     links = [random_pose(random) for _ in range(joints)]
-    tool, mount = random_pose(random, 0.1), random_pose(random, 0.1)
+    tool = random_pose(random, 0.1)
+    mount = look_at(tool[:3, 3] + random_pose(random)[:3, 0] * 0.3, tool[:3, 3])  # the wrist's camera sees the tool
     angles = random.uniform(-2, 2, joints) + np.cumsum(random.normal(0, 0.05, (frames, joints)), axis=0)
     poses = np.zeros((frames, joints + 1, 4, 4))
     for t in range(frames):
@@ -49,12 +50,13 @@ def make_episode(seed=0, joints=7, frames=6, size=(32, 40), task="pick_and_lift"
             pose = pose @ links[i] @ turn_about_z(angles[t, i])
             poses[t, i] = pose
         poses[t, joints] = pose @ tool
-    gripper = (np.arange(frames) < frames // 2)[:, None]
+    gripper = (np.arange(frames) < frames // 2)[:, None]  # what is commanded; the fingers follow a frame later
+    opening = 0.9 * (np.arange(frames) <= frames // 2)[:, None]
     height, width = size
     episode = Episode(
         path=Path("in memory"), task=task, variation=1, instruction="pick up the cube", success=True, fps=10.0, robot="panda",
         instructions=["pick up the cube", "lift it"], sim=True, seed=seed, joint_poses=poses.astype(np.float32),
-        qpos=np.hstack([angles, gripper * 0.9]).astype(np.float32),
+        qpos=np.hstack([angles, opening]).astype(np.float32),
         qvel=random.normal(size=(frames, joints + 1)).astype(np.float32),
         action=np.hstack([angles + 0.05, gripper]).astype(np.float32),
         images={camera: random.integers(0, 256, (frames, height, width, 3), np.uint8) for camera in ("front", "wrist")},

@@ -166,6 +166,16 @@ def test_the_edge_is_antialiased():
         assert (picture[picture[..., 3] > 0][:, 0] > 100).all()  # the edge has the sphere's colour, not a mixture with black
 
 
+def test_an_edge_over_an_edge_keeps_the_colour():
+    """The same sphere twice, the second a little farther and larger: their edges fall on the same pixels."""
+    near, far = look_at((0, 0, 0), (1, 0, 0)), look_at((0, 0, 0), (1, 0, 0))
+    near[:3, 3], far[:3, 3] = (1, 0, 0), (1.2, 0, 0)
+    camera = look_at((0, 0, 0), (1, 0.1, 0))
+    picture = draw_spheres(np.stack([near, far]), [0.1, 0.12], COLOURS[[0, 0]], pinhole(64, 64, 40), camera, 64, 64)
+    edge = (picture[..., 3] > 20) & (picture[..., 3] < 250)
+    assert edge.sum() > 20 and picture[edge][:, 0].min() >= DARK_STRIPE * 255 - 3
+
+
 def test_what_is_not_to_be_seen_is_not_drawn():
     intrinsics, camera = pinhole(48, 64, 60), np.eye(4)
     for centre, radius in [((0, 0, -1), 0.3), ((0, 0, 0.1), 0.2), ((5, 0, 1), 0.5), ((0, -5, 1), 0.5), ((0.2, 0.1, -0.01), 0.1)]:
@@ -183,6 +193,10 @@ def test_what_is_not_to_be_seen_is_not_drawn():
     alone = draw_spheres(near[None], [0.01], COLOURS[1:], intrinsics, camera, 48, 64)
     assert alone.any()
     np.testing.assert_array_equal(both[alone[..., 3] == 255], alone[alone[..., 3] == 255])
+    wall = np.eye(4)  # a far one that fills the picture's width, but not its corners
+    wall[:3, 3] = 0, 0, 3
+    alpha = draw_spheres(np.stack([pose, wall]), [0.99, 1.9], COLOURS, intrinsics, camera, 48, 64)[..., 3]
+    assert (alpha[24] == 255).all() and not alpha[[0, -1], 0].any()
 
 
 def test_over():
@@ -271,7 +285,7 @@ def test_the_stage_draws_the_target_frame(run, monkeypatch, capsys):
                 spheres = target_spheres(episode.joint_poses[later[t]], bool(episode.action[later[t], -1]), camera)
                 expected = draw_spheres(*spheres, episode.intrinsics[camera], episode.extrinsics[camera][t], 32, 40)
                 np.testing.assert_array_equal(layers[camera][t], expected)
-        assert layers["front"].any()
+        assert all(layer.any() for camera in layers for layer in layers[camera])
         with h5py.File(target) as root:
             assert root.attrs["horizon"] == 2 and root.attrs["episode"] == f"pick_and_lift/{path.name}"
 

@@ -1,0 +1,277 @@
+"""sims/mujoco_panda.py: the environment's contract, the eight tasks and their scripted experts, the camera matrices."""
+
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+
+from collect_demos import demonstration
+from episodes import CAMERAS, UserError
+from sims.mujoco_panda import COLOURS, TASKS, PandaEnv, mujoco  # it sets the renderer before it imports mujoco
+
+ROOT = Path(__file__).resolve().parent.parent
+SEVERAL = [task for task in TASKS if TASKS[task].candidates > 1]
+_envs = {}
+
+
+def blind(task):
+    """One environment without pictures per task."""
+    if task not in _envs:
+        _envs[task] = PandaEnv(task, images=False)
+    return _envs[task]
+
+
+def test_all_tasks_are_there():
+    assert set(TASKS) == {
+        "reach_target", "push_button", "pick_and_lift", "slide_block_to_target", "open_drawer", "take_lid_off_saucepan",
+        "close_box", "stack_blocks",
+    }  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.*(infinity|spec).*")  # joint speeds have no bound; the environment is not registered
+def test_gymnasium_accepts_the_environment():
+    check_env(PandaEnv("push_button", image_size=(16, 24)))
+
+
+# --------------------------------------------------------------------------------------------------------- same seed
+def digest(env, seed):
+    """A fingerprint of every byte that a whole demonstration shows and does."""
+    fingerprint = hashlib.sha256()
+    observation, info = env.reset(seed=seed)
+    for action in demonstration(env):
+        for part in (observation["qpos"], observation["qvel"], *observation["images"].values(), action):
+            fingerprint.update(part.tobytes())
+        observation, _, _, _, info = env.step(action)
+    return fingerprint.hexdigest() + info["instruction"]
+
+
+def test_same_seed_same_episode_bit_for_bit():
+    env = PandaEnv("pick_and_lift", image_size=24)
+    first = digest(env, 3)
+    assert digest(env, 4) != first  # and it leaves traces in the environment, if anything does
+    assert digest(env, 3) == first
+    code = (
+        "from sims.mujoco_panda import PandaEnv; from tests.test_sims import digest; "
+        "print(digest(PandaEnv('pick_and_lift', image_size=24), 3))"
+    )
+    other = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert other.stdout.strip() == first, other.stderr
+
+
+def test_reset_without_a_seed_draws_another_scene():
+    env = blind("reach_target")
+    env.reset(seed=0)
+    scenes = []
+    for _ in range(2):
+        env.reset()
+        scenes.append(env.data.mocap_pos.copy())
+    assert not np.allclose(*scenes)
+
+
+# ------------------------------------------------------------------------------------------------------------- tasks
+@pytest.mark.parametrize("start", ["anywhere", "near"])
+@pytest.mark.parametrize("task", TASKS)
+def test_the_scripted_expert_succeeds(task, start):
+    env, successes, seeds = blind(task), 0, range(100, 105)
+    for seed in seeds:
+        variation = seed % env.task.candidates
+        _, info = env.reset(seed=seed, options={"variation": variation, "start": start})
+        assert not info["success"]
+        rewards, truncated = [], False
+        for action in demonstration(env):
+            assert env.action_space.contains(action.astype(np.float32))
+            _, reward, terminated, truncated, info = env.step(action)
+            assert terminated == (reward == 1)
+            rewards.append(reward)
+        successes += info["success"] and not truncated
+        assert info["success"] == (rewards[-1] == 1)
+        for other in set(range(env.task.candidates)) - {variation}:  # what was done counts for the named object only
+            env.variation = other
+            assert not env.task.success(env)
+    assert successes >= 0.9 * len(seeds)
+
+
+def test_a_stack_counts_once_it_is_let_go():
+    env = blind("stack_blocks")
+    env.reset(seed=100)
+    successes = [(action[7], env.step(action)[4]["success"]) for action in demonstration(env)]
+    assert (1, True) in successes and (0, True) not in successes
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_nothing_happens_while_the_arm_holds_still(task):
+    env = blind(task)
+    observation, _ = env.reset(seed=7)
+    hold = np.append(env.data.ctrl[:7], observation["qpos"][7])
+    focus = env.task.focus(env)
+    for _ in range(15):
+        _, reward, terminated, _, info = env.step(hold)
+        assert reward == 0 and not terminated and not info["success"]
+    assert np.linalg.norm(env.task.focus(env) - focus) < 2e-3
+
+
+def test_truncation_after_the_longest_allowed_time():
+    env = blind("reach_target")
+    env.reset(seed=1)
+    hold = np.append(env.data.ctrl[:7], 1)
+    truncations = [env.step(hold)[3] for _ in range(env.task.max_steps)]
+    assert truncations == [False] * (env.task.max_steps - 1) + [True]
+
+
+def test_the_wrong_button_ends_the_episode_without_success():
+    env = blind("push_button")
+    env.reset(seed=11, options={"variation": 0})
+    env.variation = 1
+    actions = list(demonstration(env))
+    env.variation = 0
+    for action in actions:
+        _, reward, terminated, _, info = env.step(action)
+        assert reward == 0 and not info["success"]
+        if terminated:
+            break
+    assert terminated and env.task.pressed(env, 1) and not env.task.pressed(env, 0)
+
+
+# ---------------------------------------------------------------------------------------------------------- language
+@pytest.mark.parametrize("task", SEVERAL)
+def test_only_the_words_say_which_object_is_meant(task):
+    env = PandaEnv(task, image_size=32)
+    pictures, instructions = [], []
+    for variation in range(env.task.candidates):
+        observation, info = env.reset(seed=5, options={"variation": variation})
+        pictures.append(np.stack(list(observation["images"].values())))
+        instructions.append(info["instructions"])
+        assert info["instruction"] in info["instructions"] and info["variation"] == variation
+        for sentence in info["instructions"]:
+            assert [name for name in env.task.names if name in sentence.split()] == [env.task.names[variation]]
+    for other in range(1, env.task.candidates):
+        np.testing.assert_array_equal(pictures[0], pictures[other])
+        assert not set(instructions[0]) & set(instructions[other])
+
+
+@pytest.mark.parametrize(
+    ("task", "geom"),
+    [("reach_target", "ball{}"), ("push_button", "cap{}"), ("pick_and_lift", "block{}"), ("stack_blocks", "block{}")],
+)
+def test_the_named_object_has_the_named_colour(task, geom):
+    env = blind(task)
+    for seed in range(4):
+        for variation in range(env.task.candidates):
+            env.reset(seed=seed, options={"variation": variation})
+            named = [i for i in range(4 if task == "stack_blocks" else 3)
+                     if np.allclose(env.model.geom(geom.format(i)).rgba[:3], COLOURS[env.task.names[variation]])]  # fmt: skip
+            assert len(named) == (2 if task == "stack_blocks" else 1)
+            gaps = [np.linalg.norm((env.data.geom(geom.format(i)).xpos - env.task.focus(env))[:2]) for i in named]
+            assert min(gaps) < 1e-6
+
+
+def test_the_drawers_are_named_from_the_table_upwards():
+    env = blind("open_drawer")
+    heights = []
+    for variation, name in enumerate(("bottom", "middle", "top")):
+        _, info = env.reset(seed=0, options={"variation": variation})
+        assert name in info["instruction"]
+        heights.append(env.task.focus(env)[2])
+    assert heights == sorted(heights)
+
+
+@pytest.mark.parametrize("task", sorted(set(TASKS) - set(SEVERAL)))
+def test_one_candidate_needs_no_name(task):
+    env = blind(task)
+    _, info = env.reset(seed=0)
+    assert info["instruction"] in env.task.templates and "{" not in info["instruction"]
+
+
+# ---------------------------------------------------------------------------------------------------------- geometry
+def test_camera_matrices_agree_with_mujocos_pictures():
+    """Small balls anywhere in view: the projection of the centre is the middle of the ball's pixels."""
+    height, width = 120, 200
+    env, random = PandaEnv("reach_target", image_size=(height, width), images=False), np.random.default_rng(0)
+    env.reset(seed=2)
+    ball = env.model.geom("ball0").id
+    env.model.geom("ball0").size[0] = 0.006
+    renderer, option = mujoco.Renderer(env.model, height, width), mujoco.MjvOption()
+    renderer.enable_segmentation_rendering()
+    option.geomgroup[2] = 0  # without the arm, which might hide a part of the ball
+    env.data.mocap_pos[1:] = (0, 0, -5)
+    for camera in CAMERAS:
+        seen = 0
+        while seen < 12:
+            intrinsics, world_from_camera = env.camera(camera)
+            depth = random.uniform(0.15, 0.5)
+            pixel = np.array([random.uniform(20, width - 20), random.uniform(20, height - 20), 1.0])
+            env.data.mocap_pos[0] = (world_from_camera @ np.append(np.linalg.inv(intrinsics) @ pixel * depth, 1))[:3]
+            if env.data.mocap_pos[0, 2] < 0.02:  # under the table
+                continue
+            mujoco.mj_forward(env.model, env.data)
+            renderer.update_scene(env.data, camera, option)
+            picture = renderer.render()
+            rows, columns = np.nonzero((picture[..., 0] == ball) & (picture[..., 1] == mujoco.mjtObj.mjOBJ_GEOM))
+            assert len(rows), f"{camera}: no ball at pixel {pixel[:2]}"
+            assert np.hypot(columns.mean() + 0.5 - pixel[0], rows.mean() + 0.5 - pixel[1]) < 0.75
+            seen += 1
+    renderer.close()
+
+
+def test_joint_frames_turn_with_their_joints():
+    env = blind("reach_target")
+    env.reset(seed=0)
+    before = env.joint_poses()
+    for i in range(7):
+        env.reset(seed=0)
+        env.data.qpos[i] += 0.3
+        mujoco.mj_forward(env.model, env.data)
+        after = env.joint_poses()
+        turn = np.array([[np.cos(0.3), -np.sin(0.3), 0], [np.sin(0.3), np.cos(0.3), 0], [0, 0, 1]])
+        np.testing.assert_allclose(after[: i + 1, :3, 3], before[: i + 1, :3, 3], atol=1e-6)
+        np.testing.assert_allclose(after[i, :3, :3], before[i, :3, :3] @ turn, atol=1e-5)
+        assert np.abs(after[7] - before[7]).max() > 1e-2  # and the tool goes along
+
+
+def test_inverse_kinematics_reaches_the_pose():
+    env = blind("reach_target")
+    for seed in range(5):
+        env.reset(seed=seed)
+        position, rotation = env.task.focus(env), env.tool()[:3, :3]
+        env.data.qpos[:7] = env.ik(position, rotation)
+        mujoco.mj_forward(env.model, env.data)
+        np.testing.assert_allclose(env.tool()[:3, 3], position, atol=1e-3)
+        np.testing.assert_allclose(env.tool()[:3, :3], rotation, atol=5e-3)
+    with pytest.raises(UserError, match="cannot reach"):
+        env.ik(np.array([2.0, 0, 0.3]), rotation)
+
+
+# --------------------------------------------------------------------------------------------------------- bad input
+def test_a_task_that_does_not_exist():
+    with pytest.raises(UserError, match="no task 'make_coffee'"):
+        PandaEnv("make_coffee")
+
+
+def test_a_variation_that_does_not_exist():
+    for variation in (-1, 3):
+        with pytest.raises(UserError, match="does not exist"):
+            blind("push_button").reset(seed=0, options={"variation": variation})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda action: np.where(np.arange(8) == 2, np.nan, action), "finite"),
+        (lambda action: action[:7], "8 finite numbers"),
+        (lambda action: action + 4.0 * (np.arange(8) == 0), "outside the joint limits"),
+        (lambda action: np.append(action[:7], 1.2), "outside the joint limits"),
+    ],
+)
+def test_bad_actions(change, message):
+    env = blind("push_button")
+    env.reset(seed=0)
+    hold, before = np.append(env.data.ctrl[:7], 1), env.data.qpos.copy()
+    with pytest.raises(UserError, match=message):
+        env.step(change(hold))
+    np.testing.assert_array_equal(env.data.qpos, before)  # nothing moved
+    assert env.steps == 0
+    env.step(hold)
