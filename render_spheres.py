@@ -120,7 +120,7 @@ def single(values):
 
 
 def meet(x, y, cx, cy, cz, radius):
-    """The rays t * (x, y, 1) and a sphere: the squared distance rho2 of ray and centre, and the depth t of the point that is seen."""
+    """The rays t * (x, y, 1) and a sphere: squared distance rho2 of ray and centre, depth t of the point that is seen."""
     length2 = x * x + (y * y + 1)
     along = np.maximum(x * cx + (y * cy + cz), 0)
     nearest = along / length2  # where the ray passes the centre, or begins

@@ -87,8 +87,8 @@ def test_a_sphere_is_where_mujoco_draws_it(height, width, fovy):
         assert np.abs(shift).max() < 0.5
 
 
-@pytest.mark.parametrize("height, width", [(64, 64), (240, 320)])
-def test_spheres_hide_one_another_as_mujoco_says(height, width):
+@pytest.mark.parametrize("height, width, agreement", [(64, 64, 0.98), (240, 320, 0.995)])
+def test_spheres_hide_one_another_as_mujoco_says(height, width, agreement):
     """Four spheres in a heap: behind, beside and inside one another."""
     random = np.random.default_rng(1)
     intrinsics, judge = pinhole(height, width, 50), MuJoCo(height, width)
@@ -104,10 +104,11 @@ def test_spheres_hide_one_another_as_mujoco_says(height, width):
         ours = np.where(picture[..., 3] >= 128, difference.argmin(axis=-1) % 4, -1)
         union = (theirs >= 0) | (ours >= 0)
         visible.append(len(np.unique(theirs[theirs >= 0])))
-        assert (ours == theirs)[union].mean() > 0.97
+        assert (ours == theirs)[union].mean() > agreement
+        assert (ours[theirs >= 0] >= 0).mean() > 0.998
         inside = (theirs >= 0) & (np.roll(theirs, 1, 0) >= 0) & (np.roll(theirs, -1, 0) >= 0)
         inside &= (np.roll(theirs, 1, 1) >= 0) & (np.roll(theirs, -1, 1) >= 0)
-        assert (picture[inside][:, 3] == 255).mean() > 0.97  # where one sphere's edge lies over another there is no hole
+        assert (picture[inside][:, 3] == 255).mean() > agreement  # where one sphere's edge lies over another there is no hole
     assert np.mean(visible) > 2.5
 
 
@@ -195,8 +196,8 @@ def test_what_is_not_to_be_seen_is_not_drawn():
     np.testing.assert_array_equal(both[alone[..., 3] == 255], alone[alone[..., 3] == 255])
     wall = np.eye(4)  # a far one that fills the picture's width, but not its corners
     wall[:3, 3] = 0, 0, 3
-    alpha = draw_spheres(np.stack([pose, wall]), [0.99, 1.9], COLOURS, intrinsics, camera, 48, 64)[..., 3]
-    assert (alpha[24] == 255).all() and not alpha[[0, -1], 0].any()
+    alpha = draw_spheres(np.stack([pose, wall]), [0.99, 1.9], COLOURS, pinhole(36, 48, 60), camera, 36, 48)[..., 3]
+    assert (alpha[18] == 255).all() and not alpha[[0, -1], 0].any()
 
 
 def test_over():
