@@ -12,6 +12,7 @@ the path never comes back to it. Stopped in the middle, the script goes on where
 """
 
 import os
+import signal
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from episodes import CAMERAS, Episode, UserError, run_stage, write_episode
+from episodes import CAMERAS, Episode, UserError, find_episodes, read_episode, run_stage, write_episode
 from sims.mujoco_panda import CONTROL_HZ, TASKS, PandaEnv, rotation_from, rotation_vector
 
 JOINT_SPEED = 1.2  # rad/s, about half of what the arm can do (Franka's data sheet: 2.2 to 2.6)
@@ -108,6 +109,7 @@ def record_scene(folder, task, seed, image_size):
     """All variations of one scene that are not on disk yet. Returns (task, attempts, successes)."""
     if task not in _env:
         _env[task] = PandaEnv(task, image_size, CAMERAS)
+        _env[task].render()  # a machine that cannot draw says so here, instead of failing in every attempt
     attempts = successes = 0
     for variation in range(_env[task].task.candidates):
         path = folder / task / f"{seed:07d}_{variation:02d}.hdf5"
@@ -129,19 +131,25 @@ def main():
     unknown = [task for task in settings.tasks if task not in TASKS]
     if unknown:
         raise UserError(f"There is no task '{unknown[0]}'; choose from {', '.join(TASKS)}.")
-    folder = settings.run / "episodes"
+    if min(settings.scenes, settings.image_size, settings.workers) < 1:
+        raise UserError("--scenes, --image-size and --workers must be 1 or more.")
+    folder, size = settings.run / "episodes", (settings.image_size, settings.image_size)
+    for path in find_episodes(folder)[:1] if any(folder.glob("*/*.hdf5")) else ():
+        if set(sizes := read_episode(path, images=False).image_sizes.values()) != {size}:
+            raise UserError(f"{path} has pictures of {', '.join(map(str, set(sizes)))} pixels, not {size}: use another --run.")
     for task in settings.tasks:
         (folder / task).mkdir(parents=True, exist_ok=True)
     scenes = [(task, settings.seed + i) for i in range(settings.scenes) for task in settings.tasks]
     counts = {task: np.zeros(2, int) for task in settings.tasks}
-    with ProcessPoolExecutor(settings.workers) as pool:
+    ignore_interrupt = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is this process's business, not the workers'
+    with ProcessPoolExecutor(settings.workers, initializer=signal.signal, initargs=ignore_interrupt) as pool:
         jobs = [pool.submit(record_scene, folder, task, seed, settings.image_size) for task, seed in scenes]
         try:
             for job in tqdm(as_completed(jobs), total=len(jobs), desc="scenes", unit="scene"):
                 task, attempts, successes = job.result()
                 counts[task] += attempts, successes
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
             raise
     for task, (attempts, successes) in counts.items():
         rate = f"{successes / attempts:.1%} of {attempts} attempts succeeded" if attempts else "nothing left to record"

@@ -397,8 +397,6 @@ def save(folder, checkpoint, config):
         path.write_text(json.dumps(config, indent=1))
     with write_whole(folder / "model.safetensors") as path:
         save_file(checkpoint["model"], path)
-    with write_whole(folder / "training.pt") as path:
-        torch.save(checkpoint, path)
     with write_whole(folder / "losses.csv") as path, open(path, "w", newline="") as file:
         csv.writer(file).writerows([COLUMNS, *checkpoint["history"]])
     figure, rows = Figure((11, 4), layout="constrained"), np.array([row[:5] for row in checkpoint["history"]])  # (N, 5)
@@ -416,6 +414,8 @@ def save(folder, checkpoint, config):
         axes.grid(alpha=0.3)
     with write_whole(folder / "losses.png") as path:
         figure.savefig(path, format="png", dpi=120)
+    with write_whole(folder / "training.pt") as path:  # last: what it says is done, is done
+        torch.save(checkpoint, path)
 
 
 def ignore_interrupt(_worker):

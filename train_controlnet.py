@@ -26,6 +26,7 @@ import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import diffusers
 import h5py
@@ -37,7 +38,6 @@ import transformers
 import tyro
 from accelerate import Accelerator
 from diffusers import ControlNetModel, EulerDiscreteScheduler, UNet2DConditionModel
-from PIL import Image
 from tokenizers import pre_tokenizers
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -62,6 +62,8 @@ TOKENS = 32  # longest prompt; CLIP's 77 would be padding
 class Settings:
     run: Path = Path("runs/demo")
     """Folder of the run: reads episodes/ and spheres/, writes controlnet/."""
+    size: Literal["tiny"] = "tiny"
+    """tiny: the laptop rung, built small and trained from nothing."""
     steps: int = 3600
     """Gradient steps."""
     batch: int = 8
@@ -228,7 +230,7 @@ def train_tokenizer(sentences):
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     pieces = alphabet + [byte + "</w>" for byte in alphabet] + ["".join(merge) for merge in merges]
     pieces += ["<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer({piece: i for i, piece in enumerate(pieces)}, merges, model_max_length=TOKENS)
+    return CLIPTokenizer({piece: i for i, piece in enumerate(dict.fromkeys(pieces))}, merges, model_max_length=TOKENS)
 
 
 class Painter(torch.nn.Module):
@@ -403,8 +405,6 @@ def validate(painter, frames, folder, count=48):
 
 def save(folder, painter, optimizer, step, log, identity):
     """The checkpoint, the parts for inference, the log and its plot: each file whole."""
-    with write_whole(folder / "training.pt") as path:
-        torch.save({"step": step, "identity": identity, "log": log, "model": painter.state_dict(), "optimizer": optimizer.state_dict()}, path)
     painter.save(folder)
     with write_whole(folder / "losses.csv") as path, open(path, "w", newline="") as file:
         csv.writer(file).writerows([("step", "loss", "first_frame_iou"), *log])
@@ -420,6 +420,8 @@ def save(folder, painter, optimizer, step, log, identity):
     with write_whole(folder / "losses.png") as path:
         figure.savefig(path, dpi=100, format="png")
     plt.close(figure)
+    with write_whole(folder / "training.pt") as path:  # last: after a kill before this, these steps are done and all is written again
+        torch.save({"step": step, "identity": identity, "log": log, "model": painter.state_dict(), "optimizer": optimizer.state_dict()}, path)
 
 
 def resume(folder, painter, optimizer, identity):
