@@ -35,8 +35,8 @@ CAMERAS = ("wrist", "front", "right_shoulder", "left_shoulder")  # tile order, r
 JOINT_LIMITS = {  # lower and upper, radians, from the data sheets; looked up by the word that occurs in the episode's `robot`
     "panda": ((-2.8973, -1.7628, -2.8973, -3.0718, -2.8973, -0.0175, -2.8973),
               (2.8973, 1.7628, 2.8973, -0.0698, 2.8973, 3.7525, 2.8973)),
-    "franka": ((-2.7437, -1.7837, -2.9007, -3.0421, -2.8065, 0.5445, -3.0159),  # the Franka Research 3
-               (2.7437, 1.7837, 2.9007, -0.1518, 2.8065, 4.5169, 3.0159)),
+    "fr3": ((-2.7437, -1.7837, -2.9007, -3.0421, -2.8065, 0.5445, -3.0159),  # the Franka Research 3
+            (2.7437, 1.7837, 2.9007, -0.1518, 2.8065, 4.5169, 3.0159)),
 }  # fmt: skip
 
 

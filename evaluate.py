@@ -40,12 +40,12 @@ import tyro
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+from act import Controller
 from collect_demos import record
 from episodes import UserError, find_episodes, run_stage, write_whole
+from painter import Painter
 from render_spheres import draw_spheres, over, target_spheres
 from sims.mujoco_panda import CONTROL_HZ, TASKS, PandaEnv
-from train_act import Controller
-from train_controlnet import Painter
 
 matplotlib.use("Agg")
 

@@ -28,8 +28,20 @@ import yaml
 from PIL import Image
 from tqdm import tqdm
 
-from episodes import (CAMERAS, UserError, check_alike, check_array, check_intrinsics, check_poses, find_episodes, read_episode,
-                      read_hdf5, run_stage, write_hdf5, write_whole)
+from episodes import (
+    CAMERAS,
+    UserError,
+    check_alike,
+    check_array,
+    check_intrinsics,
+    check_poses,
+    find_episodes,
+    read_episode,
+    read_hdf5,
+    run_stage,
+    write_hdf5,
+    write_whole,
+)
 
 FORMAT = "nanogenima-spheres-1"
 JOINTS = (1, 3, 5)  # joints 2, 4 and 6 (paper, section 3.1)

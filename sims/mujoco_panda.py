@@ -65,7 +65,7 @@ import numpy as np
 from episodes import CAMERAS, UserError
 
 CONTROL_HZ = 10
-HOME = np.array([0.0, -0.3, 0.0, -2.2, 0.0, 1.9, -0.7853])  # elbow up, fingers down, over the table
+HOME = np.array([0.0, -0.3, 0.0, -2.2, 0.0, 1.9, 0.7853])  # elbow up, fingers down, over the table
 TOOL_DOWN = np.diag([1.0, -1.0, -1.0])  # world from tool: z down, fingers open along y
 TOOL_OFFSET = 0.1034  # metres from the hand's flange to between the fingertips (Franka's data sheet)
 GRIPPER_GAIN = 15  # the model's fingers squeeze with about 1 N and objects slip; this many times more holds them
@@ -287,7 +287,7 @@ class PickAndLift(Task):
         for i in range(self.candidates):
             body = world.add_body(name=f"block{i}", pos=(0.5, 0.2 * (i - 1), self.half))
             body.add_freejoint(name=f"block{i}")
-            add_box(body, f"block{i}", [self.half] * 3, mass=0.05, friction=(1.5, 0.02, 0.001), condim=4)
+            add_box(body, f"block{i}", [self.half] * 3, mass=0.05, **GRIPPED)
 
     def place(self, env, rng):
         self.draw_colours(env, rng, "block{i}")

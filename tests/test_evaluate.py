@@ -13,8 +13,8 @@ from conftest import ROOT
 from safetensors.torch import save_file
 
 import evaluate
+from act import ACT
 from episodes import CAMERAS, UserError
-from train_act import ACT
 
 CONFIG = dict(size="tiny", observation="spheres", horizon=8, joints=7, cameras=list(CAMERAS), image_size=[64, 64], vocabulary=[],
               state_mean=[0.0] * 8, state_std=[1.0] * 8, action_std=[0.01] * 7)  # fmt: skip

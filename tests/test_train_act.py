@@ -14,9 +14,10 @@ import torch
 from conftest import ROOT, look_at, make_episode
 
 import train_act
+from act import ACT, Controller
 from episodes import UserError, find_episodes, read_episode, run_stage, write_hdf5
 from render_spheres import FORMAT, Chain, draw_spheres, target_spheres
-from train_act import ACT, COLUMNS, Controller, Samples, Settings, losses_of
+from train_act import COLUMNS, Samples, Settings, losses_of
 
 HORIZON = 3
 CAMERAS = ["wrist", "front"]  # in the order of the tiles

@@ -23,7 +23,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 import train_controlnet
 from episodes import CAMERAS, UserError, run_stage
-from train_controlnet import PROMPT, Batches, Painter, Settings, build_tiny, find_frames, load, painting_loss, tile, train_tokenizer, untile
+from painter import PROMPT, TOKENS, Painter, build_tiny, tile, train_tokenizer, untile
+from train_controlnet import Batches, Settings, find_frames, load, painting_loss
 
 SIZE = 16  # pixels a view
 INSTRUCTIONS = [
@@ -79,7 +80,7 @@ def test_every_word_of_the_instructions_is_one_token(painter):
     assert {word: len(tokenizer(word).input_ids) for word in words} == dict.fromkeys(words, 3)  # start, word, end
     for text in INSTRUCTIONS:
         ids, tokens = tokenizer(PROMPT.format(text)).input_ids, tokenizer.tokenize(PROMPT.format(text))
-        assert len(ids) <= train_controlnet.TOKENS and tokenizer.unk_token_id not in ids[:-1]
+        assert len(ids) <= TOKENS and tokenizer.unk_token_id not in ids[:-1]
         assert {word + "</w>" for word in text.split()[1:]} <= set(tokens)  # the first word: CLIP cuts 'touch into 't and ouch
     assert len({tuple(tokenizer(PROMPT.format(text)).input_ids) for text in INSTRUCTIONS}) == len(INSTRUCTIONS)
 
