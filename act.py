@@ -79,7 +79,7 @@ class ACT(nn.Module):
         cells = cells.transpose(1, 2).flatten(2, 3)  # (B, h, V*w, E): the views side by side in one wide picture (ACT)
         return (cells + sine_positions(*cells.shape[1:]).to(cells)).flatten(1, 2)  # (B, h*V*w, E)
 
-    def forward(self, pictures, state, state_given, words, joints=None, gripper=None, valid=None):
+    def forward(self, pictures, state, state_given, words, joints=None, gripper=None, valid=None, noise=None):
         """-> joints (B, K, D), gripper logits (B, K); and mean and log variance (B, LATENT) of z, if the chunk is given."""
         present, z, mean, log_variance = state[:, None, :-1], state.new_zeros(len(state), LATENT), None, None
         state = torch.where(state_given[:, None], self.state(state), self.no_state)[:, None]  # (B, 1, E)
@@ -88,7 +88,7 @@ class ACT(nn.Module):
             tokens = torch.cat([self.class_token.expand(len(state), -1, -1), state, chunk], 1) + self.chunk_position  # (B, K+2, E)
             tokens = self.posterior_encoder(tokens, src_key_padding_mask=F.pad(valid == 0, (2, 0)))
             mean, log_variance = self.posterior(tokens[:, 0]).chunk(2, -1)  # (B, LATENT) each
-            z = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
+            z = mean + (0.5 * log_variance).exp() * noise
         memory = self.encoder(torch.cat([self.latent(z)[:, None], state, self.see(pictures, words)], 1))  # (B, 2+N, E)
         # The decoder gives its last layer. (ACT's first release read the first by mistake, as LeRobot documents.)
         actions = self.action(self.decoder(self.queries.expand(len(state), -1, -1), memory))  # (B, K, 2*D+1)

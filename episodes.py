@@ -20,6 +20,7 @@ The world is the robot's base, in metres, z up. A joint's z axis is the axis it 
 
 import errno
 import os
+import shutil
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -76,6 +77,21 @@ def write_whole(path):
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def keep_last(folder, names, step, keep):
+    """Copy the files and folders `names` of a finished checkpoint to <folder>/step-<step>/, and remove all but the last `keep`."""
+    if not keep:
+        return
+    target, new = folder / f"step-{step}", folder / f".step-{step}"
+    for old in (new, target):
+        shutil.rmtree(old, ignore_errors=True)
+    new.mkdir()
+    for name in names:
+        (shutil.copytree if (folder / name).is_dir() else shutil.copy)(folder / name, new / name)
+    new.rename(target)
+    for old in sorted(folder.glob("step-*"), key=lambda path: int(path.name[5:]))[:-keep]:
+        shutil.rmtree(old)
 
 
 @contextmanager

@@ -33,8 +33,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
-from act import ACT, SIZES, words_in
-from episodes import CAMERAS, UserError, check_alike, find_episodes, read_episode, read_hdf5, run_stage, write_whole
+from act import ACT, LATENT, SIZES, words_in
+from episodes import CAMERAS, UserError, check_alike, find_episodes, keep_last, read_episode, read_hdf5, run_stage, write_whole
 from render_spheres import FORMAT as SPHERES_FORMAT
 from render_spheres import Chain, draw_spheres, target_spheres
 
@@ -50,13 +50,15 @@ class Settings:
     steps: int = 1800
     """Gradient steps; the learning rate falls to zero over them."""
     batch: int = 32
-    """Samples a step, on each device."""
+    """Samples a step, shared among all processes: with more of them the same training takes less time."""
     learning_rate: float | None = None
     """Highest learning rate; by default 1e-3 for tiny, 5e-5 for sd-turbo (published code)."""
     seed: int = 0
     """Seed of the weights, the samples and the noise."""
     checkpoint_every: int = 500
     """Steps between two checkpoints."""
+    keep: int = 0
+    """How many of the last checkpoints to keep in act/step-<N>/ (the paper evaluates the last three)."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """Where to train; auto takes a GPU where there is one."""
 
@@ -100,15 +102,16 @@ def read_run(settings):
 class Samples(Dataset):
     """The batch of each step. Sample i of step s is a pure function of (seed, s, i): to resume, nothing need be remembered."""
 
-    def __init__(self, episodes, all_episodes, config, settings, first=0):
-        self.config, self.batch, self.seed, self.first = config, settings.batch, settings.seed, first
+    def __init__(self, episodes, all_episodes, config, settings, process=0, processes=1):
+        self.config, self.seed, share = config, settings.seed, settings.batch // processes
+        self.mine = range(process * share, (process + 1) * share)  # which samples of each step are this process's
         self.frames = [(episode, t) for episode in episodes for t in range(len(episode.qpos))]
         self.scenes = [episode.images for episode in all_episodes if episode.images]
         joints = np.concatenate([episode.qpos[:, :-1] for episode in all_episodes])
         self.low, self.high = joints.min(0) - 0.1, joints.max(0) + 0.1  # rad
 
     def __getitem__(self, step):
-        return default_collate([self.sample(np.random.default_rng((self.seed, step, self.first + i))) for i in range(self.batch)])
+        return default_collate([self.sample(np.random.default_rng((self.seed, step, i))) for i in self.mine])
 
     def motion(self, random):
         """A random moment -> episode, t, present (D+1,), target (D+1,), chunk (K, D+1) of actions, valid (K,).
@@ -154,6 +157,7 @@ class Samples(Dataset):
             gripper=chunk[:, -1].astype(np.float32),  # (K,)
             valid=valid.astype(np.float32),  # (K,) 0 after the episode's end
             words=np.array([word in words for word in config["vocabulary"]], np.float32),  # (W,); W = 0 for spheres
+            noise=random.standard_normal(LATENT, np.float32),  # (LATENT,) of the CVAE
         )
 
     def draw(self, random, episode, present, target):
@@ -222,7 +226,8 @@ def jitter(random, pictures):
 def losses_of(model, batch):
     """-> the loss to minimise, and its parts."""
     joints, gripper, mean, log_variance = model(**batch)
-    average = lambda values: (values * batch["valid"]).sum() / batch["valid"].sum()  # noqa: E731  (B, K) -> ()
+    # Masked steps count as zeros (ACT), so that the mean over a batch is the mean over its parts in several processes.
+    average = lambda values: (values * batch["valid"]).mean()  # noqa: E731  (B, K) -> ()
     parts = dict(joints=average((joints - batch["joints"]).abs().mean(-1)),
                  gripper=average(F.binary_cross_entropy_with_logits(gripper, batch["gripper"], reduction="none")),
                  kl=-0.5 * (1 + log_variance - mean**2 - log_variance.exp()).sum(-1).mean())
@@ -297,11 +302,13 @@ def ignore_interrupt(_worker):
 
 def main():
     settings = tyro.cli(Settings, description=__doc__)
-    if min(settings.steps, settings.batch, settings.checkpoint_every) < 1:
-        raise UserError("--steps, --batch and --checkpoint-every must be 1 or more.")
+    if min(settings.steps, settings.batch, settings.checkpoint_every) < 1 or settings.keep < 0:
+        raise UserError("--steps, --batch and --checkpoint-every must be 1 or more, and --keep 0 or more.")
     accelerator = Accelerator(cpu=settings.device == "cpu")
     if settings.device not in ("auto", accelerator.device.type):
         raise UserError(f"There is no {settings.device} device here: use --device auto.")
+    if settings.batch % accelerator.num_processes:
+        raise UserError(f"--batch {settings.batch} cannot be shared equally among {accelerator.num_processes} processes: give a multiple of it.")
     device, folder = accelerator.device, settings.run / ("act" if settings.observation == "spheres" else "act_rgb")
     episodes, horizon = read_run(settings)
     scenes = sorted({(episode.task, episode.seed) for episode in episodes})
@@ -315,15 +322,14 @@ def main():
                   image_size=list(next(iter(episodes[0].image_sizes.values()))),
                   vocabulary=sorted(vocabulary) if settings.observation == "rgb" else [])
     learning_rate = settings.learning_rate or SIZES[settings.size]["learning_rate"]
-    identity = dict(config, steps=settings.steps, batch=settings.batch, learning_rate=learning_rate, seed=settings.seed,
-                    processes=accelerator.num_processes, episodes=len(episodes), frames=sum(len(episode.qpos) for episode in episodes))
+    identity = dict(config, steps=settings.steps, batch=settings.batch, learning_rate=learning_rate, seed=settings.seed, episodes=len(episodes), frames=sum(len(episode.qpos) for episode in episodes))
     checkpoint = read_checkpoint(folder / "training.pt", identity)
     start, history = (checkpoint["step"], checkpoint["history"]) if checkpoint else (0, [])
     if start == settings.steps:
         print(f"{folder} is trained already, {start} steps.")
         return
 
-    samples = Samples(training, episodes, config, settings, first=accelerator.process_index * settings.batch)
+    samples = Samples(training, episodes, config, settings, accelerator.process_index, accelerator.num_processes)
     present = np.stack([samples.motion(np.random.default_rng((settings.seed, i)))[2] for i in range(2000)])  # (2000, D+1)
     config.update(state_mean=present.mean(0).tolist(), state_std=(present.std(0) + 1e-3).tolist())
     torch.manual_seed(settings.seed)
@@ -355,15 +361,18 @@ def main():
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
-        done = step + 1
+        done, stop = step + 1, len(stopping)
+        if accelerator.num_processes > 1:  # the loss is of the whole batch, and all stop at the same step
+            loss, stop = accelerator.reduce(torch.stack([loss.detach(), torch.full_like(loss, stop)]), "mean")
         if accelerator.is_main_process:
             history.append([step, loss.item(), *(value.item() for value in parts.values())])
             bar.set_postfix({name: f"{value:.3f}" for name, value in zip(COLUMNS[1:], history[-1][1:])}, refresh=False)
             if done % VALIDATE_EVERY == 0 or done == settings.steps:
                 history[-1] += validate(network, checks, torch.tensor(config["state_std"], device=device))
-            if done % settings.checkpoint_every == 0 or done == settings.steps or stopping:
+            if done % settings.checkpoint_every == 0 or done == settings.steps or stop > 0:
                 save(folder, dict(model=network.state_dict(), optimizer=optimizer.state_dict(), step=done, identity=identity, history=history), config)
-        if stopping and done < settings.steps:
+                keep_last(folder, ["config.json", "model.safetensors"], done, settings.keep)
+        if stop > 0 and done < settings.steps:
             print(f"\nStopped after step {done}: the same command goes on from there.", file=sys.stderr)
             sys.exit(130)
     if accelerator.is_main_process:
