@@ -63,29 +63,31 @@ class Settings:
 
 # -------------------------------------------------------------------------------------------------------------- data
 class Batches(torch.utils.data.Dataset):
-    """Item `step` is the whole batch of that step, a function of (seed, step) alone: resuming needs no other state."""
+    """Item `step` is this process's share of that step's batch. Sample i is a function of (seed, step, i) alone: to resume, or to
+    share a batch among other processes, nothing need be remembered."""
 
-    def __init__(self, frames, settings, augment=True):
-        self.settings, self.augment, self.episodes = settings, augment, {}
+    def __init__(self, frames, settings, process=0, processes=1, augment=True):
+        self.settings, self.augment, share, episodes = settings, augment, settings.batch // processes, {}
+        self.mine = range(process * share, (process + 1) * share)
         for frame in frames:  # (episode, spheres, t, instructions)
-            self.episodes.setdefault(frame[0], []).append(frame)
-        self.episodes = list(self.episodes.values())
+            episodes.setdefault(frame[0], []).append(frame)
+        self.episodes = list(episodes.values())
 
     def __len__(self):
         return self.settings.steps
 
     def __getitem__(self, step):
-        rng = np.random.default_rng([self.settings.seed, step])
-        chosen = [self.episodes[i] for i in rng.integers(len(self.episodes), size=self.settings.batch)]
+        rngs = [np.random.default_rng([self.settings.seed, step, i]) for i in self.mine]
+        chosen = [self.episodes[rng.integers(len(self.episodes))] for rng in rngs]
         # Early frames come more often: there nothing but the words tells the target; later the arm's place gives it away.
-        chosen = [frames[int(len(frames) * rng.random() ** 2)] for frames in chosen]
-        return load(chosen, rng, self.augment)
+        chosen = [frames[int(len(frames) * rng.random() ** 2)] for frames, rng in zip(chosen, rngs)]
+        return load(chosen, rngs, self.augment)
 
 
-def load(frames, rng, augment):
+def load(frames, rngs, augment):
     """Reads frames -> condition, observation (B, 3, 2H, 2W) and layer (B, 4, 2H, 2W) as floats 0..1, and prompts."""
-    observations, layers, prompts = [], [], []
-    for episode, spheres, t, instructions in frames:
+    conditions, observations, layers, prompts = [], [], [], []
+    for (episode, spheres, t, instructions), rng in zip(frames, rngs):
         with h5py.File(episode, "r") as images, h5py.File(spheres, "r") as drawn:
             observation = np.stack([images[f"observations/images/{camera}"][t] for camera in CAMERAS])
             layer = np.stack([drawn[f"layers/{camera}"][t] for camera in CAMERAS])
@@ -94,29 +96,24 @@ def load(frames, rng, augment):
             dy, dx = rng.integers(0, 5, size=2)
             H, W = both.shape[1:3]
             both = np.pad(both, ((0, 0), (2, 2), (2, 2), (0, 0)), mode="reflect")[:, dy : dy + H, dx : dx + W]
-        observations.append(both[..., :3])
-        layers.append(both[..., 3:])
+        both = tile(torch.from_numpy(both).permute(0, 3, 1, 2).float()[None] / 255)[0]  # (7, 2H, 2W)
+        observations.append(both[:3])
+        layers.append(both[3:])
+        conditions.append(colour_jitter(both[:3], rng) if augment else both[:3])
         prompts.append(PROMPT.format(instructions[rng.integers(len(instructions))]))
-    as_tiles = lambda pictures: tile(torch.from_numpy(np.stack(pictures)).permute(0, 1, 4, 2, 3).float() / 255)  # noqa: E731
-    observation, layer = as_tiles(observations), as_tiles(layers)
-    condition = colour_jitter(observation, rng) if augment else observation
-    return condition, observation, layer, prompts
+    return torch.stack(conditions), torch.stack(observations), torch.stack(layers), prompts
 
 
-def colour_jitter(pictures, rng):
-    """Brightness 0.2, contrast 0.2, saturation 0.1 (published code), of the condition alone: (B, 3, H, W) in 0..1.
+def colour_jitter(picture, rng):
+    """Brightness 0.2, contrast 0.2, saturation 0.1 (published code), of the condition alone: (3, H, W) in 0..1.
 
     Its hue jitter of 0.05 is left out: here the colour's name is what the instruction says.
     """
-    B = len(pictures)
-    brightness, contrast, saturation = (
-        torch.from_numpy(rng.uniform(1 - s, 1 + s, (B, 1, 1, 1)).astype(np.float32)) for s in (0.2, 0.2, 0.1)
-    )
-    pictures = pictures * brightness
-    mean = pictures.mean(dim=(1, 2, 3), keepdim=True)
-    pictures = mean + contrast * (pictures - mean)
-    grey = pictures.mean(dim=1, keepdim=True)
-    return (grey + saturation * (pictures - grey)).clamp(0, 1)
+    brightness, contrast, saturation = (float(rng.uniform(1 - strength, 1 + strength)) for strength in (0.2, 0.2, 0.1))
+    picture = picture * brightness
+    picture = picture.mean() + contrast * (picture - picture.mean())
+    grey = picture.mean(dim=0, keepdim=True)
+    return (grey + saturation * (picture - grey)).clamp(0, 1)
 
 
 def find_frames(run):
@@ -213,7 +210,7 @@ def validate(painter, frames, folder, count=48):
     firsts = [frame for frame in frames if frame[2] == 0]
     rng = np.random.default_rng(0)
     chosen = [firsts[i] for i in rng.permutation(len(firsts))[:count]]
-    _, observation, layer, prompts = load(chosen, rng, augment=False)
+    _, observation, layer, prompts = load(chosen, [rng] * len(chosen), augment=False)
     device = next(painter.parameters()).device
     painted = torch.cat([painter(o.to(device), p).sigmoid().cpu() for o, p in
                          ((observation[i : i + 8], prompts[i : i + 8]) for i in range(0, len(chosen), 8))])  # fmt: skip

@@ -213,10 +213,10 @@ def test_crop_moves_picture_and_layer_together_and_jitter_the_condition_alone(tm
         for camera in CAMERAS:
             root[f"layers/{camera}"], root[f"observations/images/{camera}"] = pictures, pictures[..., :3]
     frames = [(tmp_path / "both.hdf5", tmp_path / "both.hdf5", 0, ["push"])] * 8
-    condition, observation, layer, prompts = load(frames, np.random.default_rng(0), augment=True)
+    condition, observation, layer, prompts = load(frames, [np.random.default_rng(i) for i in range(8)], augment=True)
     assert torch.equal(observation, layer[:, :3]) and not torch.equal(observation[0], observation[1])
     assert (condition - observation).abs().mean() > 0.01 and prompts == [PROMPT.format("push")] * 8
-    condition, observation, layer, _ = load(frames, np.random.default_rng(0), augment=False)
+    condition, observation, layer, _ = load(frames, [np.random.default_rng(0)] * 8, augment=False)
     plain = torch.from_numpy(pictures[0]).permute(2, 0, 1) / 255
     assert torch.equal(condition, observation) and torch.equal(untile(layer)[3, 2], plain)
 
