@@ -58,7 +58,8 @@ VIEWS, CORNERS = 8, 8  # fewest pictures, and fewest corners in a picture
 AT_REST, APART = 0.02, 0.05  # rad/s, rad: which frames of an episode serve as pictures
 LENS_ERROR, ARM_ERROR = 1.5, 3.0  # pixels, root mean square: more than this is not noise
 SQUARE_ERROR = 0.01  # how far the squares' size may be from what fits the arm's motion, as a part of it
-UNSURE = (0.005, np.radians(0.5))  # metres, radians: largest standard error of a camera's pose that is worth writing
+TURN = np.radians(5)  # least turning of the hand about a second axis, root mean square
+UNSURE = (0.010, np.radians(1))  # metres, radians: largest standard error of a camera's pose that is worth writing
 PAPER, DOTS = (210, 297), 600 / 25.4  # A4 in mm, and dots per mm
 
 
@@ -128,9 +129,11 @@ def read_pictures(settings):
     for number, q in joints.items():
         if q.shape != (7,) or not np.isfinite(q).all() or np.abs(q).max() > 2 * np.pi:
             raise UserError(f"{table}: the line of picture {number} must hold 7 joint positions in radians.")
-    paths = sorted(path for path in (source / settings.camera).glob("*.*") if path.stem.isdigit() and int(path.stem) in joints)
+    paths = sorted(path for path in (source / settings.camera).glob("*.*") if path.stem.isdigit())
     pictures = []
     for path in paths:
+        if int(path.stem) not in joints:
+            raise UserError(f"{path} has no line in {table}: delete it, or add the joint positions at which it was taken.")
         try:
             pictures.append(np.array(Image.open(path).convert("RGB")))
         except OSError as error:
@@ -151,15 +154,14 @@ def find_corners(board, pictures, settings):
             mirrored += flipped is not None and len(flipped) >= CORNERS
         markers += seen is not None
         found.append((numbers.ravel().astype(int), pixels.reshape(-1, 2).astype(float) + 0.5))  # OpenCV counts from pixel centres
-    used, where = sum(len(numbers) > 0 for numbers, _ in found), settings.images
+    used, of_all = sum(len(numbers) > 0 for numbers, _ in found), f"of {len(pictures)} pictures of {settings.camera}"
     if mirrored > used:
-        raise UserError(f"{where}: the board is mirrored in {mirrored} of {len(pictures)} pictures of {settings.camera}: "
-                        "print it without mirroring, or switch off the camera's.")
+        raise UserError(f"{settings.images}: the board is mirrored in {mirrored} {of_all}: print it, and have the camera's driver show "
+                        "it, the right way round.")
     if used < VIEWS:
-        why = (f"an arm at rest, the whole board in view and sharp, and markers of --dictionary {settings.dictionary}" if not markers
-               else f"the whole board in view and sharp, and a board of {settings.squares[0]} x {settings.squares[1]} --squares")
-        raise UserError(f"{where}: {used} of {len(pictures)} pictures of {settings.camera} show the board, "
-                        f"and {VIEWS} are needed, better 20; what is needed for it: {why}.")
+        what = f"{settings.squares[0]} x {settings.squares[1]} --squares" if markers else f"markers of --dictionary {settings.dictionary}"
+        raise UserError(f"{settings.images}: {used} {of_all} show the board well, and {VIEWS} are needed, better 20: take more, sharp and "
+                        f"with most of the board in view, and see that it has {what}.")
     return found
 
 
@@ -193,6 +195,12 @@ def fit_camera(found, points, world_from_last, size, on_arm, square, names):
         raise UserError(f"The corners are {lens_error:.1f} pixels from where a camera without distortion would see them: take sharp "
                         "pictures of a flat board, give its true --squares, and undistort the pictures of a lens that bends straight lines.")
 
+    turns_of_hand = [cv2.Rodrigues(carrier[0, :3, :3].T @ pose[:3, :3])[0].ravel() for pose in carrier]  # rotation vectors
+    second = np.linalg.svd(turns_of_hand, compute_uv=False)[1] / np.sqrt(len(views))
+    if second < TURN:
+        raise UserError(f"The hand turned about one axis only, by {np.degrees(second):.1f} degrees about any second one: turn it by 20 "
+                        "to 40 degrees about different axes between pictures.")
+
     # With the arm: a first guess by Park and Martin's method, then the least squares of all pixels.
     boards = [pose_of(np.append(turn, shift)) for turn, shift in zip(turns, shifts)]
     rotation, position = cv2.calibrateHandEye(carrier[:, :3, :3], carrier[:, :3, 3], [pose[:3, :3] for pose in boards],
@@ -208,16 +216,19 @@ def fit_camera(found, points, world_from_last, size, on_arm, square, names):
         return (here[:, :2] / here[:, 2:] * (intrinsics[[0, 1], [0, 1]] + x[12:14]) + intrinsics[:2, 2] + x[14:16] - seen).ravel()
 
     x, error, deviation = least_squares(errors, np.zeros(17))
+    # The arm's own errors are the same for all corners of a picture, so that these count less than as many independent ones.
+    share = max(0, 1 - lens_error**2 / (2 * len(P) - 6 * len(views) - 4) / (rms(error)**2 / (2 * len(P) - 17)))
+    less = np.sqrt(1 + share * (len(P) / len(views) - 1))
     if rms(error) > ARM_ERROR:
         worst = views[np.argmax([rms(error.reshape(-1, 2)[view == i]) for i in range(len(views))])]
         raise UserError(f"The camera alone fits to {lens_error:.2f} pixels, but with the arm's positions to {rms(error):.1f} (worst: "
                         f"{names[worst]}): see that each picture has its own joint positions, that board and camera never slipped, and "
                         f"that the camera sits {'on the arm' if on_arm else 'in the room'} (--on-arm).")
-    if abs(x[16]) > max(SQUARE_ERROR, 4 * deviation[16]):
+    if abs(x[16]) > max(SQUARE_ERROR, 4 * less * deviation[16]):
         raise UserError(f"The arm moved as if the squares were {1000 * square * (1 + x[16]):.1f} mm wide, not {1000 * square:.1f}: "
                         "measure a square on the printed board and give --square (and --marker) in metres.")
     x, error, deviation = least_squares(errors, x[:16])
-    unsure = np.linalg.norm(deviation[3:6]), np.linalg.norm(deviation[:3])
+    unsure = less * np.linalg.norm(deviation[3:6]), less * np.linalg.norm(deviation[:3])
     if not (unsure[0] < UNSURE[0] and unsure[1] < UNSURE[1]):
         raise UserError(f"The camera's pose is uncertain by {1000 * unsure[0]:.0f} mm and {np.degrees(unsure[1]):.1f} degrees: take more "
                         "pictures, and turn the hand by 20 to 40 degrees about different axes between them.")
@@ -255,12 +266,14 @@ def least_squares(errors, x):
         x, error, damping = new, new_error, damping / 10
         if gain < 1e-9:
             break
-    variance = np.linalg.pinv(square, hermitian=True).diagonal() * (error @ error) / (len(error) - len(x))
+    unit = 1 / np.sqrt(square.diagonal() + 1e-12)  # so that pixels and radians compare
+    values, vectors = np.linalg.eigh(square * unit * unit[:, None])
+    variance = (vectors**2 / np.maximum(values, 1e-15)).sum(1) * unit**2 * (error @ error) / (len(error) - len(x))
     return x, error, np.sqrt(variance)
 
 
 # ------------------------------------------------------------------------------------------------------------ output
-def draw_check(picture, fit, joint_poses, on_arm, camera, points, square):
+def draw_check(picture, fit, joint_poses, on_arm, camera, points):
     """A picture (H, W, 3) with the joints' spheres, the base's axes (20 cm; x red, y green, z blue) and the board's corners."""
     world_from_camera = joint_poses[-2] @ fit.camera if on_arm else fit.camera
     world_from_board = fit.board if on_arm else joint_poses[-2] @ fit.board
@@ -300,6 +313,9 @@ def calibrate(settings):
     on_arm = settings.camera == "wrist" if settings.on_arm is None else settings.on_arm
     board = make_board(settings)
     names, pictures, joint_poses = read_pictures(settings)
+    if len(pictures) < VIEWS:
+        raise UserError(f"{settings.images} has {len(pictures)} pictures of {settings.camera} with the arm at rest, and {VIEWS} are needed, "
+                        "better 20.")
     if len({picture.shape for picture in pictures}) > 1:
         raise UserError(f"{settings.images}: the pictures of {settings.camera} are of different sizes: a calibration is of one size.")
     found = find_corners(board, pictures, settings)
@@ -309,7 +325,7 @@ def calibrate(settings):
     pose = "last_joint_from_camera" if on_arm else "world_from_camera"
     write_calibration(settings.calibration, settings.camera, {"intrinsics": fit.intrinsics, pose: fit.camera})
     used = [t for t, (numbers, _) in enumerate(found) if len(numbers)]
-    sheet = [draw_check(pictures[t], fit, joint_poses[t], on_arm, settings.camera, points, settings.square)
+    sheet = [draw_check(pictures[t], fit, joint_poses[t], on_arm, settings.camera, points)
              for t in (used[0], used[len(used) // 2], used[-1])]
     check = settings.calibration.with_name(f"{settings.calibration.stem}_{settings.camera}.png")
     with write_whole(check) as temporary:
