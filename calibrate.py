@@ -56,7 +56,7 @@ class Settings:
 
 VIEWS, CORNERS = 8, 8  # fewest pictures, and fewest corners in a picture
 AT_REST, APART = 0.02, 0.05  # rad/s, rad: which frames of an episode serve as pictures
-LENS_ERROR, ARM_ERROR = 1.5, 3.0  # pixels, root mean square: more than this is not noise
+BENT_ERROR, LENS_ERROR, ARM_ERROR = 0.6, 3.0, 3.0  # pixels, root mean square: more than this is not noise
 SQUARE_ERROR = 0.01  # how far the squares' size may be from what fits the arm's motion, as a part of it
 TURN = np.radians(5)  # least turning of the hand about a second axis, root mean square
 UNSURE = (0.010, np.radians(1))  # metres, radians: largest standard error of a camera's pose that is worth writing
@@ -187,13 +187,17 @@ def fit_camera(found, points, world_from_last, size, on_arm, square, names):
     on_board, pixels = [points[found[t][0]] for t in views], [found[t][1] for t in views]
     view, P, seen = np.repeat(np.arange(len(views)), list(map(len, pixels))), np.concatenate(on_board), np.concatenate(pixels)
 
-    # The camera alone. Spheres are drawn without lens distortion, so none is fitted.
-    straight = cv2.CALIB_ZERO_TANGENT_DIST | cv2.CALIB_FIX_K1 | cv2.CALIB_FIX_K2 | cv2.CALIB_FIX_K3
-    single = lambda arrays: [np.asarray(array, np.float32) for array in arrays]  # noqa: E731
-    lens_error, intrinsics, _, turns, shifts = cv2.calibrateCamera(single(on_board), single(pixels), size[::-1], None, None, flags=straight)
+    # The camera alone. Spheres are drawn without lens distortion, so none is fitted, but looked for.
+    planes = [np.asarray(p, np.float32) for p in on_board], [np.asarray(p, np.float32) for p in pixels], size[::-1], None, None
+    bent = cv2.CALIB_ZERO_TANGENT_DIST | cv2.CALIB_FIX_K3
+    lens_error, intrinsics, _, turns, shifts = cv2.calibrateCamera(*planes, flags=bent | cv2.CALIB_FIX_K1 | cv2.CALIB_FIX_K2)
+    bent_error = cv2.calibrateCamera(*planes, flags=bent)[0]
+    if lens_error > BENT_ERROR and lens_error > 1.3 * bent_error:
+        raise UserError(f"The lens bends straight lines: the corners are {lens_error:.1f} pixels from where they would be without, and "
+                        f"{bent_error:.1f} with distortion: undistort the pictures, here and for the demonstrations.")
     if lens_error > LENS_ERROR:
-        raise UserError(f"The corners are {lens_error:.1f} pixels from where a camera without distortion would see them: take sharp "
-                        "pictures of a flat board, give its true --squares, and undistort the pictures of a lens that bends straight lines.")
+        raise UserError(f"The corners are {lens_error:.1f} pixels from where any camera would see them: take sharp pictures of a flat "
+                        "board, and give its true --squares.")
 
     turns_of_hand = [cv2.Rodrigues(carrier[0, :3, :3].T @ pose[:3, :3])[0].ravel() for pose in carrier]  # rotation vectors
     second = np.linalg.svd(turns_of_hand, compute_uv=False)[1] / np.sqrt(len(views))

@@ -4,6 +4,7 @@ In:   runs/demo/episodes/<task>/<name>.hdf5     (collect_demos.py)
 Out:  runs/demo/spheres/<task>/<name>.hdf5      attrs format, horizon, episode, settings
           /layers/<camera>   (T, H, W, 4) uint8 RGBA, to be laid over a picture with `over`
           /target/qpos       (T, D+1) joint positions K steps later, and the gripper command (0 or 1) sent then
+          /cameras/<camera>  intrinsics, extrinsics as in an episode, where --calibration measured them anew
 
     python render_spheres.py                    for every episode of runs/demo
     python render_spheres.py --preview          and runs/demo/spheres/preview.png and preview.mp4
@@ -277,6 +278,9 @@ def render(source, target, horizon, size, calibration, first):
     with write_hdf5(target) as root:
         root.attrs.update(format=FORMAT, horizon=horizon, episode=f"{source.parent.name}/{source.name}", settings=settings)
         root["target/qpos"] = np.concatenate([episode.qpos[later, :-1], command], axis=1)
+        for camera in calibration:  # for whoever draws the spheres again
+            root[f"cameras/{camera}/intrinsics"] = episode.intrinsics[camera]
+            root[f"cameras/{camera}/extrinsics"] = episode.extrinsics[camera]
         for camera, (image_height, image_width) in episode.image_sizes.items():
             height = size or image_height
             width = round(image_width * height / image_height)

@@ -90,6 +90,8 @@ def read_run(settings):
             raise UserError(f"{spheres} is missing: run render_spheres.py --run {settings.run} first.")
         with read_hdf5(spheres, SPHERES_FORMAT) as root:
             episode.target, episode.horizon = root["target/qpos"][()], int(root.attrs["horizon"])
+            for camera, measured in root.get("cameras", {}).items():  # render_spheres.py --calibration
+                episode.intrinsics[camera], episode.extrinsics[camera] = measured["intrinsics"][()], measured["extrinsics"][()]
         episode.chain = Chain.from_episode(episode)
         episodes.append(episode)
         if episode.target.shape != episode.qpos.shape or episode.horizon != episodes[0].horizon:

@@ -13,7 +13,7 @@ from test_episodes import stage
 
 import calibrate
 from calibrate import Settings, arm_chain, find_corners, fit_camera, make_board
-from episodes import write_episode
+from episodes import UserError, write_episode
 from render_spheres import load_calibration
 
 INTRINSICS = np.array([[615.0, 0, 322], [0, 613, 237], [0, 0, 1]])
@@ -96,7 +96,7 @@ def taken():
     """camera: q (T, 7), camera, pictures [T], to_camera (T, 4, 4)."""
     random, cameras = np.random.default_rng(0), {}
     for name in ("front", "wrist"):
-        q, _, camera, _, to_camera = scene(random, name == "wrist", views=20)
+        q, _, camera, _, to_camera = scene(random, name == "wrist")
         cameras[name] = q, camera, [photograph(random, pose) for pose in to_camera], to_camera
     return cameras
 
@@ -108,16 +108,16 @@ def lay_out(folder, taken, mend=lambda picture: picture, count=20):
         (folder / name).mkdir(parents=True)
         q, _, pictures, _ = taken[name]
         for i in range(count):
-            Image.fromarray(mend(pictures[i])).save(folder / name / f"{first + i:03d}.png")
+            Image.fromarray(mend(pictures[i])).save(folder / name / f"{first + i:03d}.png", compress_level=1)
             lines.append([f"{first + i:03d}", *q[i]])
     with open(folder / "joints.csv", "w", newline="") as file:
         csv.writer(file).writerows(lines)
     return folder
 
 
-@pytest.fixture
-def pictures(tmp_path, taken):
-    return lay_out(tmp_path / "pictures", taken)
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory, taken):
+    return lay_out(tmp_path_factory.mktemp("pictures") / "pictures", taken)
 
 
 def test_corners_are_found_where_they_are(taken):
@@ -143,5 +143,117 @@ def test_both_cameras_from_pictures(taken, pictures, tmp_path, monkeypatch, caps
         photo = taken[camera][2][0]
         dots = (np.abs(drawn[:, :640].astype(int) - (255, 0, 255)).max(-1) < 60) & (np.abs(photo.astype(int) - (255, 0, 255)).max(-1) > 60)
         assert dots.sum() > 200  # the corners of the board
-    assert list(load_calibration(path)) == ["overhead", "front", "wrist"]
+    assert list(load_calibration(path)) == ["front", "overhead", "wrist"]
     np.testing.assert_array_equal(load_calibration(path)["overhead"]["world_from_camera"], np.eye(4))
+
+
+def test_frames_of_an_episode_at_rest(taken, tmp_path, monkeypatch, capsys):
+    q, camera, pictures, _ = taken["wrist"]
+    episode, *_ = make_episode(frames=40, size=SIZE)
+    episode.qpos = np.hstack([np.repeat(q, 2, 0), np.ones((40, 1))]).astype(np.float32)  # each posture twice, first in motion
+    episode.qvel = np.where(np.arange(40)[:, None] % 2, 0, 0.5) * np.ones((1, 8), np.float32)
+    episode.joint_poses = CHAIN.joint_poses(episode.qpos[:, :7]).astype(np.float32)
+    blurred = [cv2.GaussianBlur(picture, (0, 0), 2) for picture in pictures]
+    episode.images = {"wrist": np.stack([picture for pair in zip(blurred, pictures) for picture in pair])}
+    episode.intrinsics, episode.extrinsics = {"wrist": np.diag([99.0, 99, 1])}, {"wrist": np.repeat(np.eye(4)[None], 40, 0)}
+    episode.action = episode.qpos
+    write_episode(tmp_path / "000.hdf5", episode)
+    code, out, _ = stage(monkeypatch, capsys, calibrate.main, "--images", tmp_path / "000.hdf5", "--camera", "wrist",
+                         "--calibration", tmp_path / "cams.yaml")  # fmt: skip
+    metres, degrees = apart(camera, load_calibration(tmp_path / "cams.yaml")["wrist"]["last_joint_from_camera"])
+    assert code == 0 and "20 of 20" in out and metres < 1e-3 and degrees < 0.2
+
+
+def refused(folder, monkeypatch, capsys, *arguments, camera="front"):
+    """The calibration has to fail in one sentence and to write nothing. Returns the sentence."""
+    path = folder.parent / "unwritten.yaml"
+    code, out, sentence = stage(monkeypatch, capsys, calibrate.main, "--images", folder, "--camera", camera,
+                                "--calibration", path, *arguments)  # fmt: skip
+    assert code == 2 and out == "" and sentence.endswith(".") and sentence.count("\n") == 0 and not path.exists()
+    return sentence
+
+
+@pytest.mark.parametrize("camera", ["front", "wrist"])
+def test_a_wrong_size_of_the_squares(pictures, monkeypatch, capsys, camera):
+    sentence = refused(pictures, monkeypatch, capsys, "--square", 0.028, "--marker", 0.0205, camera=camera)
+    assert "30.0 mm" in sentence and "not 28.0" in sentence and "--square" in sentence
+    assert "30.0 mm" in refused(pictures, monkeypatch, capsys, "--square", 0.032, camera=camera)  # the markers' size is right
+
+
+def test_too_few_pictures(taken, pictures, tmp_path, monkeypatch, capsys):
+    assert "4 pictures of front" in refused(lay_out(tmp_path / "few", taken, count=4), monkeypatch, capsys)
+    assert "0 pictures of overhead" in refused(pictures, monkeypatch, capsys, camera="overhead")
+    hidden = lay_out(tmp_path / "hidden", taken, count=12)
+    for i in range(5):
+        Image.new("RGB", SIZE[::-1]).save(hidden / f"front/{i:03d}.png")
+    assert "7 of 12 pictures of front" in refused(hidden, monkeypatch, capsys)
+
+
+def test_mirrored_boards_and_other_boards(taken, pictures, tmp_path, monkeypatch, capsys):
+    mirrored = lay_out(tmp_path / "mirrored", taken, mend=lambda picture: picture[:, ::-1], count=10)
+    assert "mirrored in 10 of 10 pictures of front" in refused(mirrored, monkeypatch, capsys)
+    assert "--dictionary 4X4_50" in refused(pictures, monkeypatch, capsys, "--dictionary", "4X4_50")
+    assert "--squares" in refused(pictures, monkeypatch, capsys, "--squares", 6, 7)
+    assert "--squares" in refused(pictures, monkeypatch, capsys, "--squares", 2, 7)
+    assert "--marker" in refused(pictures, monkeypatch, capsys, "--marker", 0.04)
+
+
+def test_hands_that_did_not_turn_and_joints_of_other_pictures():
+    random = np.random.default_rng(0)
+    for on_arm in (False, True):
+        _, last, camera, board, to_camera = scene(random, on_arm)
+        found = [(np.arange(len(POINTS)), project(pose, POINTS)) for pose in to_camera]
+        names = [f"picture {i}" for i in range(20)]
+        swapped = last[[0, 1, 2, 4, 3, *range(5, 20)]]
+        with pytest.raises(UserError, match="worst: picture [34]"):
+            fit_camera(found, POINTS, swapped, SIZE, on_arm, 0.03, names)
+        with pytest.raises(UserError, match="joint positions"):
+            fit_camera(found, POINTS, last, SIZE, not on_arm, 0.03, names)
+        about_one_axis = last[0] @ np.array([calibrate.pose_of([0, 0, angle, 0, 0, 0]) for angle in np.linspace(-1, 1, 20)])
+        with pytest.raises(UserError, match="one axis"):
+            fit_camera(found, POINTS, about_one_axis, SIZE, on_arm, 0.03, names)
+
+
+def test_a_lens_that_bends_lines():
+    random = np.random.default_rng(0)
+    _, last, _, _, to_camera = scene(random, False)
+    bent = [project(pose, POINTS) for pose in to_camera]
+    for pixels in bent:
+        away = (pixels - INTRINSICS[:2, 2]) / 615
+        pixels += 615 * away * (-0.4 * (away**2).sum(1, keepdims=True) + 0.5 * (away**2).sum(1, keepdims=True) ** 2)
+    with pytest.raises(UserError, match="distortion"):
+        fit_camera([(np.arange(len(POINTS)), pixels) for pixels in bent], POINTS, last, SIZE, False, 0.03, list(range(20)))
+
+
+@pytest.mark.parametrize("text, word", [
+    (None, "joints.csv"), ("", "no line in"), ("0,1,2\n", "picture 0"), ("0,a,b,c,d,e,f,g\n", "joints.csv"),
+    ("0,nan,0,0,0,0,0,0\n", "picture 0"), ("0,0,-17,0,-126,0,108,45\n", "radians"), ("0,0,0,0,0,0,0,0\n", "000.png cannot be read"),
+])  # fmt: skip
+def test_bad_folders(tmp_path, monkeypatch, capsys, text, word):
+    (tmp_path / "pictures/front").mkdir(parents=True)
+    (tmp_path / "pictures/front/000.png").write_bytes(b"no picture")
+    if text is not None:
+        (tmp_path / "pictures/joints.csv").write_text(text)
+    assert word in refused(tmp_path / "pictures", monkeypatch, capsys)
+
+
+def test_a_broken_calibration_file_stays(pictures, tmp_path, monkeypatch, capsys):
+    (tmp_path / "cams.yaml").write_text("front: {")
+    code, _, sentence = stage(monkeypatch, capsys, calibrate.main, "--images", pictures, "--calibration", tmp_path / "cams.yaml")
+    assert code == 2 and "cams.yaml" in sentence and (tmp_path / "cams.yaml").read_text() == "front: {"
+    assert "nowhere" in refused(tmp_path / "nowhere", monkeypatch, capsys)
+
+
+def test_the_printed_board_has_its_true_size(tmp_path, monkeypatch, capsys):
+    for name in ("board.png", "board.pdf"):
+        assert stage(monkeypatch, capsys, calibrate.main, "--print-board", tmp_path / name)[0] == 0
+    sheet = Image.open(tmp_path / "board.png")
+    assert np.allclose(sheet.info["dpi"], 600, atol=0.1)
+    grey = np.array(sheet.convert("L"))
+    ink = np.argwhere(grey < 128)
+    assert np.allclose((np.ptp(ink, axis=0) + 1) / 600 * 25.4, (210, 150), atol=0.1)  # mm
+    pixels, numbers, *_ = cv2.aruco.CharucoDetector(make_board(Settings())).detectBoard(cv2.resize(grey, None, fx=0.2, fy=0.2))
+    assert len(numbers) == 24
+    page = re.search(rb"/MediaBox \[ ?0 0 ([0-9.]+) ([0-9.]+)", (tmp_path / "board.pdf").read_bytes())
+    assert np.allclose([float(page[1]) / 72 * 25.4, float(page[2]) / 72 * 25.4], (210, 297), atol=0.1)
+    assert stage(monkeypatch, capsys, calibrate.main, "--print-board", tmp_path / "board.doc")[0] == 2

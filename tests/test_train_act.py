@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, look_at, make_episode
+from test_episodes import stage
 
+import render_spheres
 import train_act
 from act import ACT, Controller
 from episodes import UserError, find_episodes, read_episode, run_stage, write_hdf5
@@ -74,6 +76,20 @@ def test_chunks_lead_from_the_shifted_present_to_the_shifted_target():
             action = episode.action[min(t + k - 1, len(episode.action) - 1)]
             np.testing.assert_allclose(chunk[k - 1], action + delta * (1 - k / HORIZON) + epsilon * k / HORIZON, atol=1e-5)
     assert moved > 10
+
+
+def test_the_controller_draws_with_the_calibrated_cameras(run, tmp_path, monkeypatch, capsys):
+    eye, mount = look_at((1.5, -0.5, 0.7), (0, 0, 0)), look_at((0.1, 0, 0), (0.05, 0, 0.3))
+    intrinsics = [[50.0, 0, 21], [0, 50, 15], [0, 0, 1]]
+    cameras = {"front": {"intrinsics": intrinsics, "world_from_camera": eye.tolist()},
+               "wrist": {"intrinsics": intrinsics, "last_joint_from_camera": mount.tolist()}}
+    (tmp_path / "cams.json").write_text(json.dumps(cameras))
+    arguments = ("--run", run, "--horizon", 1, "--calibration", tmp_path / "cams.json")
+    assert stage(monkeypatch, capsys, render_spheres.main, *arguments)[0] == 0
+    for episode in train_act.read_run(Settings(run=run))[0]:
+        np.testing.assert_array_equal([episode.intrinsics[camera] for camera in cameras], [intrinsics, intrinsics])
+        np.testing.assert_allclose(episode.chain.fixed["front"], eye, atol=1e-6)
+        np.testing.assert_allclose(episode.chain.mounted["wrist"], mount, atol=1e-5)
 
 
 def test_without_spheres_nothing_is_shifted():
