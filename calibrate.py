@@ -1,15 +1,15 @@
 """Find where a camera is: from pictures of a printed ChArUco board, and the arm's joint positions at each of them.
 
-In:   pictures/<camera>/000.png, 001.png, ...           at least 8, better 20, the arm at rest
-      pictures/joints.csv                               a line per picture: its number, and the joints' positions in radians
-      (or one episode file: those of its frames are taken in which the arm rests)
-Out:  calibration.yaml       {camera: {intrinsics, world_from_camera or last_joint_from_camera}} for render_spheres.py
-                             --calibration; the other cameras in it stay
-      calibration_front.png  the robot's base axes, its joints' spheres and the board's corners drawn over three pictures
+In:   pictures/<camera>/000.png, 001.png, ...   at least 8, better 20, taken with the arm at rest
+      pictures/joints.csv                       a line for each: its number, the 7 joint positions in radians
+      or an episode file                        the frames in which the arm rests are taken
+Out:  calibration.yaml                          {camera: {intrinsics, world_from_camera or last_joint_from_camera}}, for
+                                                render_spheres.py --calibration; the other cameras in it stay
+      calibration_<camera>.png                  the base's axes, the joints' spheres and the board's corners over three pictures
 
-    python calibrate.py --print-board board.pdf              print it at 100 %, glue it to something flat, measure a square
-    python calibrate.py --images pictures --camera front     a camera in the room: the gripper holds the board
-    python calibrate.py --images pictures --camera wrist     a camera on the arm: the board lies on the table
+    python calibrate.py --print-board board.pdf            print it at 100 %, glue it to something flat, measure a square
+    python calibrate.py --images pictures --camera front   a camera in the room: the gripper holds the board
+    python calibrate.py --images pictures --camera wrist   a camera on the arm: the board lies on the table
 
 Between two pictures, turn the hand by 20 to 40 degrees about different axes, and fill the camera's view with the board.
 The world is the robot's base; cameras have OpenCV's axes, and pixel centres at +0.5.
@@ -60,7 +60,7 @@ BENT_ERROR, LENS_ERROR, ARM_ERROR = 0.6, 3.0, 3.0  # pixels, root mean square: m
 SQUARE_ERROR = 0.01  # how far the squares' size may be from what fits the arm's motion, as a part of it
 TURN = np.radians(5)  # least turning of the hand about a second axis, root mean square
 UNSURE = (0.010, np.radians(1))  # metres, radians: largest standard error of a camera's pose that is worth writing
-PAPER, DOTS = (210, 297), 600 / 25.4  # A4 in mm, and dots per mm
+PAPER, DOTS = (210, 297), 24  # A4 in mm, and dots per mm
 
 
 def make_board(settings):
@@ -95,9 +95,9 @@ def arm_chain():
     from sims.mujoco_panda import HOME, PandaEnv, mujoco
 
     env, poses = PandaEnv(images=False), []
-    qpos = np.append(HOME, 1) + np.linspace(0, 1, 3)[:, None] * np.eye(8)[6]
+    qpos = np.append(HOME, 0) + np.linspace(-0.2, 0.2, 3)[:, None]
     for q in qpos:
-        env.data.qpos[:7] = q[:7]
+        env.data.qpos[:7] = q[:-1]
         mujoco.mj_kinematics(env.model, env.data)
         poses.append(env.joint_poses())
     return Chain.from_episode(SimpleNamespace(path="the arm's model", qpos=qpos, joint_poses=np.array(poses), extrinsics={}))
@@ -117,12 +117,12 @@ def read_pictures(settings):
         pictures = list(episode.images[settings.camera][kept])
         return [f"{source}, frame {t}" for t in kept], pictures, episode.joint_poses[kept].astype(np.float64)
 
-    joints, table = {}, source / "joints.csv"
+    table = source / "joints.csv"
     try:
-        with open(table, newline="") as file:
+        with open(table, newline="", encoding="utf-8-sig") as file:
             rows = [row for row in csv.reader(file) if row and not row[0].startswith(("#", "picture"))]
         joints = {int(row[0]): np.array(row[1:], float) for row in rows}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"There is no {table}: it has a line for each picture, its number and the 7 joint positions in radians.") from None
     except ValueError as error:
         raise UserError(f"{table}: {error}: a line is a picture's number and the 7 joint positions in radians.") from None
@@ -213,7 +213,7 @@ def fit_camera(found, points, world_from_last, size, on_arm, square, names):
     board = carrier[0] @ camera @ boards[0]
 
     def errors(x):
-        """x: shift and turn of the camera (6), of the board (6), change of fx, fy, cx, cy (4), of the squares' size (1) -> (2N,)."""
+        """x: the camera's turn and shift (6), the board's (6), changes of fx, fy, cx, cy (4), of the squares' size (1) -> (2N,)."""
         to_camera = np.linalg.inv(carrier @ camera @ pose_of(x[:6])) @ board @ pose_of(x[6:12])  # (T, 4, 4)
         scaled = P * (1 + (x[16] if len(x) > 16 else 0))  # (N, 3)
         here = (to_camera[view, :3, :3] @ scaled[..., None])[..., 0] + to_camera[view, :3, 3]
@@ -227,7 +227,7 @@ def fit_camera(found, points, world_from_last, size, on_arm, square, names):
         worst = views[np.argmax([rms(error.reshape(-1, 2)[view == i]) for i in range(len(views))])]
         raise UserError(f"The camera alone fits to {lens_error:.2f} pixels, but with the arm's positions to {rms(error):.1f} (worst: "
                         f"{names[worst]}): see that each picture has its own joint positions, that board and camera never slipped, and "
-                        f"that the camera sits {'on the arm' if on_arm else 'in the room'} (--on-arm).")
+                        f"that the camera sits {'on the arm' if on_arm else 'in the room'} (if not: --on-arm {not on_arm}).")
     if abs(x[16]) > max(SQUARE_ERROR, 4 * less * deviation[16]):
         raise UserError(f"The arm moved as if the squares were {1000 * square * (1 + x[16]):.1f} mm wide, not {1000 * square:.1f}: "
                         "measure a square on the printed board and give --square (and --marker) in metres.")
@@ -318,8 +318,8 @@ def calibrate(settings):
     board = make_board(settings)
     names, pictures, joint_poses = read_pictures(settings)
     if len(pictures) < VIEWS:
-        raise UserError(f"{settings.images} has {len(pictures)} pictures of {settings.camera} with the arm at rest, and {VIEWS} are needed, "
-                        "better 20.")
+        raise UserError(f"{settings.images} has {len(pictures)} pictures of {settings.camera} with the arm at rest, and {VIEWS} are "
+                        "needed, better 20.")
     if len({picture.shape for picture in pictures}) > 1:
         raise UserError(f"{settings.images}: the pictures of {settings.camera} are of different sizes: a calibration is of one size.")
     found = find_corners(board, pictures, settings)

@@ -35,7 +35,7 @@ def scene(random, on_arm, views=20):
         board = calibrate.pose_of(np.append([np.pi, 0, 0], rest[:3, 3] * [1, 1, 0]))  # its z axis points down
         board = board @ calibrate.pose_of(np.append(random.normal(0, 0.1, 3), -middle))
     else:  # in front of the arm; the gripper holds the board towards it
-        camera = look_at(random.normal((1.1, 0, 0.6), 0.05), rest[:3, 3]) @ calibrate.pose_of(np.append(random.normal(0, 0.1, 3), [0, 0, 0]))
+        camera = look_at(random.normal((1.1, 0, 0.6), 0.05), rest[:3, 3]) @ calibrate.pose_of([*random.normal(0, 0.1, 3), 0, 0, 0])
         board = np.linalg.inv(rest) @ camera @ calibrate.pose_of(np.append(random.normal(0, 0.1, 3), [0, 0, 0.45]))
         board = board @ calibrate.pose_of(np.append([0, 0, 0], -middle))
     kept = []
@@ -61,6 +61,16 @@ def apart(pose, other):
     """Metres and degrees between two poses."""
     difference = np.linalg.inv(pose) @ other
     return np.linalg.norm(difference[:3, 3]), np.degrees(np.linalg.norm(cv2.Rodrigues(difference[:3, :3])[0]))
+
+
+def test_the_arm_is_the_data_sheets():
+    """Franka's published Denavit-Hartenberg parameters (Craig's convention): a, alpha, d of each joint."""
+    q, pose, right = np.random.default_rng(0).uniform(-1, 1, 7), np.eye(4), np.pi / 2
+    for i, (a, alpha, d) in enumerate([(0, 0, 0.333), (0, -right, 0), (0, right, 0.316), (0.0825, right, 0), (-0.0825, -right, 0.384),
+                                       (0, right, 0), (0.088, right, 0)]):  # fmt: skip
+        pose = pose @ calibrate.pose_of([alpha, 0, 0, a, 0, 0]) @ calibrate.pose_of([0, 0, q[i], 0, 0, d])
+        np.testing.assert_allclose(CHAIN.joint_poses(q)[i], pose, atol=1e-5)
+    np.testing.assert_allclose(CHAIN.joint_poses(q)[7, :3, 3], (pose @ [0, 0, 0.107 + 0.1034, 1])[:3], atol=1e-5)
 
 
 @pytest.mark.parametrize("on_arm", [False, True])
@@ -248,10 +258,10 @@ def test_the_printed_board_has_its_true_size(tmp_path, monkeypatch, capsys):
     for name in ("board.png", "board.pdf"):
         assert stage(monkeypatch, capsys, calibrate.main, "--print-board", tmp_path / name)[0] == 0
     sheet = Image.open(tmp_path / "board.png")
-    assert np.allclose(sheet.info["dpi"], 600, atol=0.1)
+    assert np.allclose(sheet.info["dpi"], 609.6, atol=0.1)
     grey = np.array(sheet.convert("L"))
     ink = np.argwhere(grey < 128)
-    assert np.allclose((np.ptp(ink, axis=0) + 1) / 600 * 25.4, (210, 150), atol=0.1)  # mm
+    assert np.allclose((np.ptp(ink, axis=0) + 1) / 24, (210, 150), atol=0.05)  # mm
     pixels, numbers, *_ = cv2.aruco.CharucoDetector(make_board(Settings())).detectBoard(cv2.resize(grey, None, fx=0.2, fy=0.2))
     assert len(numbers) == 24
     page = re.search(rb"/MediaBox \[ ?0 0 ([0-9.]+) ([0-9.]+)", (tmp_path / "board.pdf").read_bytes())
