@@ -1,6 +1,6 @@
 """Find where a camera is: from pictures of a printed ChArUco board, and the arm's joint positions at each of them.
 
-In:   pictures/<camera>/000.png, 001.png, ...   at least 8, better 20, taken with the arm at rest
+In:   pictures/<camera>/000.png, 001.png, ...   at least 8, better 30, taken with the arm at rest
       pictures/joints.csv                       a line for each: its number, the 7 joint positions in radians
       or an episode file                        the frames in which the arm rests are taken
 Out:  calibration.yaml                          {camera: {intrinsics, world_from_camera or last_joint_from_camera}}, for
@@ -160,7 +160,7 @@ def find_corners(board, pictures, settings):
                         "it, the right way round.")
     if used < VIEWS:
         what = f"{settings.squares[0]} x {settings.squares[1]} --squares" if markers else f"markers of --dictionary {settings.dictionary}"
-        raise UserError(f"{settings.images}: {used} {of_all} show the board well, and {VIEWS} are needed, better 20: take more, sharp and "
+        raise UserError(f"{settings.images}: {used} {of_all} show the board well, and {VIEWS} are needed, better 30: take more, sharp and "
                         f"with most of the board in view, and see that it has {what}.")
     return found
 
@@ -319,7 +319,7 @@ def calibrate(settings):
     names, pictures, joint_poses = read_pictures(settings)
     if len(pictures) < VIEWS:
         raise UserError(f"{settings.images} has {len(pictures)} pictures of {settings.camera} with the arm at rest, and {VIEWS} are "
-                        "needed, better 20.")
+                        "needed, better 30.")
     if len({picture.shape for picture in pictures}) > 1:
         raise UserError(f"{settings.images}: the pictures of {settings.camera} are of different sizes: a calibration is of one size.")
     found = find_corners(board, pictures, settings)
