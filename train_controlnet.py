@@ -1,24 +1,35 @@
 """Stage 2: a diffusion model with a ControlNet learns to paint where the robot should go.
 
 In:   <run>/episodes (pictures, instructions) and <run>/spheres (the targets, render_spheres.py)
-Out:  <run>/controlnet, in diffusers' layout: unet/ controlnet/ text_encoder/ tokenizer/ scheduler/ (safetensors);
-      painter.json, validation.png (observation, truth, painted; unseen scenes), losses.csv, losses.png, training.pt (to resume)
-Run:  python train_controlnet.py                       the laptop rung: trained from nothing
+Out:  <run>/controlnet, in diffusers' layout: controlnet/, and for tiny unet/ text_encoder/ tokenizer/ scheduler/ (safetensors);
+      painter.json, validation.png (observation, truth, painted; unseen scenes), losses.csv, losses.png, training.pt (to resume),
+      README.md (a model card)
+
+    python train_controlnet.py                                       the laptop rung: tiny, trained from nothing
+    python train_controlnet.py --size sd-turbo --run runs/turbo      SD-Turbo, on one GPU
+    accelerate launch train_controlnet.py --size sd-turbo --run ...  the same on many: the same batch, shared among them
+    python train_controlnet.py --objective noise --run runs/noise    the paper's objective
       Stop it with Ctrl-C; the same command goes on where it was, to the same losses.
 
 The paper (section 3.1) fine-tunes SD-Turbo: a text-to-image network that reads a prompt, and a ControlNet that reads the
-current views, tiled 2x2, and steers it. The laptop rung keeps the parts (CLIP text model, UNet, ControlNet with its zero
-convolutions, one step at t = 999) and builds them small, with three simplifications that a network trained from nothing needs:
+current views, tiled 2x2, and steers it. Two objectives, `one_step_loss` and `noise_loss` below, a few lines each:
+  - noise (the paper's): add noise of a random strength to the target picture and predict it. To paint is to begin with noise and
+    to take N Euler steps (5 in the published quick start, 10 in the paper): N times as slow, and each step sees what it has painted.
+  - one-step: go from pure noise to the picture in one pass, as SD-Turbo itself was taught to, and compare with the target
+    (pix2pix-turbo, arXiv 2403.12036). One pass to paint, so 10 Hz holds; and the loss can say which pixels matter.
+
+The laptop rung keeps the parts (CLIP text model, UNet, ControlNet with its zero convolutions) and builds them small, with three
+simplifications that a network trained from nothing needs:
   - no VAE: a latent is a 4x4 patch of pixels (pixel unshuffle), which loses nothing and need not be trained;
-  - the UNet starts from the observation instead of noise (as pix2pix-turbo does, arXiv 2403.12036, section 3.1): with one
-    step there is nothing in the noise to read;
-  - the output is an RGBA layer over the observation instead of the whole picture: the network need not learn to copy.
+  - in one step, the UNet starts from the observation instead of noise (as pix2pix-turbo does): there is nothing in the noise to read;
+  - and its output is an RGBA layer over the observation instead of the whole picture: the network need not learn to copy.
 """
 
 import csv
 import math
 import signal
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -31,10 +42,12 @@ import torch.nn.functional as F
 import tyro
 from accelerate import Accelerator
 from tqdm import tqdm
+from transformers.optimization import Adafactor
 
-from episodes import CAMERAS, UserError, find_episodes, read_episode, read_hdf5, run_stage, write_whole
+from episodes import CAMERAS, UserError, find_episodes, keep_last, read_episode, read_hdf5, run_stage, write_whole
 from episodes import FORMAT as EPISODE_FORMAT
-from painter import PROMPT, Painter, build_tiny, compose, tile
+from hub import check_hub, push, write_card
+from painter import PROMPT, TIMESTEP, Painter, build_tiny, compose, load_turbo, resize, tile
 from render_spheres import FORMAT as SPHERES_FORMAT
 
 matplotlib.use("Agg")
@@ -45,20 +58,44 @@ import matplotlib.pyplot as plt
 class Settings:
     run: Path = Path("runs/demo")
     """Folder of the run: reads episodes/ and spheres/, writes controlnet/."""
-    size: Literal["tiny"] = "tiny"
-    """tiny: the laptop rung, built small and trained from nothing."""
-    steps: int = 3600
-    """Gradient steps."""
+    size: Literal["tiny", "sd-turbo"] = "tiny"
+    """tiny: the laptop rung, built small and trained from nothing; sd-turbo: a ControlNet for SD-Turbo, on a GPU."""
+    objective: Literal["one-step", "noise"] = "one-step"
+    """one-step: reconstruct the target in one pass; noise: predict the noise in it, and paint in several steps (the paper)."""
+    base: str = "stabilityai/sd-turbo"
+    """For sd-turbo: a model on the Hugging Face Hub, or a folder in its layout."""
+    picture: int | None = None
+    """Height and width of the four views, tiled; by default as recorded for tiny, and 512 for sd-turbo (what it was made for)."""
+    steps: int | None = None
+    """Gradient steps; by default 3,600 for tiny, 10,000 for sd-turbo (documents: 10,000 to 50,000)."""
     batch: int = 8
-    """Samples a step."""
-    learning_rate: float = 8e-4
-    """Peak of the cosine schedule (AdamW)."""
+    """Samples a step, over all processes and --at-once together (documents: 8 to 16)."""
+    at_once: int | None = None
+    """Samples that a device computes at once, and accumulates the gradients of; by default all for tiny, 1 for sd-turbo."""
+    learning_rate: float | None = None
+    """Of AdamW; by default 8e-4, falling as a cosine, for tiny; 1e-5, constant, for sd-turbo (published code)."""
+    optimizer: Literal["adamw", "adafactor"] = "adamw"
+    """adafactor keeps a row and a column of statistics instead of two numbers per weight: 2.9 GB less for sd-turbo."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 for sd-turbo on a GPU, else fp32."""
+    crop: int = 2
+    """Pixels of padding for the random crop (published code: 2); 0 for none, and then target latents are computed once and kept."""
+    paint_steps: int = 5
+    """For noise: Euler steps to paint (published quick start 5, paper 10)."""
     seed: int = 0
     """Seed of initialisation, sampling and augmentation."""
     checkpoint_every: int = 300
     """Steps between checkpoints and validation pictures."""
+    keep: int = 0
+    """How many of the last checkpoints to keep in controlnet/step-<N>/ (the paper evaluates the last three)."""
     workers: int = 1
     """Processes that read episodes beside the training."""
+    push_to_hub: str | None = None
+    """Name of a repository on the Hugging Face Hub (user/name) to which the trained painter is uploaded, with its model card."""
+
+
+DEFAULTS = {"tiny": dict(steps=3600, learning_rate=8e-4, picture=None, at_once=None),
+            "sd-turbo": dict(steps=10_000, learning_rate=1e-5, picture=512, at_once=1)}  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------------------------- data
@@ -81,39 +118,57 @@ class Batches(torch.utils.data.Dataset):
         chosen = [self.episodes[rng.integers(len(self.episodes))] for rng in rngs]
         # Early frames come more often: there nothing but the words tells the target; later the arm's place gives it away.
         chosen = [frames[int(len(frames) * rng.random() ** 2)] for frames, rng in zip(chosen, rngs)]
-        return load(chosen, rngs, self.augment)
+        return load(chosen, rngs, self.settings, self.augment)
 
 
-def load(frames, rngs, augment):
-    """Reads frames -> condition, observation (B, 3, 2H, 2W) and layer (B, 4, 2H, 2W) as floats 0..1, and prompts."""
-    conditions, observations, layers, prompts = [], [], [], []
+def load(frames, rngs, settings, augment):
+    """Reads frames -> a batch: condition, observation (B, 3, H, W), layer (B, 4, H, W) as floats 0..1, all four views tiled;
+    B prompts, seeds (of the noise) and keys (of the target, the same for the same picture)."""
+    batch = {name: [] for name in ("condition", "observation", "layer", "prompts", "seeds", "keys")}
     for (episode, spheres, t, instructions), rng in zip(frames, rngs):
         with h5py.File(episode, "r") as images, h5py.File(spheres, "r") as drawn:
             observation = np.stack([images[f"observations/images/{camera}"][t] for camera in CAMERAS])
             layer = np.stack([drawn[f"layers/{camera}"][t] for camera in CAMERAS])
-        both = np.concatenate([observation, layer], axis=-1)  # (4, H, W, 7)
-        if augment:  # the same random crop for condition and target: 2 pixels of reflect padding (published code)
-            dy, dx = rng.integers(0, 5, size=2)
-            H, W = both.shape[1:3]
-            both = np.pad(both, ((0, 0), (2, 2), (2, 2), (0, 0)), mode="reflect")[:, dy : dy + H, dx : dx + W]
-        both = tile(torch.from_numpy(both).permute(0, 3, 1, 2).float()[None] / 255)[0]  # (7, 2H, 2W)
-        observations.append(both[:3])
-        layers.append(both[3:])
-        conditions.append(colour_jitter(both[:3], rng) if augment else both[:3])
-        prompts.append(PROMPT.format(instructions[rng.integers(len(instructions))]))
-    return torch.stack(conditions), torch.stack(observations), torch.stack(layers), prompts
+        both = [tile(torch.from_numpy(views).permute(0, 3, 1, 2).float()[None] / 255) for views in (observation, layer)]
+        both[1][:, :3] *= both[1][:, 3:]  # colour times alpha, so that resizing does not mix in what is transparent
+        both = torch.cat([resize(picture, settings.picture) for picture in both], dim=1)[0]  # (7, H, W)
+        if augment and settings.crop:  # the same random crop, of each view, for condition and target (published code)
+            dy, dx = rng.integers(0, 2 * settings.crop + 1, size=2)
+            both = shift_views(both, dy - settings.crop, dx - settings.crop)
+        observation, colour, alpha = both[:3], both[3:6], both[6:]
+        batch["observation"].append(observation)
+        batch["layer"].append(torch.cat([colour / alpha.clamp(min=1e-3), alpha]))
+        hue = 0.05 if settings.size == "sd-turbo" else 0
+        batch["condition"].append(colour_jitter(observation, rng, hue) if augment else observation)
+        batch["prompts"].append(PROMPT.format(instructions[rng.integers(len(instructions))]))
+        batch["seeds"].append(int(rng.integers(2**31)))
+        batch["keys"].append(f"{episode} {t}")
+    return {name: torch.stack(values) if isinstance(values[0], torch.Tensor) else values for name, values in batch.items()}
 
 
-def colour_jitter(picture, rng):
-    """Brightness 0.2, contrast 0.2, saturation 0.1 (published code), of the condition alone: (3, H, W) in 0..1.
+def shift_views(picture, dy, dx):
+    """Each of the four tiles of (C, H, W) moved by (dy, dx) pixels; what comes in is reflected at its edge."""
+    (_, H, W) = picture.shape
+    moved = lambda n, d: [j if 0 <= j < n else (-j if j < 0 else 2 * n - 2 - j) for j in range(d, n + d)]  # noqa: E731
+    rows, columns = (np.array(moved(n // 2, d)) for n, d in ((H, dy), (W, dx)))
+    rows, columns = (np.concatenate([half, half + n // 2]) for half, n in ((rows, H), (columns, W)))
+    return picture[:, rows][:, :, columns]
 
-    Its hue jitter of 0.05 is left out: here the colour's name is what the instruction says.
+
+def colour_jitter(picture, rng, hue):
+    """Brightness 0.2, contrast 0.2, saturation 0.1, and hue (published code), of the condition alone: (3, H, W) in 0..1.
+
+    tiny leaves out the published hue of 0.05: there the colour's name is what the instruction says.
     """
     brightness, contrast, saturation = (float(rng.uniform(1 - strength, 1 + strength)) for strength in (0.2, 0.2, 0.1))
     picture = picture * brightness
     picture = picture.mean() + contrast * (picture - picture.mean())
     grey = picture.mean(dim=0, keepdim=True)
-    return (grey + saturation * (picture - grey)).clamp(0, 1)
+    colour = picture - grey
+    if hue:  # a turn of the colours about the axis of greys
+        angle = 2 * math.pi * float(rng.uniform(-hue, hue))
+        colour = math.cos(angle) * colour + math.sin(angle) / math.sqrt(3) * (colour.roll(1, 0) - colour.roll(-1, 0))
+    return (grey + saturation * colour).clamp(0, 1)
 
 
 def find_frames(run):
@@ -136,6 +191,29 @@ def find_frames(run):
     return training, held_out, horizons.pop()
 
 
+# ------------------------------------------------------------------------------------------------------- objectives
+def one_step_loss(painter, model, batch):
+    """From pure noise (tiny: from the observation) to the picture in one pass at t = 999; sphere pixels count 20 to 1."""
+    if painter.vae is None:
+        return painting_loss(model(batch["condition"], batch["prompts"]), batch["layer"], batch["observation"])
+    target = targets(painter, batch)  # (B, 4, h, w)
+    noise, _ = draw_noise(batch["seeds"], target)
+    a = painter.scheduler.alphas_cumprod[TIMESTEP]
+    predicted = model(batch["condition"], batch["prompts"], noise, TIMESTEP)
+    reached = (noise - (1 - a).sqrt() * predicted) / a.sqrt()  # the latent without its noise
+    weight = 1 + 19 * F.adaptive_avg_pool2d(batch["layer"][:, 3:], target.shape[2:])  # (B, 1, h, w)
+    return (weight * (reached - target).abs()).mean()
+
+
+def noise_loss(painter, model, batch):
+    """Predict the noise that was added to the target picture, at a random strength (paper)."""
+    target = targets(painter, batch)
+    noise, timesteps = draw_noise(batch["seeds"], target)
+    a = painter.scheduler.alphas_cumprod.to(target.device)[timesteps][:, None, None, None]
+    noisy = a.sqrt() * target + (1 - a).sqrt() * noise
+    return F.mse_loss(model(batch["condition"], batch["prompts"], noisy, timesteps).float(), noise)
+
+
 def painting_loss(logits, layer, observation):
     """Where to paint (cross-entropy of alpha) and what it looks like (L1 of the composed picture, spheres 20 to 1)."""
     alpha = layer[:, 3:]
@@ -145,56 +223,139 @@ def painting_loss(logits, layer, observation):
     return where + (weight * difference).mean()
 
 
+def targets(painter, batch, kept={}):  # noqa: B006
+    """The latents of the target pictures; where no crop changes them (batch["keys"]), each is computed once."""
+    keys, pictures = batch["keys"], compose(batch["layer"], batch["observation"])
+    if keys is None:
+        return painter.encode(pictures).float()
+    if new := [i for i, key in enumerate(keys) if key not in kept]:
+        kept.update(zip([keys[i] for i in new], painter.encode(pictures[new]).cpu()))
+    return torch.stack([kept[key] for key in keys]).to(pictures.device).float()
+
+
+def draw_noise(seeds, like):
+    """Per sample: noise (B, C, h, w) and a timestep (B,) that depend on its seed alone, on every device and in every process."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    noise = torch.stack([torch.randn(like.shape[1:], generator=generator) for generator in generators])
+    timesteps = torch.cat([torch.randint(TIMESTEP + 1, (1,), generator=generator) for generator in generators])
+    return noise.to(like.device), timesteps.to(like.device)
+
+
 # --------------------------------------------------------------------------------------------------------- training
+def build(settings, accelerator, instructions, image_size, horizon):
+    """The painter to train, on its device, and its optimiser."""
+    torch.manual_seed(settings.seed)
+    config = {"size": settings.size, "objective": settings.objective, "steps": 1 if settings.objective == "one-step" else settings.paint_steps,
+              "image_size": image_size, "picture": settings.picture, "horizon": horizon, "cameras": CAMERAS}  # fmt: skip
+    if settings.size == "tiny":
+        painter = Painter(build_tiny(instructions, settings.picture // 2, settings.objective), config)
+    else:
+        painter = Painter(load_turbo(settings.base), config | {"base": settings.base})
+        if accelerator.mixed_precision == "bf16":  # what is frozen needs no float32
+            painter.unet.to(torch.bfloat16), painter.vae.to(torch.bfloat16)
+        painter.to(accelerator.device)
+        with torch.no_grad():
+            painter.read([PROMPT.format(instruction) for instruction in instructions])
+        painter.text_encoder = None  # it has said all that it will be asked
+        painter.unet.enable_gradient_checkpointing(), painter.controlnet.enable_gradient_checkpointing()
+    trained = [parameter for parameter in painter.parameters() if parameter.requires_grad]
+    if settings.optimizer == "adafactor":
+        return painter, Adafactor(trained, lr=settings.learning_rate, relative_step=False, scale_parameter=False, weight_decay=1e-2)
+    return painter, torch.optim.AdamW(trained, lr=settings.learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2)
+
+
+def check_settings(settings, accelerator, view):
+    """Fill in what follows from others. Raises UserError for what cannot be trained."""
+    for name, value in DEFAULTS[settings.size].items():
+        if getattr(settings, name) is None:
+            setattr(settings, name, value)
+    settings.picture = 2 * view if settings.picture is None else settings.picture
+    processes, unit = accelerator.num_processes, 16 if settings.size == "tiny" else 8
+    if min(settings.steps, settings.batch, settings.checkpoint_every, settings.paint_steps, settings.picture) < 1 or min(settings.keep, settings.crop) < 0:
+        raise UserError("--steps, --batch, --checkpoint-every, --paint-steps and --picture must be 1 or more, --keep and --crop 0 or more.")
+    if settings.picture % unit:
+        raise UserError(f"The tiled picture has {settings.picture} pixels a side, which is no multiple of {unit}: give another --picture.")
+    if settings.batch < processes:
+        raise UserError(f"There are more processes ({processes}) than samples a step ({settings.batch}): raise --batch.")
+    share = settings.batch // processes
+    settings.at_once = share if settings.at_once is None else settings.at_once
+    if settings.at_once < 1 or settings.batch % processes or share % settings.at_once:
+        raise UserError(f"--batch {settings.batch} is no multiple of {processes} processes times {settings.at_once} samples at once: change one.")
+    if settings.push_to_hub:
+        check_hub(settings.push_to_hub)
+
+
 def main():
     settings = tyro.cli(Settings, description=__doc__)
-    if min(settings.steps, settings.batch, settings.checkpoint_every) < 1:
-        raise UserError("--steps, --batch and --checkpoint-every must be 1 or more.")
     folder = settings.run / "controlnet"
-    accelerator = Accelerator()
+    mixed = settings.precision == "bf16" or settings.precision == "auto" and settings.size == "sd-turbo" and torch.cuda.is_available()
+    accelerator = Accelerator(mixed_precision="bf16" if mixed else "no")
     training, held_out, horizon = find_frames(settings.run)
-    image_size = read_episode(training[0][0]).images[CAMERAS[0]].shape[1]
-    instructions = sorted({sentence for frame in training for sentence in frame[3]})
-    identity = {"image_size": image_size, "horizon": horizon, "frames": len(training), "steps": settings.steps,
-                "batch": settings.batch, "learning_rate": settings.learning_rate, "seed": settings.seed}  # fmt: skip
+    image_size = read_episode(training[0][0], images=False).image_sizes[CAMERAS[0]][0]
+    check_settings(settings, accelerator, image_size)
+    instructions = sorted({sentence for frame in training + held_out for sentence in frame[3]})
+    identity = {name: getattr(settings, name) for name in ("size", "objective", "picture", "steps", "batch", "learning_rate", "optimizer", "crop", "seed")}
+    identity |= {"image_size": image_size, "horizon": horizon, "frames": len(training)}
 
-    torch.manual_seed(settings.seed)
-    painter = Painter(*build_tiny(instructions, image_size), {"image_size": image_size, "horizon": horizon, "cameras": CAMERAS})
-    optimizer = torch.optim.AdamW(painter.parameters(), lr=settings.learning_rate, weight_decay=1e-2)
+    painter, optimizer = build(settings, accelerator, instructions, image_size, horizon)
     step, log = resume(folder, painter, optimizer, identity)
-    if step == settings.steps:
-        print(f"{folder} is trained already: {step} steps.")
-        return
+    if step < settings.steps:
+        step = train(settings, accelerator, painter, optimizer, training, held_out or training, folder, step, log, identity)
+        done = f"{folder}: overlap (IoU) of painted and true spheres at the first frames of unseen scenes {log[-1][2]:.3f}."
+    else:
+        done = f"{folder} is trained already: {step} steps."
+    if accelerator.is_main_process:
+        print(done)
+        if settings.push_to_hub:
+            push(folder, [*painter.saved, "painter.json", "README.md", "validation.png", "losses.csv", "losses.png"], settings.push_to_hub)
+
+
+def train(settings, accelerator, painter, optimizer, training, held_out, folder, step, log, identity):
+    """The loop, from `step` on. Returns the number of steps done."""
     model, optimizer = accelerator.prepare(painter, optimizer)
     batches = torch.utils.data.DataLoader(
-        Batches(training, settings), batch_size=None, sampler=range(step, settings.steps), num_workers=settings.workers,
-        worker_init_fn=ignore_interrupt,
+        Batches(training, settings, accelerator.process_index, accelerator.num_processes), batch_size=None,
+        sampler=range(step, settings.steps), num_workers=settings.workers, worker_init_fn=ignore_interrupt,
     )  # fmt: skip
+    loss_of = {"one-step": one_step_loss, "noise": noise_loss}[settings.objective]
     stopping = []
     signal.signal(signal.SIGINT, lambda *_: stopping.append(True))
     bar = tqdm(batches, desc="painter", unit="step", initial=step, total=settings.steps, disable=not accelerator.is_main_process)
-    for condition, observation, layer, prompts in bar:
-        condition, observation, layer = (x.to(accelerator.device) for x in (condition, observation, layer))
-        for group in optimizer.param_groups:  # a short warm-up, then half a cosine down to zero
-            group["lr"] = settings.learning_rate * min((step + 1) / 100, 0.5 * (1 + math.cos(math.pi * step / settings.steps)))
-        loss = painting_loss(model(condition, prompts), layer, observation)
-        optimizer.zero_grad()
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+    for batch in bar:
+        for group in optimizer.param_groups:  # a short warm-up; then constant for sd-turbo, half a cosine down to zero for tiny
+            fall = 0.5 * (1 + math.cos(math.pi * step / settings.steps)) if settings.size == "tiny" else 1
+            group["lr"] = settings.learning_rate * min((step + 1) / 100, fall)
+        share, loss = len(batch["prompts"]), torch.zeros((), device=accelerator.device)
+        for first in range(0, share, settings.at_once):  # gradient accumulation
+            part = {name: values[first : first + settings.at_once] for name, values in batch.items()}
+            part = {name: x.to(accelerator.device) if isinstance(x, torch.Tensor) else x for name, x in part.items()}
+            part["keys"] = None if settings.crop else part["keys"]
+            last = first + settings.at_once == share
+            with nullcontext() if last else accelerator.no_sync(model):  # processes exchange gradients once a step
+                part_loss = loss_of(painter, model, part) * (settings.at_once / share)
+                accelerator.backward(part_loss)
+            loss += part_loss.detach()
+        accelerator.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
         optimizer.step()
+        optimizer.zero_grad()
 
-        step += 1
+        step, stop = step + 1, len(stopping)
+        if accelerator.num_processes > 1:  # the loss is of the whole batch, and all stop at the same step
+            loss, stop = accelerator.reduce(torch.stack([loss, torch.full_like(loss, stop)]), "mean")
         log.append([step, loss.item(), ""])
         bar.set_postfix(loss=f"{np.mean([row[1] for row in log[-50:]]):.4f}", refresh=False)
         due = step % settings.checkpoint_every == 0 or step == settings.steps
-        if accelerator.is_main_process and (due or stopping):
+        if accelerator.is_main_process and (due or stop > 0):
             if due:
-                log[-1][2] = validate(painter, held_out or training, folder)
+                log[-1][2] = validate(painter, held_out, settings, folder)
             save(folder, painter, optimizer, step, log, identity)
-        if stopping:
-            print(f"\nStopped after step {step}: run the same command again to go on.", file=sys.stderr)
+            write_card(folder, settings, log, identity["frames"], painter.horizon)
+            keep_last(folder, [*painter.saved, "painter.json"], step, settings.keep * due)
+        if stop > 0 and step < settings.steps:
+            if accelerator.is_main_process:
+                print(f"\nStopped after step {step}: run the same command again to go on.", file=sys.stderr)
             sys.exit(130)
-    print(f"{folder}: overlap (IoU) of painted and true spheres at the first frames of unseen scenes {log[-1][2]:.3f}.")
+    return step
 
 
 def ignore_interrupt(_worker):
@@ -203,23 +364,23 @@ def ignore_interrupt(_worker):
 
 
 @torch.no_grad()
-def validate(painter, frames, folder, count=48):
-    """Overlap (IoU) of painted and true layers on unseen scenes, at their *first* frames, where nothing but the picture and
-    the words tell the target; and a picture of some."""
+def validate(painter, frames, settings, folder):
+    """Overlap (IoU) of painted and true spheres on unseen scenes, at their *first* frames, where nothing but the picture and the
+    words tell the target; and a picture of some. A sphere is where a picture differs from the observation by a fifth."""
     painter.eval()
     firsts = [frame for frame in frames if frame[2] == 0]
-    rng = np.random.default_rng(0)
+    rng, count = np.random.default_rng(0), 48 if settings.size == "tiny" else 8
     chosen = [firsts[i] for i in rng.permutation(len(firsts))[:count]]
-    _, observation, layer, prompts = load(chosen, [rng] * len(chosen), augment=False)
-    device = next(painter.parameters()).device
-    painted = torch.cat([painter(o.to(device), p).sigmoid().cpu() for o, p in
-                         ((observation[i : i + 8], prompts[i : i + 8]) for i in range(0, len(chosen), 8))])  # fmt: skip
+    batch = load(chosen, [rng] * len(chosen), settings, augment=False)
+    observation, prompts, truth = batch["observation"], batch["prompts"], compose(batch["layer"], batch["observation"])
+    at_once = max(1, settings.at_once)
+    painted = torch.cat([painter.paint_tiles(observation[i : i + at_once].to(painter.unet.device), prompts[i : i + at_once]).cpu()
+                         for i in range(0, len(chosen), at_once)])  # fmt: skip
     painter.train()
-    a, b = painted[:, 3] > 0.5, layer[:, 3] > 0.5
-    overlap = ((a & b).sum() / (a | b).sum()).item()
+    a, b = (((picture - observation).abs().amax(1) > 0.2) for picture in (painted, truth))
+    overlap = ((a & b).sum() / (a | b).sum().clamp(min=1)).item()
     show = slice(0, 6)
-    rows = [observation[show], compose(layer, observation)[show], compose(painted, observation)[show]]
-    height, width = rows[0].shape[-2:]
+    rows = [observation[show], truth[show], painted[show]]
     figure, axes = plt.subplots(len(rows[0]), 3, figsize=(9, 3.3 * len(rows[0])), squeeze=False)
     for j, (title, pictures) in enumerate(zip(("observation", "truth", "painted"), rows)):
         for i, picture in enumerate(pictures):
@@ -250,8 +411,9 @@ def save(folder, painter, optimizer, step, log, identity):
     with write_whole(folder / "losses.png") as path:
         figure.savefig(path, dpi=100, format="png")
     plt.close(figure)
+    model = {name: parameter for name, parameter in painter.named_parameters() if parameter.requires_grad}  # the rest is frozen
     with write_whole(folder / "training.pt") as path:  # last: after a kill before this, these steps are done and all is written again
-        torch.save({"step": step, "identity": identity, "log": log, "model": painter.state_dict(), "optimizer": optimizer.state_dict()}, path)
+        torch.save({"step": step, "identity": identity, "log": log, "model": model, "optimizer": optimizer.state_dict()}, path)
 
 
 def resume(folder, painter, optimizer, identity):
@@ -269,12 +431,24 @@ def resume(folder, painter, optimizer, identity):
         if before.get(name) != value:
             raise UserError(f"{path} was trained with {name} {before.get(name)}, not {value}: delete {folder}, or use another --run.")
     try:
-        painter.load_state_dict(saved["model"])
+        missing, unexpected = painter.load_state_dict(saved["model"], strict=False)
+        if unexpected or any(painter.get_parameter(name).requires_grad for name in missing if name in dict(painter.named_parameters())):
+            raise RuntimeError
     except RuntimeError:
         raise UserError(f"{path} is of a network of another size or vocabulary: delete {folder}, or use another --run.") from None
     optimizer.load_state_dict(saved["optimizer"])
     return saved["step"], saved["log"]
 
 
+def main_within_memory():
+    try:
+        main()
+    except RuntimeError as error:  # CUDA and MPS say it in the same words
+        if "out of memory" not in str(error):
+            raise
+        raise UserError("The GPU is out of memory: lower --at-once, then --picture, or take --optimizer adafactor "
+                        "(the same command goes on from the last checkpoint).") from error
+
+
 if __name__ == "__main__":
-    run_stage(main)
+    run_stage(main_within_memory)
