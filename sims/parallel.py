@@ -1,0 +1,79 @@
+"""Jobs in several processes that may crash, as simulators do: a job whose process died is begun once more in a fresh one."""
+
+import signal
+import sys
+import traceback
+from multiprocessing import connection, get_context
+
+from tqdm import tqdm
+
+from episodes import UserError
+
+
+def serve(pipe):
+    """A worker's life: jobs (function, arguments...) in, (result, error) out."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first process's business, not the workers'
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that a half-written file is removed
+    while True:
+        try:
+            function, *arguments = pipe.recv()
+        except EOFError:  # no more jobs, or nobody there any more
+            return
+        try:
+            answer = function(*arguments), None
+        except (UserError, OSError) as error:
+            answer = None, error
+        except Exception as error:  # others may not survive the journey
+            answer = None, RuntimeError("".join(traceback.format_exception(error)))
+        pipe.send(answer)
+
+
+def in_parallel(jobs, workers, description, unit, start=None):
+    """Yield (job, result) for jobs (function, arguments...) as they are done, under a progress bar; result is None for a job that
+    killed two processes. An exception in a job ends everything. start: how processes start (None: the system's way)."""
+    context, jobs = get_context(start), list(jobs)
+    waiting, deaths, running = jobs[::-1], {}, {}  # running: pipe -> (process, job)
+    bar = tqdm(total=len(jobs), desc=description, unit=unit)
+
+    def begin(process, pipe):
+        job = waiting.pop()
+        if process is None:
+            pipe, theirs = context.Pipe()
+            process = context.Process(target=serve, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()
+        running[pipe] = process, job
+        pipe.send(job)
+
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                begin(None, None)
+            for pipe in connection.wait(list(running)):
+                process, job = running.pop(pipe)
+                try:
+                    result, error = pipe.recv()
+                except (EOFError, ConnectionError):  # the process is dead
+                    process.join()
+                    deaths[job] = deaths.get(job, 0) + 1
+                    if deaths[job] < 2:
+                        waiting.append(job)
+                        continue
+                    result, error = None, None
+                else:
+                    if waiting and not error:
+                        begin(process, pipe)
+                    else:
+                        pipe.close()
+                        process.join(10 if error is None else 0)
+                if error:
+                    raise error
+                bar.update()
+                yield job, result
+    finally:
+        bar.close()
+        for pipe, (process, _) in running.items():
+            process.terminate()
+        for pipe, (process, _) in running.items():
+            process.join(10)
+            process.kill()
