@@ -10,17 +10,20 @@ from tqdm import tqdm
 from episodes import UserError
 
 
-def serve(pipe):
-    """A worker's life: jobs (function, arguments...) in, (result, error) out."""
+def serve(pipe, other_end):
+    """A worker's life: jobs (function, arguments...) in, (result, error) out, until there is None or nobody at the other end."""
+    other_end.close()  # this process's copy of it
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first process's business, not the workers'
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that a half-written file is removed
     while True:
         try:
-            function, *arguments = pipe.recv()
-        except EOFError:  # no more jobs, or nobody there any more
+            job = pipe.recv()
+        except EOFError:
+            return
+        if job is None:
             return
         try:
-            answer = function(*arguments), None
+            answer = job[0](*job[1:]), None
         except (UserError, OSError) as error:
             answer = None, error
         except Exception as error:  # others may not survive the journey
@@ -39,7 +42,7 @@ def in_parallel(jobs, workers, description, unit, start=None):
         job = waiting.pop()
         if process is None:
             pipe, theirs = context.Pipe()
-            process = context.Process(target=serve, args=(theirs,), daemon=True)
+            process = context.Process(target=serve, args=(theirs, pipe), daemon=True)
             process.start()
             theirs.close()
         running[pipe] = process, job
@@ -64,8 +67,8 @@ def in_parallel(jobs, workers, description, unit, start=None):
                     if waiting and not error:
                         begin(process, pipe)
                     else:
-                        pipe.close()
-                        process.join(10 if error is None else 0)
+                        pipe.send(None)
+                        process.join(10)
                 if error:
                     raise error
                 bar.update()

@@ -21,6 +21,7 @@ A pickle is a program. These are read by an unpickler that knows two empty class
 import io
 import pickle
 import re
+from _compat_pickle import IMPORT_MAPPING
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +82,7 @@ class Unpickler(pickle.Unpickler):
                              (f"{core}.numeric", "_frombuffer"): _array_of_bytes}  # fmt: skip
 
     def find_class(self, module, name):
+        module = IMPORT_MAPPING.get(module, module)  # protocol 2 has Python 2's names
         if (module, name) not in self.allowed:
             raise UserError(f"{self.path} names {module}.{name}, which no recorded demonstration needs and which could run code: "
                             "nothing of it was run; get this file from somewhere else.")
