@@ -27,7 +27,7 @@ from episodes import CAMERAS, Episode, UserError, find_episodes, read_episode, r
 from sims.mujoco_panda import CONTROL_HZ, TASKS, PandaEnv, rotation_from, rotation_vector
 from sims.parallel import in_parallel
 from sims.rlbench_dataset import find_demonstrations, name_of, read_demonstration
-from sims.rlbench_panda import NoSceneError, RLBenchEnv
+from sims.rlbench_panda import NoSceneError, RLBenchEnv, import_rlbench, task_class
 
 JOINT_SPEED = 1.2  # rad/s, about half of what the arm can do (Franka's data sheet: 2.2 to 2.6)
 
@@ -166,7 +166,7 @@ def import_episode(folder, path, cameras, size):
     return task, True, None
 
 
-def import_rlbench(settings, folder, size):
+def import_dataset(settings, folder, size):
     """Turn a dataset of RLBench into episodes."""
     jobs, counts, broken = [], {}, set()
     for source in find_demonstrations(settings.from_rlbench, settings.tasks, settings.variations, settings.scenes):
@@ -192,9 +192,11 @@ def main():
         if size and set(sizes := read_episode(path, images=False).image_sizes.values()) != {(size, size)}:
             raise UserError(f"{path} has pictures of {', '.join(map(str, set(sizes)))} pixels, not {(size, size)}: use another --run.")
     if settings.from_rlbench:
-        return import_rlbench(settings, folder, size and (size, size))
+        return import_dataset(settings, folder, size and (size, size))
     tasks = settings.tasks or ("reach_target", "push_button", "pick_and_lift")
     if rlbench:
+        for task in tasks:
+            task_class(import_rlbench().tasks, task)
         count = scenes or 50
         seeds = lambda i: tuple(settings.seed + i + attempt * count for attempt in range(5))  # noqa: E731
         jobs = [(record_rlbench, folder, task, seeds(i), size, settings.cameras) for task in tasks for i in range(count)]
@@ -206,7 +208,7 @@ def main():
     for task in tasks:
         (folder / task).mkdir(parents=True, exist_ok=True)
     counts, crashes = {task: np.zeros(2, int) for task in tasks}, 0
-    for _, result in in_parallel(jobs, settings.workers, "scenes", "scene"):
+    for _, result in in_parallel(jobs, settings.workers, "scenes", "scene", "spawn" if rlbench else None):
         if result is None:
             crashes += 1
             continue

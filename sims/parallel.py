@@ -35,7 +35,7 @@ def in_parallel(jobs, workers, description, unit, start=None):
     """Yield (job, result) for jobs (function, arguments...) as they are done, under a progress bar; result is None for a job that
     killed two processes. An exception in a job ends everything. start: how processes start (None: the system's way)."""
     context, jobs = get_context(start), list(jobs)
-    waiting, deaths, running = jobs[::-1], {}, {}  # running: pipe -> (process, job)
+    waiting, deaths, running = list(range(len(jobs)))[::-1], [0] * len(jobs), {}  # running: pipe -> (process, number of its job)
     bar = tqdm(total=len(jobs), desc=description, unit=unit)
 
     def begin(process, pipe):
@@ -46,7 +46,7 @@ def in_parallel(jobs, workers, description, unit, start=None):
             process.start()
             theirs.close()
         running[pipe] = process, job
-        pipe.send(job)
+        pipe.send(jobs[job])
 
     try:
         while waiting or running:
@@ -58,7 +58,7 @@ def in_parallel(jobs, workers, description, unit, start=None):
                     result, error = pipe.recv()
                 except (EOFError, ConnectionError):  # the process is dead
                     process.join()
-                    deaths[job] = deaths.get(job, 0) + 1
+                    deaths[job] += 1
                     if deaths[job] < 2:
                         waiting.append(job)
                         continue
@@ -72,7 +72,7 @@ def in_parallel(jobs, workers, description, unit, start=None):
                 if error:
                     raise error
                 bar.update()
-                yield job, result
+                yield jobs[job], result
     finally:
         bar.close()
         for pipe, (process, _) in running.items():

@@ -22,7 +22,6 @@ import io
 import pickle
 import re
 from _compat_pickle import IMPORT_MAPPING
-from pathlib import Path
 
 import numpy as np
 from PIL import Image

@@ -109,7 +109,8 @@ class Simulator:
         try:
             self.environment.launch()
         except Exception as error:
-            raise UserError(missing() or f"CoppeliaSim does not start ({' '.join(str(error).split())}); see requirements-rlbench.txt.") from error
+            reason = " ".join(str(error).split())
+            raise UserError(missing() or f"CoppeliaSim does not start ({reason}); see requirements-rlbench.txt.") from error
         self.end = Finalize(self, self.environment.shutdown, exitpriority=10)  # also at the process's end
 
     @classmethod

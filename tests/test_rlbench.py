@@ -26,15 +26,17 @@ from rlbench.environment import Environment  # noqa: E402
 from rlbench.observation_config import ObservationConfig  # noqa: E402
 from rlbench.tasks.reach_target import ReachTarget  # noqa: E402
 
+import test_evaluate  # noqa: E402
+from gymnasium.utils.env_checker import check_env  # noqa: E402
+
 import collect_demos  # noqa: E402
 import evaluate  # noqa: E402
 from episodes import CAMERAS, UserError, check_episode, find_episodes, read_episode, write_episode  # noqa: E402
 from render_spheres import Chain, draw_spheres  # noqa: E402
 from sims import rlbench_dataset, rlbench_panda  # noqa: E402
 from sims.mujoco_panda import PandaEnv  # noqa: E402
-from sims.parallel import in_parallel  # noqa: E402
 from sims.rlbench_dataset import find_demonstrations, load, read_demonstration  # noqa: E402
-from sims.rlbench_panda import NoSceneError, RLBenchEnv  # noqa: E402
+from sims.rlbench_panda import RLBenchEnv  # noqa: E402
 
 SIZE = (40, 48)  # height, width
 
@@ -239,7 +241,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path, protocol, name, file):
     path = (folder if file == "low_dim_obs.pkl" else folder.parent.parent) / file
     attack = attacks(tmp_path / "ran")[name]
     content = load(path)
-    nested = [*content, {"deep": [attack]}] if isinstance(content, list) else {"observations": [content._observations[0].__dict__, (attack,)]}
+    nested = [*content, {"deep": [attack]}] if isinstance(content, list) else {"a": [content._observations[0].__dict__, (attack,)]}
     for thing in (attack, nested):
         path.write_bytes(pickle.dumps(thing, protocol))
         with pytest.raises(UserError) as caught:
@@ -308,7 +310,7 @@ def test_a_broken_demonstration_is_one_sentence_and_nothing_half_imported(tmp_pa
     sentence = spoil(tmp_path / "data/reach_target/variation1/episodes/episode0", how)
     settings = collect_demos.Settings(run=tmp_path / "run", from_rlbench=tmp_path / "data", workers=2)
     with pytest.raises(UserError) as caught:
-        collect_demos.import_rlbench(settings, tmp_path / "run", None)
+        collect_demos.import_dataset(settings, tmp_path / "run", None)
     assert sentence in str(caught.value) and "\n" not in str(caught.value)
     written = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert [path.name for path in written] == ["episode000_variation00.hdf5"]  # the whole one
@@ -339,7 +341,8 @@ def test_wrong_folders_and_choices_are_one_sentence(tmp_path):
     write_dataset(tmp_path / "data")
     for arguments, sentence in [
         ((tmp_path / "nothing",), "There is no folder"), ((tmp_path,), "has no <task>/variation<N>"),
-        ((tmp_path / "data", ("open_bax",)), "has no task 'open_bax', only reach_target"), ((tmp_path / "data", (), (7,)), "has no variation7"),
+        ((tmp_path / "data", ("open_bax",)), "has no task 'open_bax', only reach_target"),
+        ((tmp_path / "data", (), (7,)), "has no variation7"),
     ]:  # fmt: skip
         with pytest.raises(UserError, match=sentence.replace("<", ".")):
             find_demonstrations(*arguments)
@@ -375,3 +378,163 @@ def test_stages_1_to_3_run_on_an_imported_dataset(tmp_path):
         done = run(*words, *([] if words[0] == "episodes.py" else ["--run", tmp_path / "run"]), PYTHONPATH="")
         assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
     assert {"controlnet", "act", "spheres"} <= {path.name for path in (tmp_path / "run").iterdir()}
+
+
+# ------------------------------------------------------------------------------------------------------ the live simulator
+def test_gymnasium_accepts_the_environment():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # joint speeds have no bound; the environment is not registered
+        check_env(RLBenchEnv("reach_target", image_size=(16, 24)))
+
+
+def test_the_live_environment_sees_what_rlbench_sees():
+    env = RLBenchEnv("open_box", image_size=SIZE)
+    observation, info = env.reset(seed=3, options={"variation": 1})
+    assert info["variation"] == 1 and info["instruction"] in info["instructions"] and "blue" in info["instruction"]
+    for _ in range(3):
+        action = np.append(observation["qpos"][:7] + 0.05, 0)
+        observation, reward, terminated, truncated, info = env.step(action)
+    assert np.allclose(observation["qpos"], action, atol=1e-6) and not (reward or terminated or truncated or info["success"])
+    joints, last = toy.kinematics(action[:7])
+    expected = np.linalg.inv(toy.BASE) @ np.array([*joints, last @ toy.TIP])
+    assert np.allclose(env.joint_poses()[:, :3, 3], expected[:, :3, 3], atol=1e-5)
+    for camera in CAMERAS:  # the toy paints the tip white, where RLBench's formula says
+        intrinsics, world_from_camera = env.camera(camera)
+        x, y, z = np.linalg.inv(world_from_camera)[:3] @ np.append(env.tool()[:3, 3], 1)
+        u, v = ((intrinsics @ [x, y, z])[:2] / z).astype(int)
+        if 1 < u < SIZE[1] - 1 and 1 < v < SIZE[0] - 1:
+            assert (env.picture(camera, *SIZE)[v, u] == 255).all()
+    assert env.picture("front", 80, 96).shape == (80, 96, 3)
+    for bad, sentence in [(action[:7], "8 finite numbers"), (action * np.nan, "8 finite numbers"), (action + 9, "outside the joint limits")]:
+        with pytest.raises(UserError, match=sentence):
+            env.step(bad)
+    observation, reward, terminated, _, info = env.step(np.append(env.action_space.high[:7], 1))  # a jump that RLBench refuses
+    assert terminated and not reward and info["error"] == "The arm does not jump."
+
+
+def test_same_seed_same_scene_and_scenes_of_demonstrations_come_back(tmp_path):
+    env = RLBenchEnv("reach_target", image_size=16)
+    goals = []
+    for seed in (1, 2, 1):
+        env.reset(seed=seed)
+        goals.append((env.variation, *env.live._task.goal))
+    assert goals[0] == goals[2] != goals[1]
+    demo, _ = write_dataset(tmp_path, variations=(0, 4), episodes=2)[4, 1]
+    _, info = env.reset(seed=5, options={"demonstration": tmp_path / "reach_target/variation4/episodes/episode1"})
+    assert info["variation"] == 4 and np.allclose(env.live._task.goal, demo[-1].joint_positions)
+
+
+@pytest.mark.parametrize("name, near", [("reach_targe", "reach_target"), ("open_bocks", "open_box"), ("Open_Box", "open_box")])
+def test_a_task_with_a_typo(name, near):
+    with pytest.raises(UserError, match=f"no task '{name}'; is it '{near}'"):
+        RLBenchEnv(name)
+
+
+def test_missing_software_is_one_sentence(tmp_path, monkeypatch):
+    for variable in ("COPPELIASIM_ROOT", "LD_LIBRARY_PATH", "QT_QPA_PLATFORM_PLUGIN_PATH", "DISPLAY"):
+        monkeypatch.delenv(variable, raising=False)
+    (tmp_path / "platforms").mkdir()
+    for variable, value in [("COPPELIASIM_ROOT", tmp_path), ("libcoppeliaSim", None), ("LD_LIBRARY_PATH", tmp_path),
+                            ("QT_QPA_PLATFORM_PLUGIN_PATH", tmp_path), ("DISPLAY", ":99")]:  # fmt: skip
+        assert variable in rlbench_panda.missing()
+        if value:
+            monkeypatch.setenv(variable, str(value))
+        else:
+            (tmp_path / "libcoppeliaSim.so.1").touch()
+    assert rlbench_panda.missing() is None
+    for script in ("collect_demos.py", "evaluate.py"):
+        (tmp_path / "run/act").mkdir(parents=True, exist_ok=True)
+        words = ["--policy", "act", "--controller", tmp_path / "run/act"] if script == "evaluate.py" else []
+        done = run(script, "--sim", "rlbench", "--tasks", "open_box", "--run", tmp_path / "run", *words, PYTHONPATH="", COPPELIASIM_ROOT="")
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "COPPELIASIM_ROOT" in done.stderr, done.stderr
+
+
+def test_collecting_survives_what_goes_wrong(tmp_path):
+    command = ["collect_demos.py", "--sim", "rlbench", "--run", tmp_path, "--image-size", 16, "--workers", 2, "--scenes", 3]
+    tasks = ["reach_target", "crowded_table", "unreachable", "crashing"]
+    done = run(*command, "--tasks", *tasks, STANDIN_CRASHED=tmp_path / "crashed")
+    assert done.returncode == 0, done.stderr
+    assert "reach_target: 100.0% of 3 attempts succeeded; 3 episodes" in done.stdout and (tmp_path / "crashed").exists()
+    assert "unreachable: 0.0% of 15 attempts succeeded; 0 episodes" in done.stdout
+    assert "crashing: 100.0% of 3 attempts succeeded; 3 episodes" in done.stdout  # the scene of the crash was tried once more
+    crowded = next(line for line in done.stdout.splitlines() if line.startswith("crowded_table"))
+    assert "100.0%" not in crowded and " 0 episodes" not in crowded
+    for path in find_episodes(tmp_path / "episodes"):
+        episode = read_episode(path)
+        assert path.name == f"{episode.seed:07d}_{episode.variation:02d}.hdf5" and set(episode.images) == set(CAMERAS)
+        Chain.from_episode(episode)
+    done = run(*command, "--tasks", "reach_target", "crashing")
+    assert done.stdout.count("nothing left to record") == 2
+
+
+# ------------------------------------------------------------------------------------------------------------- evaluation
+class Knowing:
+    """A controller that is told where to go, and goes there in eight steps."""
+
+    config = test_evaluate.CONFIG | {"image_size": [16, 16]}
+
+    def __call__(self, images, qpos, instructions, drop_state):
+        assert all(image.shape == (1, 16, 16, 3) for image in images.values())
+        goal = evaluate.environment("reach_target", (16, 16), CAMERAS, "rlbench").live._task.goal
+        steps = np.linspace(0, 1, 9)[1:, None]
+        return np.concatenate([qpos[:, :7] + steps * (goal - qpos[:, :7]), np.ones((8, 1))], axis=1)[None]
+
+
+def test_a_good_controller_succeeds_in_rlbench(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "networks", lambda *_: (None, Knowing()))
+    settings = evaluate.Settings(run=tmp_path, sim="rlbench", policy="act", episodes=4, videos=1)
+    for seed in (0, 1):
+        outcome, log = evaluate.drive("reach_target", seed, settings)
+        assert outcome["success"] and outcome["steps"] == 8 and outcome["seed"] == seed
+        assert len(log["frames"]) == (9 if seed == 0 else 0) and np.isfinite(log["trace"][0][1:4]).all()
+    demos = write_dataset(tmp_path / "data", variations=(0, 4), episodes=2)
+    for seed in range(4):
+        evaluate.drive("reach_target", seed, replace(settings, demos=tmp_path / "data"))
+        goal = evaluate.environment("reach_target", (16, 16), CAMERAS, "rlbench").live._task.goal
+        assert np.allclose(goal, demos[(0, 4)[seed // 2], seed % 2][0][-1].joint_positions)
+
+
+def test_scenes_without_room_are_tried_again_and_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "networks", lambda *_: (None, test_evaluate.Stayer()))
+    settings = evaluate.Settings(run=tmp_path, sim="rlbench", policy="act", episodes=4, videos=0)
+    outcomes = [evaluate.drive("crowded_table", seed, settings)[0] for seed in range(4)]
+    retried = [outcome for outcome in outcomes if outcome.get("failed_resets")]
+    assert retried and all(outcome["seed"] % 4 == i for i, outcome in enumerate(outcomes))
+    assert all(outcome["seed"] == i + 4 * outcome.get("failed_resets", 0) for i, outcome in enumerate(outcomes))
+    report = evaluate.summary(outcomes, [{"paint": [], "control": []}] * 4)
+    assert report["failed_resets"] == sum(outcome.get("failed_resets", 0) for outcome in outcomes)
+    monkeypatch.setattr(evaluate, "ATTEMPTS", 1)
+    given_up = evaluate.drive("crowded_table", outcomes.index(retried[0]), settings)[0]
+    assert not given_up["success"] and given_up["failed_resets"] == 1 and "Could not place" in given_up["error"]
+
+
+def test_the_paper_s_protocol(tmp_path):
+    assert len(rlbench_panda.PAPER_TASKS) == len(set(rlbench_panda.PAPER_TASKS)) == 25
+    for folder in ("act_rgb", "act_rgb/step-900", "act_rgb/step-1100", "act_rgb/step-1000"):
+        test_evaluate.untrained(tmp_path / "held" / folder, observation="rgb", vocabulary=["red"], image_size=[16, 16])
+    command = ["evaluate.py", "--protocol", "paper", "--policy", "act", "--run", tmp_path / "held", "--videos", 1]
+    done = run(*command, "--tasks", "reach_target", "crashing", "--episodes", 2, "--workers", 2)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "held/evaluation/evaluation_act.json").read_text())
+    used = [Path(checkpoint["controller"]).name for checkpoint in report["checkpoints"]]
+    assert report["sim"] == "rlbench" and used == ["act_rgb", "step-1100", "step-1000"]
+    for task in report["tasks"].values():
+        assert task["episodes"] == 6 and max(outcome["steps"] for outcome in task["outcomes"]) <= 200
+    assert report["tasks"]["crashing"]["episodes_with_errors"] == 6 and "64 %" in done.stdout and "16 of 25" in done.stdout
+    assert (tmp_path / "held/evaluation/reach_target_act.mp4").exists()
+    done = run(*command)  # all 25: the stand-in has two of them
+    assert done.returncode == 2 and "RLBench has no task 'basketball_in_hoop'" in done.stderr
+
+
+@pytest.mark.parametrize("changes, sentence", [
+    ({"checkpoints": 3}, "act_rgb holds 2 of the 3 checkpoints"), ({"checkpoints": 0}, "--checkpoints must be 1 or more"),
+    ({"tasks": ("open_bax",)}, "is it 'open_box'"), ({"policy": "oracle"}, "oracle for the embedded simulator"),
+    ({"sim": None, "demos": Path("data")}, "--demos is for --sim rlbench"),
+    ({"demos": Path("data")}, "There is no folder data"),
+])  # fmt: skip
+def test_bad_settings_are_one_sentence(tmp_path, changes, sentence):
+    for folder in ("act_rgb", "act_rgb/step-1000"):
+        (tmp_path / folder).mkdir()
+    settings = {"run": tmp_path, "sim": "rlbench", "policy": "act", "tasks": ("reach_target",), "controller": tmp_path / "act_rgb"} | changes
+    with pytest.raises(UserError, match=sentence):
+        evaluate.check_settings(evaluate.Settings(**settings))

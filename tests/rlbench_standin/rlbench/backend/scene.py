@@ -9,7 +9,8 @@ ORIGINS = [((0, 0, 0.333), 0), ((0, 0, 0), -1), ((0, -0.316, 0), 1), ((0.0825, 0
            ((0.088, 0, 0), 1)]  # fmt: skip
 SHIFTS = np.array([-0.19, 0, -0.12, 0, -0.05, 0, 0.04])  # the model's joints lie elsewhere on their axes
 START = np.array([0, 0.175, 0, -0.873, 0, 1.222, 0.785])
-LOOKS_FROM = {"front": (1.35, 0.05, 1.6), "left_shoulder": (0.3, 0.5, 2.0), "right_shoulder": (0.3, -0.5, 2.0), "overhead": (0.35, 0.01, 2.1)}
+LOOKS_FROM = {"front": (1.35, 0.05, 1.6),
+              "left_shoulder": (0.3, 0.5, 2.0), "right_shoulder": (0.3, -0.5, 2.0), "overhead": (0.35, 0.01, 2.1)}  # fmt: skip
 
 
 def about(axis, angle):
