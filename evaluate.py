@@ -349,7 +349,7 @@ def print_table(report):
         print(f"{name:<24}{task['successes']:>4} of {task['episodes']:<3}{task['rate']:>6.0%}{f'{low:.0%} to {high:.0%}':>16}{steps:>7}"
               f"{task['paint_ms']:>7.1f} ms{task['control_ms']:>7.1f} ms")
         if "failed_resets" in task:
-            print(f"{'':<24}{task['failed_resets']} scenes without room for the task, {task['episodes_with_errors']} episodes with an error")
+            print(f"{'':<24}{task['failed_resets']} scenes without room for it, {task['episodes_with_errors']} episodes with an error")
     if "checkpoints" in report:
         print(f"{'checkpoint':<40}" + "mean success over the tasks")
         for checkpoint in report["checkpoints"]:
