@@ -405,7 +405,9 @@ def test_the_live_environment_sees_what_rlbench_sees():
         if 1 < u < SIZE[1] - 1 and 1 < v < SIZE[0] - 1:
             assert (env.picture(camera, *SIZE)[v, u] == 255).all()
     assert env.picture("front", 80, 96).shape == (80, 96, 3)
-    for bad, sentence in [(action[:7], "8 finite numbers"), (action * np.nan, "8 finite numbers"), (action + 9, "outside the joint limits")]:
+    for bad, sentence in [
+        (action[:7], "8 finite numbers"), (action * np.nan, "8 finite numbers"), (action + 9, "outside the joint limits"),
+    ]:  # fmt: skip
         with pytest.raises(UserError, match=sentence):
             env.step(bad)
     observation, reward, terminated, _, info = env.step(np.append(env.action_space.high[:7], 1))  # a jump that RLBench refuses
@@ -535,6 +537,6 @@ def test_the_paper_s_protocol(tmp_path):
 def test_bad_settings_are_one_sentence(tmp_path, changes, sentence):
     for folder in ("act_rgb", "act_rgb/step-1000"):
         (tmp_path / folder).mkdir()
-    settings = {"run": tmp_path, "sim": "rlbench", "policy": "act", "tasks": ("reach_target",), "controller": tmp_path / "act_rgb"} | changes
+    settings = {"run": tmp_path, "sim": "rlbench", "policy": "act", "tasks": ("reach_target",)} | changes
     with pytest.raises(UserError, match=sentence):
         evaluate.check_settings(evaluate.Settings(**settings))
