@@ -225,7 +225,7 @@ def write_episode(path, episode):
             # Compressing takes twice as long as decoding a PNG: not worth it for noisy pictures, which hardly shrink.
             shrinks = len(zlib.compress(images[0].tobytes(), 1)) < images[0].size / 2
             root.create_dataset(f"observations/images/{camera}", data=images, chunks=(1, *images.shape[1:]),
-                                compression=1 if shrinks else None)  # fmt: skip
+                                compression=1 if shrinks else None, fletcher32=not shrinks)  # a checksum either way; fmt: skip
             root[f"cameras/{camera}/intrinsics"] = np.asarray(episode.intrinsics[camera], np.float64)
             root[f"cameras/{camera}/extrinsics"] = np.asarray(episode.extrinsics[camera], np.float64)
 
