@@ -537,6 +537,7 @@ def test_the_paper_s_protocol(tmp_path):
 def test_bad_settings_are_one_sentence(tmp_path, changes, sentence):
     for folder in ("act_rgb", "act_rgb/step-1000"):
         (tmp_path / folder).mkdir()
-    settings = {"run": tmp_path, "sim": "rlbench", "policy": "act", "tasks": ("reach_target",)} | changes
+    settings = {"run": tmp_path, "sim": "rlbench", "policy": "act", "tasks": ("reach_target",)}
+    settings |= {"controller": tmp_path / "act_rgb"} | changes
     with pytest.raises(UserError, match=sentence):
         evaluate.check_settings(evaluate.Settings(**settings))
