@@ -70,8 +70,8 @@ class Settings:
     demos: Path | None = None
     """Root of an RLBench dataset, whose demonstrations' scenes are laid out again (the paper's way); for --sim rlbench."""
     checkpoints: int | None = None
-    """Over how many checkpoints to average, 3 for the paper's protocol, otherwise 1: the last one in <run>/controlnet and <run>/act,
-    and those before it in step-<N>/ inside these folders."""
+    """Over how many checkpoints to average, 3 for the paper's protocol, otherwise 1: <run>/controlnet and <run>/act themselves,
+    or for more than one the last of the folders step-<N>/ inside them (--keep)."""
     episodes: int = 50
     """Episodes per task (paper: 50)."""
     seed: int = 0
@@ -405,12 +405,13 @@ def check_settings(settings):
 def checkpoints(settings):
     """The settings of each checkpoint to average over, the last one first: painter and controller are paired from there backwards."""
     painters, controllers = (
-        [folder, *(path for _, path in sorted(((int(path.name[5:]), path) for path in folder.glob("step-*")), reverse=True))]
+        [path for _, path in sorted(((int(path.name[5:]), path) for path in folder.glob("step-*")), reverse=True)][: settings.checkpoints]
+        if settings.checkpoints > 1 else [folder]
         for folder in (settings.painter, settings.controller))  # fmt: skip
-    for found in [controllers] + [painters] * (settings.policy == "genima"):
+    for folder, found in [(settings.controller, controllers)] + [(settings.painter, painters)] * (settings.policy == "genima"):
         if len(found) < settings.checkpoints:
-            raise UserError(f"{found[0]} holds {len(found)} of the {settings.checkpoints} checkpoints to average over: train it with "
-                            f"--keep {settings.checkpoints}, or give --checkpoints {len(found)}.")
+            raise UserError(f"{folder} holds {len(found)} of the {settings.checkpoints} checkpoints to average over: train it with "
+                            f"--keep {settings.checkpoints}, or give --checkpoints 1.")
     painters += [settings.painter] * len(controllers)  # where nothing is painted
     return [replace(settings, painter=painters[i], controller=controllers[i], videos=0 if i else settings.videos)
             for i in range(settings.checkpoints)]
