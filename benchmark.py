@@ -2,6 +2,7 @@
 
     python benchmark.py spheres     pictures per second of draw_spheres, and of pyrender drawing the same four spheres
     python benchmark.py demos       demonstrations per minute: pick_and_lift, four cameras of 128x128
+    python benchmark.py rlbench     importing a dataset of RLBench, beside decoding its pictures twice over
 
 pyrender, the renderer of GENIMA's published code, is needed for the first only.
 """
@@ -17,9 +18,11 @@ os.environ.setdefault("PYOPENGL_PLATFORM", "egl")
 
 import numpy as np
 import tyro
+from PIL import Image
 
-from episodes import UserError, run_stage
+from episodes import CAMERAS, UserError, run_stage
 from render_spheres import DARK_STRIPE, draw_spheres, target_spheres
+from sims.parallel import in_parallel
 
 INSTALL_PYRENDER = "pip install --no-deps pyrender==0.1.45 trimesh==5.2.0 freetype-py==2.5.1 pyglet==1.5.29 six networkx"
 
@@ -114,8 +117,43 @@ def demos(scenes: int = 10):
     print(f"{count} demonstrations in {minutes * 60:.0f} s: {count / minutes:.0f} per minute.")
 
 
+def rlbench(dataset: Path, workers: int = os.cpu_count()):
+    """Seconds to import a dataset of RLBench, and to decode its pictures twice, in as many processes and in one.
+
+    Args:
+        dataset: Its root; tests/make_rlbench_dataset.py writes one to measure with.
+        workers: Processes.
+    """
+    cameras = [f"{camera}_rgb" for camera in CAMERAS]
+    pictures = sorted(path for path in dataset.glob("*/variation*/episodes/episode*/*_rgb/*.png") if path.parent.name in cameras)
+    if not pictures:
+        raise UserError(f"{dataset} has no <task>/variation<N>/episodes/episode<M>/<camera>_rgb: give the root of a dataset.")
+    parts = [(decode_twice, pictures[i::100]) for i in range(100)]
+    start = time.perf_counter()
+    alone = sum(seconds for _, seconds in in_parallel(parts, workers, "decoding", "part"))
+    together = time.perf_counter() - start
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        command = [sys.executable, Path(__file__).with_name("collect_demos.py"), "--from-rlbench", dataset, "--run", folder,
+                   "--workers", str(workers)]  # fmt: skip
+        if subprocess.run(command).returncode != 0:
+            raise UserError("collect_demos.py failed, so there is nothing to measure.")
+        ours = time.perf_counter() - start
+    print(f"{len(pictures)} pictures, {workers} processes: importing takes {ours:.1f} s; decoding them twice takes {together:.1f} s in as "
+          f"many processes, {alone:.1f} s of one.")
+
+
+def decode_twice(paths):
+    """Seconds it takes."""
+    start = time.perf_counter()
+    for path in [*paths, *paths]:
+        with Image.open(path) as picture:
+            np.array(picture)
+    return time.perf_counter() - start
+
+
 def main():
-    tyro.extras.subcommand_cli_from_dict({"spheres": spheres, "demos": demos}, description=__doc__)
+    tyro.extras.subcommand_cli_from_dict({"spheres": spheres, "demos": demos, "rlbench": rlbench}, description=__doc__)
 
 
 if __name__ == "__main__":

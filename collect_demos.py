@@ -1,9 +1,11 @@
 """Stage 0: demonstrations by a scripted expert, one HDF5 episode each.
 
-In:   the tasks of sims/mujoco_panda.py (their waypoints).
+In:   the tasks of sims/mujoco_panda.py (their waypoints); or RLBench, alive or a dataset of it.
 Out:  <run>/episodes/<task>/<seed>_<variation>.hdf5, see episodes.py; only successful attempts are kept.
 Run:  python collect_demos.py                                      what `make demo` trains on
       python collect_demos.py --tasks open_drawer --scenes 20 --run runs/drawer
+      python collect_demos.py --from-rlbench DATASET --run runs/rlbench     its demonstrations; needs neither RLBench nor CoppeliaSim
+      python collect_demos.py --sim rlbench --tasks open_box --run runs/rlbench      new ones by RLBench's planner
 
 Each scene (seed) is recorded once for every object that the instruction can name: the same picture, other words, another
 target, so that the words decide. Demonstrations begin anywhere over the table and, every second one, near the object: a
@@ -12,19 +14,20 @@ the path never comes back to it. Stopped in the middle, the script goes on where
 """
 
 import os
-import signal
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # one process per core does the work; numpy's threads would fight
 
 import numpy as np
 import tyro
-from tqdm import tqdm
 
 from episodes import CAMERAS, Episode, UserError, find_episodes, read_episode, run_stage, write_episode
 from sims.mujoco_panda import CONTROL_HZ, TASKS, PandaEnv, rotation_from, rotation_vector
+from sims.parallel import in_parallel
+from sims.rlbench_dataset import find_demonstrations, name_of, read_demonstration
+from sims.rlbench_panda import NoSceneError, RLBenchEnv, import_rlbench, task_class
 
 JOINT_SPEED = 1.2  # rad/s, about half of what the arm can do (Franka's data sheet: 2.2 to 2.6)
 
@@ -33,12 +36,21 @@ JOINT_SPEED = 1.2  # rad/s, about half of what the arm can do (Franka's data she
 class Settings:
     run: Path = Path("runs/demo")
     """Folder of the run; episodes go to <run>/episodes."""
-    tasks: tuple[str, ...] = ("reach_target", "push_button", "pick_and_lift")
-    """Which tasks to record."""
-    scenes: int = 300
-    """Scenes per task. Each gives one episode per object that the instruction can name (three)."""
-    image_size: int = 64
-    """Height and width of the pictures, pixels."""
+    tasks: tuple[str, ...] = ()
+    """Which tasks to record; none named: reach_target, push_button and pick_and_lift, or all that a dataset has."""
+    scenes: int | None = None
+    """Scenes per task, 300 by default. Each gives one episode per object that the instruction can name (three). With RLBench:
+    demonstrations per task, 50 by default; from a dataset, at most this many of each variation."""
+    image_size: int | None = None
+    """Height and width of the pictures, pixels: 64 by default, 128 with RLBench, from a dataset as they were recorded."""
+    sim: Literal["mujoco", "rlbench"] = "mujoco"
+    """The embedded simulator, or RLBench (see requirements-rlbench.txt)."""
+    from_rlbench: Path | None = None
+    """Root of a dataset that RLBench recorded, to be turned into episodes."""
+    cameras: tuple[str, ...] = CAMERAS
+    """Which cameras of RLBench to record or import; the painter needs these four."""
+    variations: tuple[int, ...] = ()
+    """Which variations to import; none named: all."""
     seed: int = 1_000_000
     """Seed of the first scene; evaluation uses seeds below a million, so that its scenes are unseen."""
     workers: int = os.cpu_count()
@@ -105,6 +117,22 @@ def record(env, task, seed, variation, start):
 _env = {}  # one environment per task and process
 
 
+def record_rlbench(folder, task, seeds, image_size, cameras):
+    """One demonstration by RLBench's planner, of the first of these seeds for which there is one. Returns as record_scene does."""
+    if any(list((folder / task).glob(f"{seed:07d}_*.hdf5")) for seed in seeds):
+        return task, 0, 0
+    if task not in _env:
+        _env[task] = RLBenchEnv(task, image_size, cameras)
+    for attempts, seed in enumerate(seeds, 1):
+        try:
+            episode = _env[task].demonstrate(seed)
+        except NoSceneError:  # no place for the task, or no path: a failed attempt, not a broken program
+            continue
+        write_episode(folder / task / f"{seed:07d}_{episode.variation:02d}.hdf5", episode)
+        return task, attempts, 1
+    return task, len(seeds), 0
+
+
 def record_scene(folder, task, seed, image_size):
     """All variations of one scene that are not on disk yet. Returns (task, attempts, successes)."""
     if task not in _env:
@@ -126,34 +154,71 @@ def record_scene(folder, task, seed, image_size):
     return task, attempts, successes
 
 
+def import_episode(folder, path, cameras, size):
+    """One demonstration of a dataset. Returns (task, is it new, what is wrong with it)."""
+    task = path.parent.name
+    if path.exists():
+        return task, False, None
+    try:
+        write_episode(path, read_demonstration(folder, cameras, size))
+    except UserError as error:
+        return task, False, str(error)
+    return task, True, None
+
+
+def import_dataset(settings, folder, size):
+    """Turn a dataset of RLBench into episodes."""
+    jobs, counts, broken = [], {}, set()
+    for source in find_demonstrations(settings.from_rlbench, settings.tasks, settings.variations, settings.scenes):
+        task = source.parents[2].name
+        jobs.append((import_episode, source, folder / task / name_of(source), settings.cameras, size))
+    for _, result in in_parallel(jobs, settings.workers, "importing", "demonstration"):
+        task, new, error = result or (task, False, "A process of the import died: run the same command again.")
+        counts[task] = counts.get(task, 0) + new
+        broken |= {error} - {None}
+    for task, new in sorted(counts.items()):
+        print(f"{task}: {new} new episodes; {len(list((folder / task).glob('*.hdf5')))} in {folder / task}")
+    if broken:
+        raise UserError("\n".join(sorted(broken)))
+
+
 def main():
     settings = tyro.cli(Settings, description=__doc__)
-    unknown = [task for task in settings.tasks if task not in TASKS]
-    if unknown:
-        raise UserError(f"There is no task '{unknown[0]}'; choose from {', '.join(TASKS)}.")
-    if min(settings.scenes, settings.image_size, settings.workers) < 1:
+    rlbench, scenes = settings.sim == "rlbench", settings.scenes
+    if min(1 if scenes is None else scenes, 1 if settings.image_size is None else settings.image_size, settings.workers) < 1:
         raise UserError("--scenes, --image-size and --workers must be 1 or more.")
-    folder, size = settings.run / "episodes", (settings.image_size, settings.image_size)
+    folder, size = settings.run / "episodes", settings.image_size or (None if settings.from_rlbench else 128 if rlbench else 64)
     for path in find_episodes(folder)[:1] if any(folder.glob("*/*.hdf5")) else ():
-        if set(sizes := read_episode(path, images=False).image_sizes.values()) != {size}:
-            raise UserError(f"{path} has pictures of {', '.join(map(str, set(sizes)))} pixels, not {size}: use another --run.")
-    for task in settings.tasks:
+        if size and set(sizes := read_episode(path, images=False).image_sizes.values()) != {(size, size)}:
+            raise UserError(f"{path} has pictures of {', '.join(map(str, set(sizes)))} pixels, not {(size, size)}: use another --run.")
+    if settings.from_rlbench:
+        return import_dataset(settings, folder, size and (size, size))
+    tasks = settings.tasks or ("reach_target", "push_button", "pick_and_lift")
+    if rlbench:
+        for task in tasks:
+            task_class(import_rlbench().tasks, task)
+        count = scenes or 50
+        seeds = lambda i: tuple(settings.seed + i + attempt * count for attempt in range(5))  # noqa: E731
+        jobs = [(record_rlbench, folder, task, seeds(i), size, settings.cameras) for task in tasks for i in range(count)]
+    else:
+        for task in tasks:
+            if task not in TASKS:
+                raise UserError(f"There is no task '{task}'; choose from {', '.join(TASKS)}.")
+        jobs = [(record_scene, folder, task, settings.seed + i, size) for i in range(scenes or 300) for task in tasks]
+    for task in tasks:
         (folder / task).mkdir(parents=True, exist_ok=True)
-    scenes = [(task, settings.seed + i) for i in range(settings.scenes) for task in settings.tasks]
-    counts = {task: np.zeros(2, int) for task in settings.tasks}
-    ignore_interrupt = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is this process's business, not the workers'
-    with ProcessPoolExecutor(settings.workers, initializer=signal.signal, initargs=ignore_interrupt) as pool:
-        jobs = [pool.submit(record_scene, folder, task, seed, settings.image_size) for task, seed in scenes]
-        try:
-            for job in tqdm(as_completed(jobs), total=len(jobs), desc="scenes", unit="scene"):
-                task, attempts, successes = job.result()
-                counts[task] += attempts, successes
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    counts, crashes = {task: np.zeros(2, int) for task in tasks}, 0
+    for _, result in in_parallel(jobs, settings.workers, "scenes", "scene", "spawn" if rlbench else None):
+        if result is None:
+            crashes += 1
+            continue
+        task, attempts, successes = result
+        counts[task] += attempts, successes
     for task, (attempts, successes) in counts.items():
         rate = f"{successes / attempts:.1%} of {attempts} attempts succeeded" if attempts else "nothing left to record"
         print(f"{task}: {rate}; {len(list((folder / task).glob('*.hdf5')))} episodes in {folder / task}")
+    if crashes:
+        print(f"In {crashes} scenes the simulator crashed twice; run the same command again to try them once more.")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ Out:  runs/demo/evaluation/evaluation.json            per task: successes, inter
     python evaluate.py --tasks pick_and_lift --seed 1000        one task, other scenes
     python evaluate.py --policy oracle                          spheres from a demonstration: the controller's upper bound
     python evaluate.py --policy act                             no spheres: ACT on the plain pictures (runs/demo/act_rgb)
+    python evaluate.py --sim rlbench --tasks open_box           in RLBench (requirements-rlbench.txt)
+    python evaluate.py --protocol paper --run runs/rlbench      in RLBench as the paper does: 25 tasks, the last three checkpoints
 
 Paper, sections 3.3 and 4: look, paint the target spheres, let the controller turn the painted picture into a chunk of joint
 positions, run the beginning of the chunk, look again.
@@ -19,13 +21,10 @@ import json
 import os
 import platform
 import re
-import signal
 import subprocess
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal
 
@@ -38,7 +37,6 @@ import numpy as np
 import torch
 import tyro
 from PIL import Image, ImageDraw, ImageFont
-from tqdm import tqdm
 
 from act import Controller
 from collect_demos import record
@@ -46,11 +44,17 @@ from episodes import UserError, find_episodes, run_stage, write_whole
 from painter import Painter
 from render_spheres import draw_spheres, over, target_spheres
 from sims.mujoco_panda import CONTROL_HZ, TASKS, PandaEnv
+from sims.parallel import in_parallel
+from sims.rlbench_dataset import HZ, find_demonstrations
+from sims.rlbench_panda import PAPER_TASKS, NoSceneError, RLBenchEnv, import_rlbench, task_class
 
 matplotlib.use("Agg")
 
 LANGUAGE_TASKS = ("push_button", "pick_and_lift")  # where several objects differ in nothing but colour
 PANEL = 256  # height and width of a video's three panels, pixels
+ATTEMPTS = 10  # scenes to try in RLBench before an episode counts as failed: not every one has room for its task
+PAPER = """The paper (arXiv 2407.07875): GENIMA is better than ACT on 16 of 25 tasks and than Diffusion Policy on all 25, and
+succeeds in 64 % of the episodes of 9 tasks of a real robot. Its 25 tasks may not all be these."""
 
 
 @dataclass
@@ -59,6 +63,15 @@ class Settings:
     """Folder of the run; controlnet/ and act/ inside it are read, evaluation/ is written."""
     tasks: tuple[str, ...] = ()
     """Which tasks; none named: those that were recorded in <run>/episodes."""
+    sim: Literal["mujoco", "rlbench"] | None = None
+    """mujoco: the embedded simulator, which is the default; rlbench: RLBench in CoppeliaSim, the default of the paper's protocol."""
+    protocol: Literal["paper"] | None = None
+    """paper: its 25 tasks, 50 episodes each of at most 200 steps, mean over the last three checkpoints."""
+    demos: Path | None = None
+    """Root of an RLBench dataset, whose demonstrations' scenes are laid out again (the paper's way); for --sim rlbench."""
+    checkpoints: int | None = None
+    """Over how many checkpoints to average, 3 for the paper's protocol, otherwise 1: <run>/controlnet and <run>/act themselves,
+    or for more than one the last of the folders step-<N>/ inside them (--keep)."""
     episodes: int = 50
     """Episodes per task (paper: 50)."""
     seed: int = 0
@@ -77,6 +90,8 @@ class Settings:
     """Write a table of every failed episode's steps, trace_<task>_<seed>.csv: the first thing to look at when a policy fails."""
     controller: Path | None = None
     """The controller's folder, if it is not <run>/act (or <run>/act_rgb for --policy act)."""
+    painter: Path | None = None
+    """The painter's folder, if it is not <run>/controlnet."""
     out: Path | None = None
     """Folder for the results, if it is not <run>/evaluation."""
     workers: int = os.cpu_count()
@@ -112,7 +127,7 @@ class Oracle:
 
 
 @cache
-def networks(policy, run, folder, device):
+def networks(policy, painting, folder, device):
     """The painter (None without painting) and the controller of a policy, loaded once per process."""
     torch.set_num_threads(1)  # one process per core does the work, and the results do not depend on how many there are
     controller = Controller.load(folder, device)
@@ -121,18 +136,19 @@ def networks(policy, run, folder, device):
         raise UserError(f"{folder} was not trained with --observation {needed}, which --policy {policy} needs: give another --controller.")
     if policy != "genima":
         return None, controller
-    painter = Painter.load(run / "controlnet", device)
+    painter = Painter.load(painting, device)
     ours, theirs = controller.config, painter.config | {"image_size": [painter.config["image_size"]] * 2}
     for what in ("cameras", "horizon", "image_size"):
         if theirs[what] != ours[what]:
-            raise UserError(f"{run / 'controlnet'} was trained with {what} {theirs[what]}, but {folder} with {ours[what]}: train one again.")
+            raise UserError(f"{painting} was trained with {what} {theirs[what]}, but {folder} with {ours[what]}: train one again.")
     return painter, controller
 
 
 @cache
-def environment(task, image_size, cameras):
+def environment(task, image_size, cameras, sim=None):
     """One environment per task and process."""
-    return PandaEnv(task, image_size, cameras, images=False)  # pictures are taken when they are looked at
+    kind = RLBenchEnv if sim == "rlbench" else PandaEnv
+    return kind(task, image_size, cameras, images=False)  # pictures are taken when they are looked at
 
 
 def look(env):
@@ -141,16 +157,29 @@ def look(env):
 
 def drive(task, seed, settings):
     """One episode in closed loop. Returns its outcome, and a log: seconds, a row per step, frames of a film if one is wanted."""
-    painter, controller = networks(settings.policy, settings.run, settings.controller, settings.device)
-    env = environment(task, tuple(controller.config["image_size"]), tuple(controller.config["cameras"]))
-    observation, info = env.reset(seed=seed)
-    outcome = {"seed": seed, "variation": info["variation"], "instruction": info["instruction"], "success": False, "steps": 0}
-    log = {"paint": [], "control": [], "trace": [], "frames": []}
+    painter, controller = networks(settings.policy, settings.painter, settings.controller, settings.device)
+    env = environment(task, tuple(controller.config["image_size"]), tuple(controller.config["cameras"]), settings.sim)
+    film, log = seed < settings.seed + settings.videos, {"paint": [], "control": [], "trace": [], "frames": []}
+    options, attempts = {}, range(ATTEMPTS)
+    if settings.demos:  # spread over all variations; a recorded scene has no other to try instead
+        scenes = find_demonstrations(settings.demos, (task,))
+        options["demonstration"], attempts = scenes[(seed - settings.seed) * len(scenes) // settings.episodes], range(1)
+    for attempt in attempts:
+        outcome = {"seed": seed, "variation": None, "instruction": None, "success": False, "steps": 0}
+        outcome |= {"failed_resets": attempt} if attempt else {}
+        try:
+            observation, info = env.reset(seed=outcome["seed"] + attempt * settings.episodes, options=options)
+            break
+        except NoSceneError as error:
+            outcome |= {"failed_resets": attempt + 1, "error": str(error)}
+    else:
+        return outcome, log
+    outcome |= {"seed": env.seed, "variation": info["variation"], "instruction": info["instruction"]}
     try:
         oracle = Oracle(task, seed, info["variation"], controller.config["horizon"]) if settings.policy == "oracle" else None
     except UserError:  # out of the demonstrator's reach: counts as a failure
         return outcome, log
-    film, done = seed < settings.seed + settings.videos, False
+    done = False
     while not done:
         images = painted = look(env)
         start = time.perf_counter()
@@ -178,6 +207,7 @@ def drive(task, seed, settings):
     if film:
         log["frames"].append(np.concatenate([panels, env.picture("front", PANEL, PANEL)], axis=1))
     outcome.update(success=info["success"], steps=env.steps)
+    outcome |= {"error": info["error"]} if "error" in info else {}
     return outcome, log
 
 
@@ -201,7 +231,7 @@ def gripper_spots(painted, images):
 
 def listen(task, seed, settings):
     """One picture, every object named once. Returns, per instruction, whether the gripper was painted towards the named one."""
-    painter, controller = networks(settings.policy, settings.run, settings.controller, settings.device)
+    painter, controller = networks(settings.policy, settings.painter, settings.controller, settings.device)
     env = environment(task, tuple(controller.config["image_size"]), tuple(controller.config["cameras"]))
     instructions, truth = [], []
     for variation in range(env.task.candidates):
@@ -235,12 +265,15 @@ def rate(successes, episodes):
 
 def summary(outcomes, logs):
     """What evaluation.json says about one task."""
+    failed = sum(outcome.get("failed_resets", 0) for outcome in outcomes)
+    errors = sum("error" in outcome for outcome in outcomes)
+    trouble = {"failed_resets": failed, "episodes_with_errors": errors} if failed or errors else {}
     steps = [outcome["steps"] for outcome in outcomes if outcome["success"]]
     milliseconds = lambda name: round(1000 * float(np.median(sum((log[name] for log in logs), []) or [0])), 2)  # noqa: E731
     return {
         "successes": len(steps), "episodes": len(outcomes), **rate(len(steps), len(outcomes)),
         "mean_steps": float(np.mean(steps)) if steps else None,
-        "paint_ms": milliseconds("paint"), "control_ms": milliseconds("control"), "outcomes": outcomes,
+        "paint_ms": milliseconds("paint"), "control_ms": milliseconds("control"), **trouble, "outcomes": outcomes,
     }  # fmt: skip
 
 
@@ -271,7 +304,7 @@ def caption(frame, text, what):
     return np.array(sheet)
 
 
-def write_film(out, name, films, what):
+def write_film(out, name, films, what, fps):
     """<name>.mp4 of (outcome, frames) pairs one after the other, and <name>.png: how the first successful one began and ended."""
     outcome, frames = next((film for film in films if film[0]["success"]), films[0])
     still = np.concatenate([frames[0][:, : 2 * PANEL], frames[-1][:, 2 * PANEL :]], axis=1)
@@ -281,9 +314,9 @@ def write_film(out, name, films, what):
     for outcome, frames in films:
         shown += [caption(frame, outcome["instruction"], what) for frame in frames]
         verdict = f"{outcome['instruction']}: {'done' if outcome['success'] else 'not done'}"
-        shown += [caption(frames[-1], verdict, what)] * CONTROL_HZ  # a second to read it
+        shown += [caption(frames[-1], verdict, what)] * fps  # a second to read it
     with write_whole(out / f"{name}.mp4") as path:
-        writer = imageio_ffmpeg.write_frames(str(path), shown[0].shape[1::-1], fps=CONTROL_HZ, codec="libx264",
+        writer = imageio_ffmpeg.write_frames(str(path), shown[0].shape[1::-1], fps=fps, codec="libx264",
                                              pix_fmt_out="yuv420p", macro_block_size=2, output_params=["-f", "mp4"])  # fmt: skip
         for frame in [None, *shown]:  # None starts it
             writer.send(frame)
@@ -315,6 +348,13 @@ def print_table(report):
         steps = "-" if task["mean_steps"] is None else f"{task['mean_steps']:.0f}"
         print(f"{name:<24}{task['successes']:>4} of {task['episodes']:<3}{task['rate']:>6.0%}{f'{low:.0%} to {high:.0%}':>16}{steps:>7}"
               f"{task['paint_ms']:>7.1f} ms{task['control_ms']:>7.1f} ms")
+        if "failed_resets" in task:
+            print(f"{'':<24}{task['failed_resets']} scenes without room for it, {task['episodes_with_errors']} episodes with an error")
+    if "checkpoints" in report:
+        print(f"{'checkpoint':<40}" + "mean success over the tasks")
+        for checkpoint in report["checkpoints"]:
+            print(f"{checkpoint['controller']:<40}{np.mean(list(checkpoint['rates'].values())):.1%}")
+    print(f"{'mean over the tasks':<24}{np.mean([task['rate'] for task in report['tasks'].values()]):>16.1%}")
     if "language" in report:
         correct, cases, share, (low, high) = report["language"].values()
         print(f"The gripper was painted towards the named object in {correct} of {cases} cases ({share:.0%}, {low:.0%} to {high:.0%}).")
@@ -322,14 +362,20 @@ def print_table(report):
 
 def check_settings(settings):
     """Fill in the settings that follow from others. Raises UserError for what cannot be evaluated."""
-    for name, least in {"episodes": 1, "execute": 1, "workers": 1, "seed": 0, "language": 0, "videos": 0}.items():
+    if settings.checkpoints is None:
+        settings.checkpoints = 3 if settings.protocol else 1
+    for name, least in {"episodes": 1, "execute": 1, "workers": 1, "seed": 0, "language": 0, "videos": 0, "checkpoints": 1}.items():
         if getattr(settings, name) < least:
             raise UserError(f"--{name} must be {least} or more.")
+    rlbench = settings.sim == "rlbench" or settings.sim is None and settings.protocol == "paper"
+    settings.sim = "rlbench" if rlbench else "mujoco"
     folder = settings.run / "episodes"
+    if rlbench and settings.protocol:
+        settings.tasks = settings.tasks or PAPER_TASKS
     recorded = find_episodes(folder) if folder.is_dir() or not settings.tasks else []
     settings.tasks = settings.tasks or tuple(dict.fromkeys(path.parent.name for path in recorded))
     for task in settings.tasks:
-        if task not in TASKS:
+        if not rlbench and task not in TASKS:
             near = difflib.get_close_matches(task, TASKS, 1)
             raise UserError(f"There is no task '{task}'; " + (f"is it '{near[0]}'?" if near else f"choose from {', '.join(TASKS)}."))
     seeds = range(settings.seed, settings.seed + max(settings.episodes, settings.language))
@@ -340,43 +386,76 @@ def check_settings(settings):
     if settings.device == "auto":
         settings.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     settings.controller = settings.controller or settings.run / ("act_rgb" if settings.policy == "act" else "act")
+    settings.painter = settings.painter or settings.run / "controlnet"
     settings.out = settings.out or settings.run / "evaluation"
-    for needed in [settings.controller] + [settings.run / "controlnet"] * (settings.policy == "genima"):
+    for needed in [settings.controller] + [settings.painter] * (settings.policy == "genima"):
         if not needed.is_dir():
             raise UserError(f"There is no checkpoint {needed}: train it first.")
+    checkpoints(settings)
+    if settings.demos and not rlbench or settings.policy == "oracle" and rlbench:
+        raise UserError("--demos is for --sim rlbench, and --policy oracle for the embedded simulator.")
+    if rlbench:
+        tasks = import_rlbench().tasks
+        for task in settings.tasks:
+            task_class(tasks, task)
+        if settings.demos:
+            find_demonstrations(settings.demos, settings.tasks)
+
+
+def checkpoints(settings):
+    """The settings of each checkpoint to average over, the last one first: painter and controller are paired from there backwards."""
+    painters, controllers = (
+        [path for _, path in sorted(((int(path.name[5:]), path) for path in folder.glob("step-*")), reverse=True)][: settings.checkpoints]
+        if settings.checkpoints > 1 else [folder]
+        for folder in (settings.painter, settings.controller))  # fmt: skip
+    for folder, found in [(settings.controller, controllers)] + [(settings.painter, painters)] * (settings.policy == "genima"):
+        if len(found) < settings.checkpoints:
+            raise UserError(f"{folder} holds {len(found)} of the {settings.checkpoints} checkpoints to average over: train it with "
+                            f"--keep {settings.checkpoints}, or give --checkpoints 1.")
+    painters += [settings.painter] * len(controllers)  # where nothing is painted
+    return [replace(settings, painter=painters[i], controller=controllers[i], videos=0 if i else settings.videos)
+            for i in range(settings.checkpoints)]
 
 
 def evaluate(settings):
-    """Run all episodes in parallel -> {task: [(outcome, log), ...] in the order of the seeds}, [correct, ...] of the language check."""
-    episodes = [(drive, task, settings.seed + i) for i in range(settings.episodes) for task in settings.tasks]
-    scenes = settings.language if settings.policy == "genima" else 0
-    cases = [(listen, task, settings.seed + i) for i in range(scenes) for task in LANGUAGE_TASKS if task in settings.tasks]
-    driven, heard = {}, {}
-    ignore_interrupt = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is this process's business, not the workers'
-    context = get_context(None if settings.device == "cpu" else "spawn")  # CUDA does not survive a fork
-    with ProcessPoolExecutor(settings.workers, context, initializer=signal.signal, initargs=ignore_interrupt) as pool:
-        jobs = {pool.submit(what, task, seed, settings): (what, task, seed) for what, task, seed in episodes + cases}
-        try:
-            for job in tqdm(as_completed(jobs), total=len(jobs), desc=f"evaluating {settings.policy}", unit="episode"):
-                what, task, seed = jobs[job]
-                (driven if what is drive else heard)[task, seed] = job.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return {task: [driven[key] for key in sorted(driven) if key[0] == task] for task in settings.tasks}, sum(heard.values(), [])
+    """Run all episodes in parallel -> per checkpoint {task: [(outcome, log), ...] in the order of the seeds}, [correct, ...] of the
+    language check."""
+    each = checkpoints(settings)
+    jobs = [(drive, task, settings.seed + i, checkpoint)
+            for checkpoint in each for task in settings.tasks for i in range(settings.episodes)]  # fmt: skip
+    if settings.policy == "genima" and settings.sim == "mujoco":
+        jobs += [(listen, task, settings.seed + i, each[0])
+                 for i in range(settings.language) for task in LANGUAGE_TASKS if task in settings.tasks]  # fmt: skip
+    driven, heard = [{} for _ in each], {}
+    # CUDA does not survive a fork, and CoppeliaSim's libraries had better not be asked to
+    start = None if settings.device == "cpu" and settings.sim == "mujoco" else "spawn"
+    for (what, task, seed, checkpoint), result in in_parallel(jobs, settings.workers, f"evaluating {settings.policy}", "episode", start):
+        if what is listen:
+            heard[task, seed] = result or []
+            continue
+        crashed = {"seed": seed, "variation": None, "instruction": None, "success": False, "steps": 0, "error": "the simulator crashed"}
+        driven[each.index(checkpoint)][task, seed] = result or (crashed, {"paint": [], "control": [], "trace": [], "frames": []})
+    runs = [{task: [found[key] for key in sorted(found) if key[0] == task] for task in settings.tasks} for found in driven]
+    return runs, sum(heard.values(), [])
 
 
 def main():
     settings = tyro.cli(Settings, description=__doc__)
     check_settings(settings)
-    results, heard = evaluate(settings)
+    runs, heard = evaluate(settings)
+    results = {task: [pair for run in runs for pair in run[task]] for task in settings.tasks}  # of all checkpoints
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
     report = {
-        "policy": settings.policy, "git_commit": commit.stdout.strip() if commit.returncode == 0 else None,
+        "policy": settings.policy, "sim": settings.sim, "git_commit": commit.stdout.strip() if commit.returncode == 0 else None,
         "machine": machine(settings.device), "execute": settings.execute,
         "seeds": {"first": settings.seed, "last": settings.seed + settings.episodes - 1},
         "tasks": {task: summary(*zip(*runs)) for task, runs in results.items()},
     }  # fmt: skip
+    if settings.checkpoints > 1:
+        report["checkpoints"] = [
+            {"painter": str(checkpoint.painter), "controller": str(checkpoint.controller),
+             "rates": {task: sum(outcome["success"] for outcome, _ in run[task]) / settings.episodes for task in settings.tasks}}
+            for checkpoint, run in zip(checkpoints(settings), runs)]  # fmt: skip
     if heard:
         report["language"] = {"correct": sum(heard), "cases": len(heard), **rate(sum(heard), len(heard))}
     suffix = "" if settings.policy == "genima" else f"_{settings.policy}"
@@ -384,13 +463,16 @@ def main():
         path.write_text(json.dumps(report, indent=1))
     for task, runs in results.items():
         if films := [(outcome, log["frames"]) for outcome, log in runs if log["frames"]]:
-            write_film(settings.out, f"{task}{suffix}", films, "plain pictures" if settings.policy == "act" else "painted target")
+            write_film(settings.out, f"{task}{suffix}", films, "plain pictures" if settings.policy == "act" else "painted target",
+                       HZ if settings.sim == "rlbench" else CONTROL_HZ)
         for outcome, log in runs:
             if settings.trace and not outcome["success"]:
                 with write_whole(settings.out / f"trace{suffix}_{task}_{outcome['seed']}.csv") as path, open(path, "w", newline="") as file:
                     csv.writer(file).writerows(["step,tool x,tool y,tool z,object x,object y,object z,gripper,painted".split(","), *log["trace"]])
     write_bars(settings.out / f"success{suffix}.png", report)
     print_table(report)
+    if settings.protocol:
+        print(PAPER)
     print(f"Everything is in {settings.out}.")
 
 

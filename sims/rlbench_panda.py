@@ -1,0 +1,273 @@
+"""RLBench in CoppeliaSim, behind the interface of sims/mujoco_panda.py, as a Gymnasium environment.
+
+In:   absolute joint positions (7, rad) and a gripper command (0 closed, 1 open), twenty times a second: RLBench steps its simulation
+      by 50 ms, and JointPosition() sends each action for one step. Discrete() moves the gripper when the command changes, and waits.
+Out:  joint positions and velocities, and one picture per camera.
+Use:  env = RLBenchEnv("open_box");  obs, info = env.reset(seed=0);  print(info["instruction"])
+
+Needs RLBench 1.2, PyRep and CoppeliaSim 4.1 (requirements-rlbench.txt), on Linux, and a display, if only a virtual one. A process
+has one CoppeliaSim; all environments of the process share it.
+"""
+
+import difflib
+import importlib
+import os
+import pkgutil
+import re
+import sys
+from multiprocessing.util import Finalize
+from pathlib import Path
+from types import SimpleNamespace
+
+import gymnasium
+import numpy as np
+from PIL import Image
+
+from episodes import CAMERAS, JOINT_LIMITS, UserError
+from sims.rlbench_dataset import HZ, Observation, arm, camera_matrices, convert, load
+
+# What the paper evaluates: 25 tasks of RLBench. It does not list them with its code; these are the 23 that the authors' laboratory
+# configured for RLBench in its RoboBase library, and two others that GENIMA's code names. The paper's own table may list others.
+PAPER_TASKS = (
+    "basketball_in_hoop", "insert_usb_in_computer", "lamp_on", "meat_on_grill", "open_door", "open_drawer", "open_microwave",
+    "open_oven", "phone_on_base", "pick_up_cup", "press_switch", "put_books_on_bookshelf", "put_item_in_drawer", "put_money_in_safe",
+    "put_rubbish_in_bin", "reach_target", "slide_block_to_target", "stack_wine", "sweep_to_dustpan", "take_lid_off_saucepan",
+    "take_plate_off_colored_dish_rack", "toilet_seat_up", "turn_tap", "move_hanger", "open_box",
+)  # fmt: skip
+MAX_STEPS = 200  # paper
+
+
+class NoSceneError(Exception):
+    """RLBench could not lay out the scene, or plan a demonstration in it: another seed may do."""
+
+
+# ------------------------------------------------------------------------------------------------------- installation
+def missing():
+    """One sentence about what CoppeliaSim lacks on this machine, or None."""
+    root, see = os.environ.get("COPPELIASIM_ROOT"), "see requirements-rlbench.txt"
+    if not root:
+        return f"CoppeliaSim was not found: the variable COPPELIASIM_ROOT is not set; {see}."
+    if not list(Path(root).glob("libcoppeliaSim.so*")):
+        return f"CoppeliaSim was not found: COPPELIASIM_ROOT is {root}, where there is no libcoppeliaSim.so; {see}."
+    if not any(Path(root).resolve() == Path(part).resolve() for part in os.environ.get("LD_LIBRARY_PATH", "").split(":") if part):
+        return f"CoppeliaSim's libraries are not found: add {root} to the variable LD_LIBRARY_PATH; {see}."
+    if not (Path(os.environ.get("QT_QPA_PLATFORM_PLUGIN_PATH", "")) / "platforms").is_dir():
+        return f"CoppeliaSim cannot open a window: set the variable QT_QPA_PLATFORM_PLUGIN_PATH to {root}; {see}."
+    if not os.environ.get("DISPLAY"):
+        return "CoppeliaSim needs a display, and the variable DISPLAY is not set: put `xvfb-run -a` before the command."
+
+
+def import_rlbench():
+    """The parts of RLBench used here. Raises UserError where it, PyRep or CoppeliaSim is missing."""
+    try:
+        names = {
+            "rlbench.environment": ["Environment"], "rlbench.demo": ["Demo"], "rlbench.observation_config": ["ObservationConfig"],
+            "rlbench.action_modes.action_mode": ["MoveArmThenGripper"], "rlbench.action_modes.arm_action_modes": ["JointPosition"],
+            "rlbench.action_modes.gripper_action_modes": ["Discrete"],
+            "rlbench.backend.exceptions": ["BoundaryError", "InvalidActionError", "TaskEnvironmentError", "WaypointError"],
+        }  # fmt: skip
+        parts = {name: getattr(importlib.import_module(module), name) for module, names in names.items() for name in names}
+        parts["tasks"] = importlib.import_module("rlbench.tasks")
+    except Exception as error:  # ImportError, and whatever PyRep makes of a missing library
+        raise UserError(missing() or f"RLBench cannot be imported ({error}): pip install -r requirements-rlbench.txt.") from error
+    if "pyrep.backend.sim" in sys.modules and (reason := missing()):  # Qt would end the process without a word
+        raise UserError(reason)
+    return SimpleNamespace(**parts)
+
+
+def task_class(tasks, name):
+    """RLBench's class of a task, by the task's name. Raises UserError with the nearest name if there is none."""
+    camel = "".join(word.capitalize() for word in name.split("_"))
+    modules = {module.name for module in pkgutil.iter_modules(getattr(tasks, "__path__", []))}
+    if name in modules:
+        return getattr(importlib.import_module(f"rlbench.tasks.{name}"), camel)
+    if isinstance(getattr(tasks, camel, None), type):
+        return getattr(tasks, camel)
+    names = modules | {re.sub("(?<!^)(?=[A-Z])", "_", key).lower() for key, value in vars(tasks).items() if isinstance(value, type)}
+    near = difflib.get_close_matches(name, names, 1, 0)
+    raise UserError(f"RLBench has no task '{name}'" + (f"; is it '{near[0]}'?" if near else "."))
+
+
+class Simulator:
+    """The process's CoppeliaSim, and the task that is loaded in it."""
+
+    running = None
+
+    def __init__(self, size, cameras):
+        self.settings, self.rlbench, self.active = (size, cameras), import_rlbench(), None
+        config = self.rlbench.ObservationConfig()
+        config.set_all(False)
+        config.joint_positions = config.joint_velocities = True
+        config.gripper_open = config.gripper_pose = config.gripper_matrix = True
+        for camera in cameras:
+            if not hasattr(config, f"{camera}_camera"):
+                raise UserError(f"RLBench has no camera '{camera}'; choose from wrist, front, left_shoulder, right_shoulder, overhead.")
+            getattr(config, f"{camera}_camera").rgb = True
+            getattr(config, f"{camera}_camera").image_size = size[::-1]  # PyRep: width, height
+        mode = self.rlbench.MoveArmThenGripper(self.rlbench.JointPosition(), self.rlbench.Discrete())
+        self.environment = self.rlbench.Environment(action_mode=mode, obs_config=config, headless=True)
+        try:
+            self.environment.launch()
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise UserError(missing() or f"CoppeliaSim does not start ({reason}); see requirements-rlbench.txt.") from error
+        self.end = Finalize(self, self.environment.shutdown, exitpriority=10)  # also at the process's end
+
+    @classmethod
+    def of(cls, size, cameras):
+        if cls.running is None or cls.running.settings != (size, cameras):
+            cls.stop()
+            cls.running = cls(size, cameras)
+        return cls.running
+
+    @classmethod
+    def stop(cls):
+        if cls.running is not None:
+            cls.running.end()
+            cls.running = None
+
+    def task(self, name):
+        """RLBench's TaskEnvironment of this task, loaded if it is not the last one used."""
+        if self.active is None or self.active[0] != name:
+            self.active = name, self.environment.get_task(task_class(self.rlbench.tasks, name))
+        return self.active[1]
+
+
+# -------------------------------------------------------------------------------------------------------- environment
+class RLBenchEnv(gymnasium.Env):
+    """One task of RLBench. Observation and action as in sims/mujoco_panda.PandaEnv.
+
+    reset(options=...): "variation" (drawn if absent), or "demonstration", a folder episode<M> of a dataset whose scene is laid out
+    again. Raises NoSceneError where RLBench finds no place for the task. An action that RLBench refuses ends the episode, and
+    info["error"] says why.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": HZ}
+    render_mode = "rgb_array"
+
+    def __init__(self, task="reach_target", image_size=128, cameras=CAMERAS, images=True, max_steps=MAX_STEPS):
+        self.height, self.width = (image_size, image_size) if np.isscalar(image_size) else image_size
+        self.name, self.cameras, self.images, self.max_steps = task, tuple(cameras), images, max_steps
+        self.task = SimpleNamespace(candidates=0, focus=lambda env: np.full(3, np.nan))  # RLBench does not say what a task is about
+        task_class(import_rlbench().tasks, task)
+        low, high = np.array(JOINT_LIMITS["panda"])
+        self.action_space = gymnasium.spaces.Box(np.append(low, 0).astype(np.float32), np.append(high, 1).astype(np.float32))
+        unbounded = gymnasium.spaces.Box(-np.inf, np.inf, (8,), np.float32)
+        picture = gymnasium.spaces.Box(0, 255, (self.height, self.width, 3), np.uint8)
+        spaces = {"qpos": unbounded, "qvel": unbounded}
+        if images:
+            spaces["images"] = gymnasium.spaces.Dict({camera: picture for camera in self.cameras})
+        self.observation_space = gymnasium.spaces.Dict(spaces)
+
+    def attempt(self, what, *arguments, **named):
+        """Call one of RLBench's methods that lay out a scene or plan in it."""
+        rlbench = Simulator.running.rlbench
+        try:
+            return what(*arguments, **named)
+        except (rlbench.BoundaryError, rlbench.TaskEnvironmentError, rlbench.WaypointError, RuntimeError) as error:
+            raise NoSceneError(" ".join(str(error).split())) from error
+
+    def begin(self, seed, variation):
+        """Seed RLBench, which draws from NumPy's global state, and choose the variation. Returns the TaskEnvironment."""
+        live = Simulator.of((self.height, self.width), tuple(dict.fromkeys([*self.cameras, "front"]))).task(self.name)  # front: films
+        np.random.seed(seed % 2**32)
+        if variation is None:
+            self.variation = int(live.sample_variation())
+        else:
+            self.attempt(live.set_variation, variation)
+            self.variation = variation
+        return live
+
+    # ---- Gymnasium
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        options = options or {}
+        self.seed = int(self.np_random.integers(2**31)) if seed is None else seed
+        self.live = self.begin(self.seed, options.get("variation"))
+        if options.get("demonstration"):
+            demo, self.variation = recorded(options["demonstration"])
+            self.instructions, self.last = self.attempt(self.live.reset_to_demo, demo)
+        else:
+            self.instructions, self.last = self.attempt(self.live.reset)
+        self.instruction = self.instructions[self.seed % len(self.instructions)]
+        self.steps, self.succeeded, self.error = 0, False, None
+        self.chain, self.base_from_world = arm(self.joints()[None], [self.last], f"RLBench's task {self.name}")
+        return self.observe(), self.info()
+
+    def step(self, action):
+        action = np.asarray(action, dtype=np.float64)
+        if action.shape != (8,) or not np.isfinite(action).all():
+            raise UserError(f"The action must be 8 finite numbers (7 joints in rad and the gripper), not {action}.")
+        if not self.action_space.contains(action.astype(np.float32)):
+            raise UserError(f"The action {action.round(3)} is outside the joint limits; clip it to env.action_space first.")
+        self.steps += 1
+        try:
+            self.last, reward, terminated = self.live.step(action)
+        except Simulator.running.rlbench.InvalidActionError as error:
+            reward, terminated, self.error = 0.0, True, str(error)
+        self.succeeded = reward > 0
+        return self.observe(), float(self.succeeded), bool(terminated or self.succeeded), self.steps >= self.max_steps, self.info()
+
+    def render(self):
+        return self.picture("front", self.height, self.width)
+
+    def close(self):
+        Simulator.stop()
+
+    def info(self):
+        info = {"instruction": self.instruction, "instructions": self.instructions, "variation": self.variation, "success": self.succeeded}
+        return info | ({"error": self.error} if self.error else {})
+
+    def joints(self):
+        return np.array(self.last.joint_positions, np.float64)
+
+    def observe(self):
+        observation = {
+            "qpos": np.append(self.joints(), self.last.gripper_open).astype(np.float32),
+            "qvel": np.append(self.last.joint_velocities, 0).astype(np.float32),
+        }
+        if self.images:
+            observation["images"] = {camera: self.picture(camera, self.height, self.width) for camera in self.cameras}
+        return observation
+
+    def picture(self, camera, height, width):
+        """What the camera sees now: (height, width, 3) uint8."""
+        picture = np.array(getattr(self.last, f"{camera}_rgb"), np.uint8)
+        return picture if picture.shape[:2] == (height, width) else np.array(Image.fromarray(picture).resize((width, height)))
+
+    # ---- geometry, in the frame of the robot's base
+    def joint_poses(self):
+        """World from joint (8, 4, 4): the seven joints (z is the axis, the frame turns with the joint), then the tool."""
+        return self.chain.joint_poses(self.joints()).astype(np.float32)
+
+    def tool(self):
+        """World from tool (4, 4)."""
+        return self.chain.joint_poses(self.joints())[-1]
+
+    def camera(self, name):
+        """OpenCV intrinsics (3, 3) in pixels and world from camera (4, 4) as of now."""
+        intrinsics, pose = camera_matrices([self.last], name, f"RLBench's task {self.name}")
+        return intrinsics, self.base_from_world @ pose[0]
+
+    # ---- demonstrations
+    def demonstrate(self, seed, variation=None):
+        """A demonstration by RLBench's own planner, as an Episode without a path. Raises NoSceneError where there is none."""
+        live = self.begin(seed, variation)
+        descriptions, _ = self.attempt(live.reset)  # get_demos does not tell them
+        (demo,) = self.attempt(live.get_demos, amount=1, live_demos=True)
+        observations = [demo[t] for t in range(len(demo))]
+        images = {camera: np.stack([getattr(o, f"{camera}_rgb") for o in observations]).astype(np.uint8) for camera in self.cameras}
+        where = f"RLBench's demonstration of {self.name}"
+        return convert(observations, images, list(descriptions), self.name, self.variation, seed, where)
+
+
+def recorded(folder):
+    """RLBench's Demo of a recorded demonstration, good for resetting to it, and its variation."""
+    content, variation = load(folder / "low_dim_obs.pkl"), int(folder.parent.parent.name[9:])
+    if getattr(content, "random_seed", None) is None:
+        raise UserError(f"{folder / 'low_dim_obs.pkl'} does not say how its scene was laid out: evaluate without --demos.")
+    first = Observation()
+    first.misc = {"variation_index": variation}
+    demo = import_rlbench().Demo([first])
+    demo.random_seed, demo.num_reset_attempts = content.random_seed, getattr(content, "num_reset_attempts", None)
+    return demo, variation

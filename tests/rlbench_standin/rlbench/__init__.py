@@ -1,0 +1,5 @@
+"""Stands in for RLBench 1.2: its public classes and method names, strict about arguments and shapes, over a toy instead of CoppeliaSim.
+
+The toy: a Panda (kinematics after Franka's published URDF) whose joints go where they are sent, and a goal posture to be reached.
+Conventions are PyRep's: poses in the room's frame, quaternions with w last, a joint's pose before it turns, negative focal lengths.
+"""

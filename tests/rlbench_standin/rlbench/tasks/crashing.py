@@ -1,0 +1,16 @@
+import os
+from pathlib import Path
+
+from rlbench.tasks import Task
+
+
+class Crashing(Task):
+    """Ends its process, as CoppeliaSim can: the first time if $STANDIN_CRASHED names a file to remember it by, otherwise always."""
+
+    def init_episode(self, index):
+        once = os.environ.get("STANDIN_CRASHED")
+        if not once or not Path(once).exists():
+            if once:
+                Path(once).touch()
+            os._exit(139)
+        return super().init_episode(index)

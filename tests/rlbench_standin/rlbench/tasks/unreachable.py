@@ -1,0 +1,7 @@
+from rlbench.tasks import Task
+
+
+class Unreachable(Task):
+    """There is never a path."""
+
+    plannable = False
