@@ -91,7 +91,13 @@ class Settings:
     controller: Path | None = None
     """The controller's folder, if it is not <run>/act (or <run>/act_rgb for --policy act)."""
     painter: Path | None = None
-    """The painter's folder, if it is not <run>/controlnet."""
+    """The painter's folder, if it is not <run>/controlnet, or its name on the Hugging Face Hub (user/name)."""
+    size: Literal["tiny", "sd-turbo"] | None = None
+    """Refuse a painter of another size; none named: whichever was trained."""
+    taesd: str | None = None
+    """For sd-turbo: folder or name of a tiny autoencoder that decodes faster than its own (madebyollin/taesd)."""
+    compile: bool = False
+    """For sd-turbo: have PyTorch compile the networks for this GPU, which takes a minute and makes each step faster."""
     out: Path | None = None
     """Folder for the results, if it is not <run>/evaluation."""
     workers: int = os.cpu_count()
@@ -127,7 +133,7 @@ class Oracle:
 
 
 @cache
-def networks(policy, painting, folder, device):
+def networks(policy, painting, folder, device, size=None, taesd=None, compile=False):
     """The painter (None without painting) and the controller of a policy, loaded once per process."""
     torch.set_num_threads(1)  # one process per core does the work, and the results do not depend on how many there are
     controller = Controller.load(folder, device)
@@ -136,12 +142,18 @@ def networks(policy, painting, folder, device):
         raise UserError(f"{folder} was not trained with --observation {needed}, which --policy {policy} needs: give another --controller.")
     if policy != "genima":
         return None, controller
-    painter = Painter.load(painting, device)
+    painter = Painter.load(painting, device, taesd, compile)
+    if size not in (None, painter.config["size"]):
+        raise UserError(f"{painting} holds a painter of size {painter.config['size']}, not {size}: train one with --size {size}, or name it by --painter.")
     ours, theirs = controller.config, painter.config | {"image_size": [painter.config["image_size"]] * 2}
     for what in ("cameras", "horizon", "image_size"):
         if theirs[what] != ours[what]:
             raise UserError(f"{painting} was trained with {what} {theirs[what]}, but {folder} with {ours[what]}: train one again.")
     return painter, controller
+
+
+def load_networks(settings):
+    return networks(settings.policy, settings.painter, settings.controller, settings.device, settings.size, settings.taesd, settings.compile)
 
 
 @cache
@@ -157,7 +169,7 @@ def look(env):
 
 def drive(task, seed, settings):
     """One episode in closed loop. Returns its outcome, and a log: seconds, a row per step, frames of a film if one is wanted."""
-    painter, controller = networks(settings.policy, settings.painter, settings.controller, settings.device)
+    painter, controller = load_networks(settings)
     env = environment(task, tuple(controller.config["image_size"]), tuple(controller.config["cameras"]), settings.sim)
     film, log = seed < settings.seed + settings.videos, {"paint": [], "control": [], "trace": [], "frames": []}
     options, attempts = {}, range(ATTEMPTS)
@@ -231,7 +243,7 @@ def gripper_spots(painted, images):
 
 def listen(task, seed, settings):
     """One picture, every object named once. Returns, per instruction, whether the gripper was painted towards the named one."""
-    painter, controller = networks(settings.policy, settings.painter, settings.controller, settings.device)
+    painter, controller = load_networks(settings)
     env = environment(task, tuple(controller.config["image_size"]), tuple(controller.config["cameras"]))
     instructions, truth = [], []
     for variation in range(env.task.candidates):
@@ -386,9 +398,10 @@ def check_settings(settings):
     if settings.device == "auto":
         settings.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     settings.controller = settings.controller or settings.run / ("act_rgb" if settings.policy == "act" else "act")
+    painters = [] if settings.painter else [settings.run / "controlnet"]  # one named by hand may be on the Hub: Painter.load will see
     settings.painter = settings.painter or settings.run / "controlnet"
     settings.out = settings.out or settings.run / "evaluation"
-    for needed in [settings.controller] + [settings.painter] * (settings.policy == "genima"):
+    for needed in [settings.controller] + painters * (settings.policy == "genima"):
         if not needed.is_dir():
             raise UserError(f"There is no checkpoint {needed}: train it first.")
     checkpoints(settings)

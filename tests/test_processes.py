@@ -1,0 +1,82 @@
+"""Two processes with half the batch each reach the weights of one process with all of it; a killed training loses nothing."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+from test_train_controlnet import recorded  # noqa: F401  (a fixture)
+from turbo import make_turbo
+
+OPTIONS = {"train_controlnet.py": ["--workers", 0], "train_act.py": ["--device", "cpu"]}
+WEIGHTS = {"train_controlnet.py": "controlnet/controlnet/diffusion_pytorch_model.safetensors", "train_act.py": "act/model.safetensors"}
+TOLERANCE = 2e-5  # float32: the halves are summed in another order; a weight has moved by up to 5e-3
+
+
+def copy_of(recorded, folder):
+    folder.mkdir()
+    for name in ("episodes", "spheres"):
+        (folder / name).symlink_to(recorded / name)
+    return folder
+
+
+def start(processes, run, script, *options):
+    launch = [] if processes == 1 else ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", processes, "--num_machines", 1,
+                                        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0]  # fmt: skip
+    command = [sys.executable, *launch, script, "--run", run, *OPTIONS[script], *options]
+    return subprocess.Popen([str(word) for word in command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"})  # fmt: skip
+
+
+def losses(run, script):
+    rows = list(csv.DictReader((run / WEIGHTS[script].split("/")[0] / "losses.csv").open()))
+    return [float(row["loss"]) for row in rows]
+
+
+@pytest.mark.parametrize("script, more", [("train_controlnet.py", []), ("train_act.py", []), ("train_controlnet.py", ["sd-turbo"])])
+def test_two_processes_are_one(recorded, tmp_path, script, more):  # noqa: F811
+    if more:
+        base = make_turbo(tmp_path / "base")
+        more = ["--size", "sd-turbo", "--base", base, "--picture", 32, "--at-once", 1, "--learning-rate", 1e-3]
+    runs = {processes: copy_of(recorded, tmp_path / f"run{processes}") for processes in (1, 2)}
+    for processes, run in runs.items():
+        process = start(processes, run, script, "--steps", 5, "--batch", 4, "--checkpoint-every", 5, *more)
+        printed = process.communicate(timeout=500)[0]
+        assert process.returncode == 0, printed
+        assert printed.count(f"{run / WEIGHTS[script].split('/')[0]}: ") == 1  # one of them speaks
+    one, two = (load_file(run / WEIGHTS[script]) for run in runs.values())
+    difference = max((one[name] - two[name]).abs().max().item() for name in one)
+    assert one.keys() == two.keys() and difference < TOLERANCE, difference
+    np.testing.assert_allclose(*(losses(run, script) for run in runs.values()), rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", WEIGHTS)
+def test_killed_twenty_times(recorded, tmp_path, script):  # noqa: F811
+    options = ["--steps", 60, "--batch", 2, "--checkpoint-every", 3]
+    whole, broken = (copy_of(recorded, tmp_path / name) for name in ("whole", "broken"))
+    assert start(1, whole, script, *options).wait(600) == 0
+    random, kills = np.random.default_rng(0), 0
+    checkpoint = broken / WEIGHTS[script].split("/")[0] / "training.pt"
+    while kills < 20:
+        process, before = start(1, broken, script, *options), checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+        while process.poll() is None and (checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0) == before:
+            time.sleep(0.01)  # at least one checkpoint more, or it never comes to an end
+        time.sleep(random.uniform(0, 1))
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
+    assert kills >= 10, kills
+    assert start(1, broken, script, *options).wait(600) == 0
+    assert losses(whole, script) == losses(broken, script)
+    one, two = (load_file(run / WEIGHTS[script]) for run in (whole, broken))
+    assert all(torch.equal(one[name], two[name]) for name in one)
