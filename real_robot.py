@@ -492,7 +492,7 @@ def recover(run):
 
 # --------------------------------------------------------------------------------------------------------------- the policy
 def trained(run, device):
-    """The painter and the controller of a run -> what they need, and pictures, joints, instruction -> painted pictures, chunk (K, 8)."""
+    """The painter and the controller of a run -> what they need; pictures, joints, instruction, steps done -> painted pictures, chunk (K, 8)."""
     import torch
 
     from act import Controller
@@ -502,7 +502,7 @@ def trained(run, device):
     controller, painter = Controller.load(run / "act", device), Painter.load(run / "controlnet", device)
     needs = {name: controller.config[name] for name in ("cameras", "image_size", "horizon")}
 
-    def policy(pictures, qpos, instruction):
+    def policy(pictures, qpos, instruction, step):
         painted = painter.paint({camera: picture[None] for camera, picture in pictures.items()}, [instruction])
         return {camera: picture[0] for camera, picture in painted.items()}, controller(painted, qpos[None], [instruction])[0]
 
@@ -510,17 +510,17 @@ def trained(run, device):
 
 
 def demonstrator(task, seed, variation, size=64, horizon=8):
-    """No network: a scripted demonstration of the simulated scene, followed by progress. For trying out everything else."""
+    """No network: a scripted demonstration of the simulated scene. For trying out everything else."""
     from evaluate import Oracle, environment  # before MuJoCo, which it tells how to draw
     import mujoco
 
     oracle, env = Oracle(task, seed, variation, horizon), environment(task, (size, size), CAMERAS)
 
-    def policy(pictures, qpos, instruction):
+    def policy(pictures, qpos, instruction, step):
         env.data.qpos[:7] = qpos[:7]  # the wrist's camera is where the arm is
         mujoco.mj_forward(env.model, env.data)
-        frame = oracle.progress(qpos[:7])
-        return oracle.paint(env, pictures, frame), oracle.demo.action[np.minimum(frame + np.arange(horizon), len(oracle.demo.action) - 1)]
+        steps = np.minimum(max(round(step) - 1, 0) + np.arange(horizon), len(oracle.demo.action) - 1)
+        return oracle.paint(env, pictures, steps[0]), oracle.demo.action[steps]
 
     return {"cameras": CAMERAS, "image_size": (size, size), "horizon": horizon}, policy
 
@@ -532,10 +532,9 @@ def think(load, pipe):
         needs, policy = load()
         pipe.send(needs)
         while True:
-            moment, pictures, qpos, instruction = pipe.recv()
-            begin = time.monotonic()
-            painted, chunk = policy(pictures, qpos, instruction)
-            pipe.send((moment, painted, np.asarray(chunk, np.float64), time.monotonic() - begin))
+            question, begin = pipe.recv(), time.monotonic()
+            painted, chunk = policy(*question)
+            pipe.send((painted, np.asarray(chunk, np.float64), time.monotonic() - begin))
     except EOFError:  # the main program is gone
         pass
     except Exception as error:
@@ -651,13 +650,13 @@ def drive(robot, cameras, policy, safety, log, settings, instruction, folder, st
         if time.monotonic() > begin + 10:
             raise Fault("A camera has sent no picture for 10 s: check its cable.")
     pictures, qpos, *_ = look()
-    policy.ask(0, pictures, qpos, instruction)
-    _, painted, chunk, _ = policy.answer(60) or safety.check_waiting(60)
+    policy.ask(pictures, qpos, instruction, 0)
+    painted, chunk, _ = policy.answer(60) or safety.check_waiting(60)
     safety.check_chunk(chunk)
     confirm(painted, folder / "first_target.png", settings.yes or settings.robot == "sim" or settings.dry_run)
     log.event("the first target was confirmed")
 
-    chunk, position, progress, asked, sent, lateness = None, 0.0, 0.0, None, 0, []
+    chunk, position, progress, travelled, asked, sent, lateness = None, 0.0, 0.0, 0.0, None, 0, []
     previous, opened = robot.state()[1][:7], history.rows[-1][8] > 0.5
     start = time.monotonic() + 1 / HZ
     tick = 0
@@ -676,6 +675,7 @@ def drive(robot, cameras, policy, safety, log, settings, instruction, folder, st
                 robot.grip(opened)
             lateness.append(late)
             previous, position, progress, sent = command, position + share, progress + share, sent + 1
+            travelled += share
         # 2. See, and write down.
         reached = history.rows[-1][1:9]
         pictures, qpos, qvel, frame = look()
@@ -684,12 +684,12 @@ def drive(robot, cameras, policy, safety, log, settings, instruction, folder, st
         # 3. Think: ask for the next chunk, so early that it is there when this one ends.
         ahead = max(math.ceil(latency * HZ), 1) - 1
         if asked is None and (chunk is None or position >= min(settings.execute, K - 1 - ahead)):
-            policy.ask(tick, pictures, qpos, instruction)
+            policy.ask(pictures, qpos, instruction, travelled)
             asked, progress = time.monotonic(), share
         tick += 1
         sleep_until(start + tick / HZ - 0.012, meanwhile)
         if answers:
-            _, painted, chunk, seconds = answers.pop()
+            painted, chunk, seconds = answers.pop()
             safety.check_chunk(chunk)
             latency, asked = time.monotonic() - asked, None
             log.event(f"a new target, {1000 * seconds:.0f} ms of computing")
