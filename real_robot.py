@@ -16,18 +16,13 @@ of a chunk belongs to the moment of its picture, which is over when the chunk ar
 pauses. Whatever goes wrong, the arm holds its position, the log is written, and one sentence says what it was.
 """
 
-import fcntl
 import json
 import math
-import multiprocessing
 import os
-import queue
 import shutil
 import signal
 import sys
-import threading
 import time
-from collections import deque
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,18 +33,29 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the painter's threads would get
 import numpy as np
 import tyro
 from PIL import Image
+from tqdm import tqdm
 
-from episodes import CAMERAS, JOINT_LIMITS, Episode, UserError, read_episode, run_stage, write_episode, write_whole
-from render_spheres import Chain, load_calibration, turns
+from episodes import CAMERAS, JOINT_LIMITS, UserError, read_episode, run_stage, write_whole
+from render_spheres import load_calibration
+from robot_io import (
+    HZ,
+    Fault,
+    Franka,
+    History,
+    Policy,
+    RealSense,
+    Recording,
+    demonstrator,
+    fit,
+    franka_chain,
+    fresh,
+    line_was_typed,
+    recover,
+    trained,
+    uninterrupted,
+)
 
-HZ = 10  # commands a second (paper: 10 Hz and below on the real arm)
 VELOCITY = np.array([2.175] * 4 + [2.61] * 3)  # rad/s, the lower of Panda's and FR3's (data sheets)
-HAND_WIDTH = 0.08  # metres between the open fingers
-GRIPPER_SPEED, GRIPPER_FORCE = 0.1, 20.0  # m/s, N
-
-
-class Fault(UserError):
-    """Why the arm was stopped."""
 
 
 # ------------------------------------------------------------------------------------------------------------------ safety
@@ -61,7 +67,7 @@ class Safety:
     speed: float = 0.2  # share of the joints' greatest velocities
     workspace: tuple = (0.2, -0.5, 0.005, 0.8, 0.5, 0.75)  # x, y, z from, x, y, z to: where the fingertips may go, metres
     watchdog: float = 0.5  # seconds that the policy may be late
-    stale: float = 0.3  # seconds that a picture, or word from the robot, may be old
+    stale: float = 0.25  # seconds that a picture, or word from the robot, may be old
 
     margin = 0.05  # rad that commands keep away from the joints' limits
     jump = 0.35  # rad from one command to the next wish: thrice a fast demonstration's step
@@ -74,30 +80,31 @@ class Safety:
 
     def check_chunk(self, chunk):
         """What the policy gave, (K, 8)."""
-        if not np.isfinite(chunk).all():
-            raise Fault("The policy gave NaN or infinite numbers: look at the pictures in the log; a camera may be covered, or training diverged.")
+        if chunk.ndim != 2 or chunk.shape[1] != 8 or not np.isfinite(chunk).all():
+            raise Fault("The policy gave NaN or infinite numbers: look at the log's pictures. Is a camera covered, did the training diverge?")
 
     def step(self, previous, wish):
         """The command (7,) on the way from the previous one to the policy's wish (7,), and how much of the way it is (0..1).
 
         A wish that is merely fast is approached at the speed cap, and the chunk is played more slowly. One that no demonstration
-        would make, or that is out of bounds, is refused.
+        would make, or that is out of bounds, is refused. The way back into bounds is free: a hand may have led the arm out.
         """
         change = np.abs(wish - previous)
-        if change.max() > self.jump:
-            raise Fault(f"The policy wants joint {change.argmax() + 1} to jump by {change.max():.2f} rad (at most {self.jump} are allowed).")
-        share = min(1.0, self.speed / (HZ * change / VELOCITY).max()) if change.any() else 1.0
+        if not change.max() <= self.jump:
+            raise Fault(f"The policy wants joint {change.argmax() + 1} to jump by {change.max():.2f} rad; {self.jump} are allowed.")
+        share = 1 / max(1.0, (HZ * change / VELOCITY).max() / self.speed)
         command = previous + share * (wish - previous)
-        outside = np.maximum(self.low - command, command - self.high)
-        # Back from outside is allowed, or an arm that was led there by hand could never leave.
-        if outside.max() > 0 and (outside > np.maximum(self.low - previous, previous - self.high)).any():
-            raise Fault(f"The policy wants joint {outside.argmax() + 1} at {command[outside.argmax()]:.2f} rad, beyond its limit less {self.margin} rad.")
-        tool, before = (self.chain.joint_poses(joints)[-1, :3, 3] for joints in (command, previous))
-        if self.outside_box(tool) > max(self.outside_box(before), 0):
-            raise Fault(f"The policy wants the fingertips at {np.round(tool, 3).tolist()}, outside the workspace {self.workspace} (--workspace).")
+        beyond, before = (np.maximum(self.low - joints, joints - self.high) for joints in (command, previous))  # rad
+        worst = np.where(beyond > np.maximum(before, 0), beyond, 0).argmax()
+        if beyond[worst] > max(before[worst], 0):
+            raise Fault(f"The policy wants joint {worst + 1} at {command[worst]:.2f} rad; {self.low[worst]:.2f} to {self.high[worst]:.2f} are allowed.")
+        tool, before = (self.chain.joint_poses(joints)[-1, :3, 3] for joints in (command, previous))  # metres
+        if self.outside_box(tool) > self.outside_box(before):
+            raise Fault(f"The policy wants the fingertips at {tool.round(3).tolist()}, outside the --workspace {self.workspace}.")
         return command, share
 
     def outside_box(self, tool):
+        """By how many metres a point (3,) is outside the workspace, 0 inside."""
         return max(np.maximum(np.subtract(self.workspace[:3], tool), np.subtract(tool, self.workspace[3:])).max(), 0)
 
     def check_motion(self, qvel):
@@ -114,462 +121,17 @@ class Safety:
         if seconds > self.stale:
             raise Fault(f"The robot has been silent for {seconds:.1f} s: check network and power.")
 
+    def confirm(self, painted, path, yes):
+        """Before the first motion a person sees the painted target, and says yes."""
+        with write_whole(path) as temporary:
+            Image.fromarray(np.concatenate(list(painted.values()), axis=1)).save(temporary, format="png")
+        print(f"The painted target is in {path}.")
+        if not yes and input("Is it where the gripper should go, and is the stop button in your hand? y Enter moves the arm: ").strip() != "y":
+            raise Fault("Not confirmed, so nothing was sent.")
+
     def check_waiting(self, seconds):
         if seconds > self.watchdog:
             raise Fault(f"The policy is late by more than {self.watchdog} s (--watchdog): is the machine busy, or the network too large for it?")
-
-
-def confirm(painted, path, yes):
-    """Before the first motion a person sees the painted target and says yes."""
-    with write_whole(path) as temporary:
-        Image.fromarray(np.concatenate(list(painted.values()), axis=1)).save(temporary, format="png")
-    print(f"The painted target is in {path}.")
-    if not yes and input("Is it where the gripper should go, and is the emergency stop in your hand? y Enter moves the arm: ").strip() != "y":
-        raise Fault("Not confirmed, so nothing was sent.")
-
-
-REFLEXES = {  # libfranka's names in words
-    "cartesian_reflex": "it touched something: free it, and unlock it in Desk",
-    "joint_reflex": "a joint met a force: free it, and unlock it in Desk",
-    "communication_constraints": "commands came too late: connect by cable, quit other programs, use a real-time kernel",
-    "velocity_violation": "a joint was to move too fast: lower --speed",
-    "acceleration": "a joint was to accelerate too fast: lower --speed",
-    "jerk": "a joint was to accelerate too suddenly: lower --speed",
-    "position_limits": "a joint is at its limit: guide it away by hand",
-    "self_collision": "it would have touched itself: guide it away by hand",
-    "User stop": "the stop button is pressed: release it",
-    "Timeout": "it no longer answers: check network and power",
-    "connection": "it no longer answers: check network and power",
-}  # fmt: skip
-
-
-def in_words(error):
-    text = " ".join(str(error).split())
-    advice = [words for name, words in REFLEXES.items() if name in text]
-    return f"The robot stopped, {advice[0]} ({text})." if advice else f"The robot stopped ({text}): look at Desk, and start again."
-
-
-# ------------------------------------------------------------------------------------------------------------------ the arm
-def franka_chain(cameras=None):
-    """The kinematics of Panda and FR3 (Denavit and Hartenberg after Craig; data sheet) with hand, and where the cameras are."""
-    a = [0, 0, 0, 0.0825, -0.0825, 0, 0.088]
-    d = [0.333, 0, 0.316, 0, 0.384, 0, 0]
-    alpha = np.pi / 2 * np.array([0, -1, 1, 1, -1, 1, 1])
-    links = np.zeros((7, 4, 4))
-    for i, (sine, cosine) in enumerate(zip(np.sin(alpha), np.cos(alpha))):
-        links[i] = [[1, 0, 0, a[i]], [0, cosine, -sine, -sine * d[i]], [0, sine, cosine, cosine * d[i]], [0, 0, 0, 1]]
-    tool = turns(np.array(-np.pi / 4))
-    tool[2, 3] = 0.107 + 0.1034  # flange and fingertips
-    poses = {key: {camera: entry[key] for camera, entry in (cameras or {}).items() if key in entry}
-             for key in ("last_joint_from_camera", "world_from_camera")}
-    return Chain(links.round(12), tool, *poses.values())
-
-
-class Franka:
-    """The arm and its hand, through `franky-control`."""
-
-    def __init__(self, host, safety):
-        try:
-            import franky
-        except ImportError as error:
-            raise UserError(f"franky-control is not installed ({error}): pip install -r requirements-robot.txt (Linux on x86-64 alone).") from None
-        self.franky, self.safety, self.moving, self.wanted, self.done, self.error = franky, safety, False, None, None, None
-        try:
-            self.robot = franky.Robot(host, realtime_config=franky.RealtimeConfig.Ignore)
-            self.robot.relative_dynamics_factor = franky.RelativeDynamicsFactor(safety.speed, 0.5, 0.2)  # velocity, acceleration, jerk
-            self.gripper = franky.Gripper(host)
-            self.opening = self.gripper.width / HAND_WIDTH
-        except Exception as error:
-            raise UserError(f"No connection to the robot at {host} ({' '.join(str(error).split())}): is it on, unlocked, with FCI active, "
-                            "and is franky-control the version for its system (README)?") from None
-        self.clock, self.heard = 0.0, time.monotonic()
-        self.closing = threading.Event()
-        for work in (self._watch_hand, self._move_hand):
-            threading.Thread(target=work, daemon=True).start()
-
-    def state(self):
-        """-> time.monotonic(), joint positions and gripper opening 0..1 (8,), their velocities (8,; the gripper's is unknown here: 0)."""
-        if self.error:
-            raise Fault(self.error)
-        try:
-            if self.moving and not self.robot.is_in_control:
-                self.robot.poll_motion()  # says why
-                raise RuntimeError("the motion ended by itself")
-            state = self.robot.state
-        except Exception as error:
-            self.moving = False
-            raise Fault(in_words(error)) from None
-        now, clock = time.monotonic(), state.time.to_sec()
-        if clock != self.clock:
-            self.clock, self.heard = clock, now
-        self.safety.check_heard(now - self.heard)
-        return now, np.append(state.q, self.opening), np.append(state.dq, 0)
-
-    def send(self, joints):
-        """Go to joint positions (7,) and rest there. Sent again before it rests, it goes on without a stop."""
-        try:
-            self.robot.move(self.franky.JointMotion(joints, return_when_finished=False), asynchronous=True)
-        except Exception as error:
-            raise Fault(in_words(error)) from None
-        self.moving = True
-
-    def grip(self, opened):
-        if self.wanted is not opened:
-            self.wanted = opened
-
-    def hold(self):
-        """Brake, then hold. Never raises: whoever calls it has an error already."""
-        self.wanted = None
-        if not self.moving:
-            return
-        self.moving = False
-        try:
-            self.robot.move(self.franky.JointStopMotion(self.franky.RelativeDynamicsFactor.MAX_DYNAMICS), asynchronous=True)
-            self.robot.join_motion(0.4)
-        except Exception:
-            try:
-                self.robot.stop()
-            except Exception:
-                pass  # no connection: the robot stops by itself when commands end
-
-    def close(self):
-        self.hold()
-        self.closing.set()
-
-    def _watch_hand(self):
-        while not self.closing.wait(0.01):  # the real hand answers some thirty times a second
-            try:
-                self.opening = self.gripper.width / HAND_WIDTH
-            except Exception as error:
-                self.error = self.error or f"The gripper no longer answers ({' '.join(str(error).split())}): check it in Desk."
-                return
-
-    def _move_hand(self):
-        while not self.closing.wait(0.005):
-            wanted = self.wanted
-            if wanted is None or wanted == self.done:
-                continue
-            try:
-                if wanted:
-                    success = self.gripper.move(HAND_WIDTH, GRIPPER_SPEED)
-                else:  # whatever it meets is held
-                    success = self.gripper.grasp(0.0, GRIPPER_SPEED, GRIPPER_FORCE, HAND_WIDTH, HAND_WIDTH)
-                reason = "it reports no success"
-            except Exception as error:
-                success, reason = False, " ".join(str(error).split())
-            if not success:
-                self.error = f"The gripper did not {'open' if wanted else 'close'} ({reason}): free it, and home it in Desk."
-                return
-            self.done = wanted
-
-
-# -------------------------------------------------------------------------------------------------------------- the cameras
-class RealSense:
-    """Intel RealSense cameras, each read by a thread; 480x640 at 30 pictures a second."""
-
-    def __init__(self, serials):
-        try:
-            import pyrealsense2 as rs
-        except ImportError:
-            raise UserError("pyrealsense2 is not installed: pip install -r requirements-robot.txt.") from None
-        present = {device.get_info(rs.camera_info.serial_number) for device in rs.context().query_devices()}
-        for camera, serial in serials.items():
-            if serial not in present:
-                raise UserError(f"There is no RealSense camera {serial} for '{camera}'; connected are: {', '.join(sorted(present)) or 'none'}.")
-        self.newest, self.errors, self.closing = {}, {}, threading.Event()
-        for camera, serial in serials.items():
-            config = rs.config()
-            config.enable_device(serial)
-            config.enable_stream(rs.stream.color, 640, 480, rs.format.rgb8, 30)
-            threading.Thread(target=self._read, args=(camera, rs.pipeline(), config), daemon=True).start()
-        self.cameras = list(serials)
-
-    def _read(self, camera, pipeline, config):
-        try:
-            pipeline.start(config)
-            while not self.closing.is_set():
-                frame = pipeline.wait_for_frames(1000).get_color_frame()
-                self.newest[camera] = time.monotonic(), np.array(frame.get_data())
-            pipeline.stop()
-        except Exception as error:
-            self.errors[camera] = str(error)
-
-    def read(self):
-        """-> {camera: time.monotonic() of its newest picture}, {camera: (H, W, 3) uint8}."""
-        for camera, error in self.errors.items():
-            raise Fault(f"Camera '{camera}' failed ({error}): check its cable.")
-        newest = dict(self.newest)
-        if len(newest) < len(self.cameras):
-            return dict.fromkeys(self.cameras, 0.0), {}
-        return {camera: newest[camera][0] for camera in self.cameras}, {camera: newest[camera][1] for camera in self.cameras}
-
-    def close(self):
-        self.closing.set()
-
-
-class BenchCameras:
-    """The simulated cameras."""
-
-    def __init__(self, bench):
-        self.bench = bench
-
-    def read(self):
-        stamp, pictures = self.bench.pictures()
-        return dict.fromkeys(pictures, stamp), pictures
-
-    def close(self):
-        pass
-
-
-def fit(pictures, cameras, size):
-    """The middle square of each picture at size x size pixels, and the cameras' entries with intrinsics to match; size 0: as it is."""
-    if not size:
-        return pictures, cameras
-    fitted, entries = {}, {}
-    for camera, picture in pictures.items():
-        height, width = picture.shape[:2]
-        side = min(height, width)
-        top, left = (height - side) // 2, (width - side) // 2
-        square = Image.fromarray(picture[top:top + side, left:left + side])
-        fitted[camera] = np.asarray(square if side == size else square.resize((size, size), Image.BOX))
-        if cameras:
-            moved = cameras[camera]["intrinsics"] - [[0, 0, left], [0, 0, top], [0, 0, 0]]
-            entries[camera] = cameras[camera] | {"intrinsics": np.diag([size / side, size / side, 1]) @ moved}
-    return fitted, entries
-
-
-class History:
-    """The joints of the last two seconds, so that they can be had at the time of a picture."""
-
-    def __init__(self):
-        self.rows = deque(maxlen=200)
-
-    def add(self, now, qpos, qvel):
-        self.rows.append((now, *qpos, *qvel))
-
-    def at(self, moment):
-        """Joint positions and velocities (8,) each, with the gripper, between the two samples around the moment."""
-        rows = np.array(self.rows)
-        values = np.array([np.interp(moment, rows[:, 0], column) for column in rows[:, 1:].T])
-        return values[:8], values[8:]
-
-
-# ------------------------------------------------------------------------------------------------------------------ the log
-class Frames:
-    """One field of a recording, (T, H, W, 3) uint8, read from disk a frame at a time: five minutes of pictures don't fit into memory."""
-
-    dtype = np.dtype(np.uint8)
-
-    def __init__(self, path, dtype, name, count):
-        self.file, self.record, self.offset = open(path, "rb"), dtype.itemsize, dtype.fields[name][1]
-        self.shape, self.ndim = (count, *dtype[name].shape), 4
-
-    def __getitem__(self, t):
-        self.file.seek(t * self.record + self.offset)
-        return np.frombuffer(self.file.read(math.prod(self.shape[1:])), np.uint8).reshape(self.shape[1:])
-
-
-class Recording:
-    """Frames go to disk as they come, into <name>.recording/, and become <name>.hdf5 at the end. After a crash `recover` does that."""
-
-    def __init__(self, path, about, cameras, sizes, painted=False):
-        """about: the episode's attributes; cameras: as in a calibration file; sizes {camera: (H, W)}; painted: a target beside each picture."""
-        self.path, self.folder = Path(path), Path(path).with_suffix(".recording")
-        if self.path.exists() or self.folder.exists():
-            raise UserError(f"{self.path} exists already: delete it, or write to another folder.")
-        fields = [(name, "f8") for name in ("time", "frame", "late", "latency", "progress")]
-        fields += [(name, "f4", (8,)) for name in ("qpos", "qvel", "action", "reached")]
-        fields += [(f"{kind}/{camera}", "u1", (*size, 3)) for kind in ("images", "painted")[: 1 + painted] for camera, size in sizes.items()]
-        self.dtype = np.dtype(fields)
-        self.folder.mkdir(parents=True)
-        entries = {camera: {key: np.asarray(value).tolist() for key, value in entry.items()} for camera, entry in cameras.items()}
-        with write_whole(self.folder / "about.json") as temporary:
-            temporary.write_text(json.dumps({"about": about, "cameras": entries, "fields": fields}))
-        self.frames, self.events = (open(self.folder / name, "ab", buffering=0) for name in ("frames.bin", "events.jsonl"))
-        fcntl.flock(self.frames, fcntl.LOCK_EX)  # held while this program lives: what is not held was left behind
-        self.count, self.error, self.queue = 0, None, queue.Queue()
-        self.writer = threading.Thread(target=self._write, daemon=True)
-        self.writer.start()
-
-    def _write(self):  # the disk may be slow: its own thread
-        while (item := self.queue.get()) is not None:
-            file, data = item
-            try:
-                while data and not self.error:
-                    data = data[file.write(data):]
-            except OSError as error:
-                self.error = OSError(error.errno, error.strerror, str(self.folder))
-
-    def add(self, pictures, painted=None, **values):
-        """One frame. Raises the OSError of an earlier one that could not be written."""
-        if self.error:
-            raise self.error
-        record = np.zeros((), self.dtype)
-        for name, value in values.items():
-            record[name] = value
-        for kind, group in (("images", pictures), ("painted", painted or {})):
-            for camera, picture in group.items():
-                record[f"{kind}/{camera}"] = picture
-        self.queue.put((self.frames, record.tobytes()))
-        self.count += 1
-
-    def event(self, text):
-        self.queue.put((self.events, json.dumps({"time": time.monotonic(), "event": text}).encode() + b"\n"))
-
-    def finish(self, success):
-        """Write the episode file and remove the scratch folder. Returns the path, or None when there is no frame."""
-        self.queue.put(None)
-        self.writer.join()
-        self.frames.close(), self.events.close()
-        if self.error:
-            raise self.error
-        return finish(self.folder, success)
-
-
-def finish(folder, success):
-    """Make the episode file of a recording's folder, and remove the folder. A last frame that was cut off is left out."""
-    path = folder.with_suffix(".hdf5")
-    if path.exists():  # killed between writing the file and removing the folder
-        shutil.rmtree(folder)
-        return path
-    try:
-        saved = json.loads((folder / "about.json").read_text())
-        about, cameras = saved["about"], {c: {k: np.array(v) for k, v in entry.items()} for c, entry in saved["cameras"].items()}
-        dtype = np.dtype([(name, kind, *map(tuple, shape)) for name, kind, *shape in saved["fields"]])
-        count = (folder / "frames.bin").stat().st_size // dtype.itemsize
-    except FileNotFoundError:  # killed before the first frame
-        count = 0
-    if not count:
-        shutil.rmtree(folder)
-        return None
-    pictures = [name for name in dtype.names if "/" in name]
-    head = np.dtype([(name, dtype[name]) for name in dtype.names if name not in pictures])
-    rows = np.zeros(count, head)
-    with open(folder / "frames.bin", "rb") as file:
-        for t in range(count):
-            file.seek(t * dtype.itemsize)
-            rows[t] = np.frombuffer(file.read(head.itemsize), head)[0]
-    chain = franka_chain(cameras)
-    poses = chain.joint_poses(rows["qpos"][:, :7].astype(np.float64))
-    frames = {name: Frames(folder / "frames.bin", dtype, name, count) for name in pictures}
-    events = (folder / "events.jsonl").read_text() if (folder / "events.jsonl").exists() else ""
-    extras = {name: rows[name] for name in ("time", "frame", "late", "latency", "progress", "reached")}
-    extras |= {name.replace("/", "_"): data for name, data in frames.items() if name.startswith("painted/")} | {"events": np.array(events.encode() or b" ")}
-    action = rows["action"] if about["task_is_run"] else followed(rows["qpos"])
-    about = {key: value for key, value in about.items() if key != "task_is_run"}
-    write_episode(path, Episode(
-        path=path, **about, success=success, fps=float(HZ), qpos=rows["qpos"], qvel=rows["qvel"], action=action,
-        joint_poses=poses.astype(np.float32), extras=extras,
-        images={camera: frames[f"images/{camera}"] for camera in cameras},
-        intrinsics={camera: entry["intrinsics"] for camera, entry in cameras.items()},
-        extrinsics={camera: np.array(chain.camera_pose(camera, poses)) for camera in cameras},
-    ))  # fmt: skip
-    shutil.rmtree(folder)
-    return path
-
-
-def followed(qpos):
-    """What must have been commanded for the arm to be where it was a step later: (T, 8) -> (T, 8). A gripper that opens was told to."""
-    action = np.concatenate([qpos[1:], qpos[-1:]])
-    command, change = qpos[0, -1] > 0.5, np.diff(qpos[:, -1], append=qpos[-1, -1])
-    for t, moved in enumerate(change):
-        command = moved > 0 if abs(moved) > 0.02 else command
-        action[t, -1] = command
-    return action
-
-
-def recover(run):
-    """Turn what a killed program left behind into episode files, marked as not successful."""
-    for frames in sorted(Path(run).glob("*/*/*.recording/frames.bin")):
-        with open(frames, "rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue  # being recorded right now
-            if path := finish(frames.parent, False):
-                print(f"A recording that was cut off is now in {path}, marked as not successful.")
-
-
-# --------------------------------------------------------------------------------------------------------------- the policy
-def trained(run, device):
-    """The painter and the controller of a run -> what they need; pictures, joints, instruction, steps done -> painted pictures, chunk (K, 8)."""
-    import torch
-
-    from act import Controller
-    from painter import Painter
-
-    torch.set_num_threads(1)
-    controller, painter = Controller.load(run / "act", device), Painter.load(run / "controlnet", device)
-    needs = {name: controller.config[name] for name in ("cameras", "image_size", "horizon")}
-
-    def policy(pictures, qpos, instruction, step):
-        painted = painter.paint({camera: picture[None] for camera, picture in pictures.items()}, [instruction])
-        return {camera: picture[0] for camera, picture in painted.items()}, controller(painted, qpos[None], [instruction])[0]
-
-    return needs, policy
-
-
-def demonstrator(task, seed, variation, size=64, horizon=8):
-    """No network: a scripted demonstration of the simulated scene. For trying out everything else."""
-    from evaluate import Oracle, environment  # before MuJoCo, which it tells how to draw
-    import mujoco
-
-    oracle, env = Oracle(task, seed, variation, horizon), environment(task, (size, size), CAMERAS)
-
-    def policy(pictures, qpos, instruction, step):
-        env.data.qpos[:7] = qpos[:7]  # the wrist's camera is where the arm is
-        mujoco.mj_forward(env.model, env.data)
-        steps = np.minimum(max(round(step) - 1, 0) + np.arange(horizon), len(oracle.demo.action) - 1)
-        return oracle.paint(env, pictures, steps[0]), oracle.demo.action[steps]
-
-    return {"cameras": CAMERAS, "image_size": (size, size), "horizon": horizon}, policy
-
-
-def think(load, pipe):
-    """The policy's process: it answers one picture at a time."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        needs, policy = load()
-        pipe.send(needs)
-        while True:
-            question, begin = pipe.recv(), time.monotonic()
-            painted, chunk = policy(*question)
-            pipe.send((painted, np.asarray(chunk, np.float64), time.monotonic() - begin))
-    except EOFError:  # the main program is gone
-        pass
-    except Exception as error:
-        pipe.send(str(error) if isinstance(error, UserError) else f"The policy failed ({type(error).__name__}: {error}).")
-
-
-class Policy:
-    """The policy in a process of its own, so that neither its threads nor Python's lock delay a command."""
-
-    def __init__(self, load):
-        context = multiprocessing.get_context("spawn")
-        self.pipe, there = context.Pipe()
-        self.process = context.Process(target=think, args=(load, there), daemon=True)
-        self.process.start()
-        there.close()
-        self.needs = self.answer(120)
-
-    def ask(self, *question):
-        self.pipe.send(question)
-
-    def answer(self, timeout=0.0):
-        """The answer, or None when there is none yet."""
-        try:
-            if not self.pipe.poll(timeout):
-                return None
-            answer = self.pipe.recv()
-        except (EOFError, OSError):
-            raise Fault("The policy's process has ended: is there enough memory?") from None
-        if isinstance(answer, str):
-            raise Fault(answer)
-        return answer
-
-    def close(self):
-        self.process.kill()
-        self.process.join()
 
 
 # --------------------------------------------------------------------------------------------------------------------- run
@@ -614,7 +176,8 @@ class Run:
 
 
 def sleep_until(deadline, meanwhile):
-    """Sleeps until time.monotonic() is `deadline`, with meanwhile() a hundred times a second; the last half millisecond is waited for awake."""
+    """Return when time.monotonic() is `deadline`, and call meanwhile() a hundred times a second until then. The last half millisecond
+    is waited for awake: the operating system wakes nobody that exactly."""
     while (left := deadline - time.monotonic()) > 0:
         if left > 0.015:
             meanwhile()
@@ -623,81 +186,88 @@ def sleep_until(deadline, meanwhile):
             time.sleep(left - 0.0005)
 
 
-def drive(robot, cameras, policy, safety, log, settings, instruction, folder, steps, finished):
-    """The loop. Ends when finished() says so or after `steps` commands; raises the Fault that stopped the arm. -> commands' lateness (s)."""
-    history, size = History(), policy.needs["image_size"][0]
-    K, names = policy.needs["horizon"], policy.needs["cameras"]
-    answers, painted, latency = [], {}, 0.0
+def wake(cameras, history, safety):
+    """Wait until the arm and every camera have been heard of."""
+    begin = time.monotonic()
+    while len(history.rows) < 20 or 0.0 in cameras.read()[0].values():
+        history.sample()
+        time.sleep(0.01)
+        if time.monotonic() > begin + 10:
+            safety.check_fresh(cameras.read()[0], time.monotonic())
 
-    def meanwhile():
-        history.add(*robot.state())
-        if answer := policy.answer():
-            answers.append(answer)
+
+def drive(robot, cameras, policy, safety, log, settings, instruction, steps, finished):
+    """The loop. Returns how late each command was (s) when finished() says so, or after `steps` commands; raises the Fault that stops it."""
+    history, names, K = History(robot), policy.needs["cameras"], policy.needs["horizon"]
+    answer = None  # of the policy, and when it came
 
     def look():
-        """-> pictures for the policy; joints and their velocities at the time of the pictures, and that time."""
+        """-> pictures for the policy, when they were taken, and where the joints were then and how fast."""
         stamps, pictures = cameras.read()
         safety.check_fresh(stamps, time.monotonic())
         frame = float(np.mean([stamps[name] for name in names]))
         qpos, qvel = history.at(frame)
         safety.check_motion(qvel)
-        return fit({name: pictures[name] for name in names}, None, size)[0], qpos, qvel, frame
+        return fit({name: pictures[name] for name in names}, None, policy.needs["image_size"][0])[0], frame, qpos, qvel
 
-    begin = time.monotonic()
-    while len(history.rows) < 20 or 0.0 in cameras.read()[0].values():  # everything has to be awake
-        meanwhile()
-        time.sleep(0.01)
-        if time.monotonic() > begin + 10:
-            raise Fault("A camera has sent no picture for 10 s: check its cable.")
-    pictures, qpos, *_ = look()
+    def meanwhile():
+        nonlocal answer
+        history.sample()
+        safety.check_fresh(cameras.read()[0], time.monotonic())
+        if got := policy.answer():
+            answer = *got, time.monotonic()
+
+    wake(cameras, history, safety)
+    pictures, _, qpos, _ = look()
     policy.ask(pictures, qpos, instruction, 0)
-    painted, chunk, _ = policy.answer(60) or safety.check_waiting(60)
+    painted, chunk = policy.answer(60) or safety.check_waiting(60)
     safety.check_chunk(chunk)
-    confirm(painted, folder / "first_target.png", settings.yes or settings.robot == "sim" or settings.dry_run)
+    safety.confirm(painted, log.path.with_name("first_target.png"), settings.yes or settings.robot == "sim" or settings.dry_run)
     log.event("the first target was confirmed")
 
-    chunk, position, progress, travelled, asked, sent, lateness = None, 0.0, 0.0, 0.0, None, 0, []
-    previous, opened = robot.state()[1][:7], history.rows[-1][8] > 0.5
-    start = time.monotonic() + 1 / HZ
-    tick = 0
-    while sent < steps and not finished():
+    chunk, position = None, 0.0  # what is followed, and which of its steps was sent last; a slow one is played in parts of steps
+    progress = travelled = 0.0  # steps since the last look, and in all
+    asked, latency, lateness = None, 0.0, []
+    history.rows.clear(), history.sample()  # a person may have taken her time
+    previous, opened = history.last()[:7], history.last()[7] > 0.5
+    start, tick = time.monotonic() + 1 / HZ, 0
+    while len(lateness) < steps and not finished():
         sleep_until(start + tick / HZ, meanwhile)
         late, share = time.monotonic() - start - tick / HZ, 0.0
-        # 1. Send: nothing comes before that.
+        # 1. Send, before anything else.
         if chunk is not None and position < K - 1:
             wished = min(position + 1, K - 1)
-            low = int(wished)
-            wish = chunk[low] + (wished - low) * (chunk[min(low + 1, K - 1)] - chunk[low])  # between two steps, when played slowly
-            command, share = safety.step(previous, wish[:7])
+            step = math.floor(wished)
+            wish = chunk[step] + (wished - step) * (chunk[min(step + 1, K - 1)] - chunk[step])
+            previous, share = safety.step(previous, wish[:7])
+            opened = bool(chunk[math.ceil(wished), 7] > 0.5)
             if not settings.dry_run:
-                robot.send(command)
-                opened = bool(chunk[math.ceil(wished), 7] > 0.5)
+                robot.send(previous)
                 robot.grip(opened)
             lateness.append(late)
-            previous, position, progress, sent = command, position + share, progress + share, sent + 1
-            travelled += share
+            position, progress, travelled = position + share, progress + share, travelled + share
         # 2. See, and write down.
-        reached = history.rows[-1][1:9]
-        pictures, qpos, qvel, frame = look()
+        reached = history.last()
+        pictures, frame, qpos, qvel = look()
         log.add(pictures, painted, time=time.monotonic(), frame=frame, late=late, latency=latency, progress=share, qpos=qpos, qvel=qvel,
                 action=np.append(previous, opened), reached=reached)
         # 3. Think: ask for the next chunk, so early that it is there when this one ends.
-        ahead = max(math.ceil(latency * HZ), 1) - 1
+        ahead = math.ceil((latency + 0.015) * HZ) - 1  # steps that pass meanwhile, less the one that is always there
         if asked is None and (chunk is None or position >= min(settings.execute, K - 1 - ahead)):
             policy.ask(pictures, qpos, instruction, travelled)
             asked, progress = time.monotonic(), share
         tick += 1
         sleep_until(start + tick / HZ - 0.012, meanwhile)
-        if answers:
-            painted, chunk, seconds = answers.pop()
+        if answer:
+            painted, chunk, came = answer
             safety.check_chunk(chunk)
-            latency, asked = time.monotonic() - asked, None
-            log.event(f"a new target, {1000 * seconds:.0f} ms of computing")
-            position = progress - 1  # the steps that have passed since its picture
+            latency = max(came - asked, 0.8 * latency)  # slowly forgotten
+            log.event(f"a new target after {1000 * (came - asked):.0f} ms")
+            position, asked, answer = progress - 1, None, None  # the steps since its picture are over
             if settings.dry_run:
-                previous = history.rows[-1][1:8]
+                previous = history.last()[:7]
         elif asked is not None:
-            safety.check_waiting(time.monotonic() - asked - 1 / HZ)
+            safety.check_waiting(time.monotonic() - asked)
     return lateness
 
 
@@ -724,7 +294,7 @@ def write_timing(path, lateness):
 def connect(settings, safety, bench):
     """The arm, the cameras, and the cameras' calibration."""
     if bench:
-        return Franka(bench.host, safety), BenchCameras(bench), bench.calibration
+        return Franka(bench.host, safety), bench, bench.calibration
     calibration = load_calibration(settings.calibration) if settings.calibration else {}
     serials = dict(entry.partition("=")[::2] for entry in settings.cameras)
     if not serials or not all(serials.values()) or set(serials) - set(calibration):
@@ -733,112 +303,98 @@ def connect(settings, safety, bench):
     return Franka(settings.robot, safety), cameras, {camera: calibration[camera] for camera in serials}
 
 
+def about(settings, bench, commanded):
+    """The attributes of the episode file."""
+    instruction = settings.instruction or (bench.instruction if bench else input("Instruction: ").strip())
+    return dict(task=settings.task, variation=bench.variation if bench else 0, instruction=instruction, instructions=[instruction],
+                robot=settings.arm, sim=bool(bench), seed=settings.seed if bench else int(time.time()), commanded=commanded)  # fmt: skip
+
+
+def close(log, robot, error, success):
+    """After the loop, whatever ended it: first the arm, then the log, then the words. Returns the path of the episode file."""
+    with uninterrupted():
+        robot.hold()
+        log.event(f"stopped: {str(error) or type(error).__name__}" if error else "finished")
+        try:
+            path = log.finish(not error and success())
+        except OSError:
+            print(f"What was recorded is kept in {log.folder}; the next start makes an episode file of it.", file=sys.stderr)
+            raise
+        finally:
+            robot.close()
+    if error:
+        print(f"The arm holds its position; what was recorded is in {path}.", file=sys.stderr)
+        raise error
+    return path
+
+
+def succeeded(settings, bench):
+    return bool(bench.get("success")) if bench else not settings.yes and input("Did it succeed? y Enter: ").strip() == "y"
+
+
+def run_once(settings, policy, bench):
+    """One episode. Returns whether it succeeded."""
+    safety = Safety(settings.arm, settings.speed or (1.0 if bench else 0.2), settings.workspace, settings.watchdog)
+    attributes = about(settings, bench, True)
+    robot, cameras, calibration = connect(settings, safety, bench)
+    size = tuple(policy.needs["image_size"])
+    if missing := set(policy.needs["cameras"]) - set(calibration):
+        raise UserError(f"The policy was trained with camera '{missing.pop()}', which the calibration does not have.")
+    pictures = {camera: cameras.read()[1][camera] for camera in policy.needs["cameras"]}
+    _, calibration = fit(pictures, calibration, size[0])
+    folder = fresh(settings.run / "robot", settings.task)
+    log, lateness, error = Recording(folder / "log.hdf5", attributes, calibration, dict.fromkeys(pictures, size), painted=True), [], None
+    steps = settings.steps or (bench.max_steps if bench else 300)
+    finished = (lambda: not settings.steps and (bench.get("success") or bench.get("failed"))) if bench else line_was_typed
+    try:
+        lateness = drive(robot, cameras, policy, safety, log, settings, attributes["instruction"], steps, finished)
+    except BaseException as problem:
+        error = problem
+    path = close(log, robot, error, lambda: succeeded(settings, bench))
+    write_timing(folder / "timing.png", lateness)
+    if bench and bench.get("lost") > 0.2:
+        print(f"This machine was too busy for the simulated arm: its clock fell behind by {bench.get('lost'):.1f} s.")
+    success = read_episode(path, images=False).success
+    print(f"{attributes['instruction']}: {'done' if success else 'not done'}; the log is {path}.")
+    return success
+
+
+def run(settings, load=None, bench=None):
+    """load: makes the policy, in its process; bench: a simulated arm that runs already (both for tests)."""
+    if settings.robot != "sim" and settings.policy == "demonstrator":
+        raise UserError("--policy demonstrator knows the simulated scene alone: use a trained policy on a robot.")
+    for folder in (settings.run / "act", settings.run / "controlnet"):
+        if settings.policy == "trained" and not load and not folder.is_dir():
+            raise UserError(f"There is no checkpoint {folder}: train it first, or try --policy demonstrator.")
+    recover(settings.run)
+    first, successes, policy = settings.seed, 0, None
+    for settings.seed in tqdm(range(first, first + settings.episodes), desc="episodes", disable=settings.episodes == 1):
+        scene = bench or simulate(settings)
+        try:
+            if policy is None or settings.policy == "demonstrator":
+                script = partial(demonstrator, settings.task, settings.seed, scene and scene.variation)
+                policy = Policy(load or (script if settings.policy == "demonstrator" else partial(trained, settings.run, settings.device)))
+            successes += run_once(settings, policy, scene)
+        except Fault as error:
+            if settings.episodes == 1:
+                raise
+            print(f"Seed {settings.seed}: {error}", file=sys.stderr)
+        finally:
+            if scene and not bench:
+                scene.close()
+            if policy and (settings.policy == "demonstrator" or sys.exc_info()[0] or settings.seed == first + settings.episodes - 1):
+                policy.close()
+    if settings.episodes > 1:
+        print(f"{successes} of {settings.episodes} episodes of {settings.task} succeeded (seeds {first} to {settings.seed}).")
+
+
 def simulate(settings, **options):
     """The simulated arm of these settings, or None for a real one."""
     if settings.robot != "sim":
         return None
-    from sims.franky_panda import Bench
+    from sims.franky_panda import Bench  # needs MuJoCo, which a real robot does not
 
     return Bench(settings.task, settings.seed, **options)
-
-
-def run_once(settings, policy, bench):
-    """One episode. -> whether it succeeded, path of the log."""
-    speed = settings.speed or (1.0 if bench else 0.2)
-    safety = Safety(settings.arm, speed, settings.workspace, settings.watchdog)
-    instruction = settings.instruction or (bench.instruction if bench else input("Instruction: ").strip())
-    robot, cameras, calibration = connect(settings, safety, bench)
-    folder = fresh(settings.run / "robot", settings.task)
-    about = dict(task=settings.task, variation=bench.variation if bench else 0, instruction=instruction, instructions=[instruction],
-                 robot=settings.arm, sim=bool(bench), seed=settings.seed if bench else int(time.time()), task_is_run=True)
-    size = tuple(policy.needs["image_size"])
-    sizes = {camera: size for camera in policy.needs["cameras"]}
-    if missing := set(sizes) - set(calibration):
-        raise UserError(f"The policy was trained with camera '{missing.pop()}', which the calibration file does not have.")
-    entries = {camera: calibration[camera] for camera in sizes}
-    if not bench:
-        entries = fit({camera: np.zeros((480, 640, 3), np.uint8) for camera in sizes}, entries, size[0])[1]
-    log = Recording(folder / "log.hdf5", about, entries, sizes, painted=True)
-    success, lateness, error = False, [], None
-    steps = settings.steps or (bench.max_steps if bench else 300)
-    finished = (lambda: bench.get("success") or bench.get("failed")) if bench else line_was_typed()
-    try:
-        lateness = drive(robot, cameras, policy, safety, log, settings, instruction, folder, steps, finished)
-    except BaseException as problem:  # first the arm, then the log, then the words
-        error = problem
-    finally:
-        robot.hold()
-        with uninterrupted():
-            success = bool(bench.get("success")) if bench else error is None and not settings.yes and input("Did it succeed? y Enter: ").strip() == "y"
-            log.event(f"stopped: {error or type(error).__name__}" if error else "finished")
-            robot.close(), cameras.close()
-            try:
-                path = log.finish(success)
-            except OSError:
-                print(f"What was recorded is kept in {log.folder}; the next start makes a log of it.", file=sys.stderr)
-                raise
-    if error:
-        print(f"The arm holds its position; the log is {path}.", file=sys.stderr)
-        raise error
-    if lateness:
-        write_timing(folder / "timing.png", lateness)
-    print(f"{instruction}: {'done' if success else 'not done'}; the log is {path}.")
-    return success, path
-
-
-def fresh(folder, name):
-    """A new folder, named after the time."""
-    folder = Path(folder) / f"{time.strftime('%Y%m%d-%H%M%S')}_{name}"
-    folder = next(path for path in [folder, *(folder.with_name(f"{folder.name}_{i}") for i in range(1, 1000))] if not path.exists())
-    folder.mkdir(parents=True)
-    return folder
-
-
-class uninterrupted:
-    """A block that Ctrl-C does not break: a log that is half written helps nobody."""
-
-    def __enter__(self):
-        self.before = signal.signal(signal.SIGINT, signal.SIG_IGN) if threading.current_thread() is threading.main_thread() else None
-
-    def __exit__(self, *_):
-        if self.before:
-            signal.signal(signal.SIGINT, self.before)
-
-
-def line_was_typed():
-    """A function that says whether Enter was pressed since."""
-    lines = []
-    threading.Thread(target=lambda: lines.append(sys.stdin.readline()), daemon=True).start()
-    return lambda: bool(lines)
-
-
-def run(settings, load=None, bench=None):
-    """load: makes the policy, in its process; bench: a simulated arm that runs already (tests)."""
-    if settings.robot != "sim" and settings.policy == "demonstrator":
-        raise UserError("--policy demonstrator knows the simulated scene alone: use a trained policy on a robot.")
-    recover(settings.run)
-    if settings.policy == "trained" and not load:
-        for folder in (settings.run / "act", settings.run / "controlnet"):
-            if not folder.is_dir():
-                raise UserError(f"There is no checkpoint {folder}: train it first, or try --policy demonstrator.")
-    successes, policy, first = 0, None, settings.seed
-    try:
-        for settings.seed in range(first, first + settings.episodes):
-            scene = bench or simulate(settings)
-            try:
-                if policy is None or settings.policy == "demonstrator":
-                    make = load or (partial(trained, settings.run, settings.device) if settings.policy == "trained" else
-                                    partial(demonstrator, settings.task, settings.seed, scene.variation))
-                    policy = policy and policy.close() or Policy(make)
-                successes += run_once(settings, policy, scene)[0]
-            finally:
-                if scene and not bench:
-                    scene.close()
-    finally:
-        policy and policy.close()
-    if settings.episodes > 1:
-        print(f"{successes} of {settings.episodes} episodes of {settings.task} succeeded (seeds {first} to {settings.seed}).")
-    return successes
 
 
 # ------------------------------------------------------------------------------------------------------------------ record
@@ -869,75 +425,50 @@ class Record:
 
 
 def record(settings, bench=None):
-    """One demonstration -> its path, and how many frames held a picture that the frame before held too."""
+    """One demonstration. Returns its path, and how many frames held a picture that the frame before had held."""
     recover(settings.run)
-    sim = settings.robot == "sim"
-    # A larger picture takes the simulated cameras longer than a twentieth of a second.
-    options = dict(size=(480, 640), cameras=settings.cameras or CAMERAS, fps=HZ) if not settings.size else dict(size=(settings.size,) * 2)
-    bench = bench or simulate(settings, guided=True, **options)
-    robot = cameras = log = error = path = None
+    # The simulated cameras take 26 ms for a picture of 480x640, 2 ms for one of 64x64.
+    options = dict(size=(settings.size,) * 2) if settings.size else dict(size=(480, 640), fps=HZ)
+    bench = bench or simulate(settings, guided=True, cameras=settings.cameras or CAMERAS, **options)
+    error, repeated, safety = None, 0, Safety(settings.arm)
     try:
-        robot, cameras, calibration = connect(settings, Safety(settings.arm), bench)
-        ask = not (settings.yes or sim)
-        instruction = settings.instruction or (bench.instruction if sim else input("Instruction: ").strip())
-        history, begin = History(), time.monotonic()
-        meanwhile = lambda: history.add(*robot.state())  # noqa: E731
-        while not (pictures := cameras.read()[1]) or 0.0 in cameras.read()[0].values():
-            meanwhile()
-            time.sleep(0.01)
-            if time.monotonic() > begin + 10:
-                raise Fault("A camera has sent no picture for 10 s: check its cable.")
-        size = 0 if sim else settings.size
-        _, calibration = fit(pictures, calibration, size)
-        pictures, _ = fit(pictures, None, size)
-        folder = settings.run / "episodes" / settings.task
-        name = time.strftime("real_%Y%m%d-%H%M%S")
-        path = next(p for p in (folder / f"{name}_{i:02d}.hdf5" for i in range(1000)) if not p.exists() and not p.with_suffix(".recording").exists())
-        about = dict(task=settings.task, variation=bench.variation if sim else 0, instruction=instruction, instructions=[instruction],
-                     robot=settings.arm, sim=sim, seed=settings.seed if sim else int(time.time()), task_is_run=False)
-        if ask:
+        attributes = about(settings, bench, False)
+        robot, cameras, calibration = connect(settings, safety, bench)
+        history = History(robot)
+        wake(cameras, history, safety)
+        size = 0 if bench else settings.size
+        pictures, calibration = fit(cameras.read()[1], calibration, size)
+        if not (settings.yes or bench):
             input("Hold the arm by the buttons at its wrist. Enter starts the recording, and Enter stops it.")
-        log = Recording(path, about, calibration, {camera: picture.shape[:2] for camera, picture in pictures.items()})
-        stop = line_was_typed() if ask else (lambda: False)
-        if sim:
-            bench.demonstrate()
-        repeated, newest = 0, cameras.read()[0]
-        while (stamps := cameras.read()[0]) == newest:  # frames are taken midway between two pictures: neither twice nor never
-            meanwhile()
-            time.sleep(0.005)
-        start = time.monotonic() + 0.5 / HZ
-        while not stop() and (not settings.seconds or log.count < settings.seconds * HZ):
-            sleep_until(start + log.count / HZ, meanwhile)
-            newest, (stamps, pictures) = stamps, cameras.read()
-            now = time.monotonic()
-            Safety.check_fresh(Safety, stamps, now)
-            repeated += log.count > 0 and any(stamps[camera] == newest[camera] for camera in stamps)
-            frame = float(np.mean(list(stamps.values())))
-            qpos, qvel = history.at(frame)
-            log.add(fit(pictures, None, size)[0], time=now, frame=frame, late=now - start - log.count / HZ, qpos=qpos, qvel=qvel)
-            print(f"\rrecording, {log.count / HZ:.1f} s ", end="", flush=True)
-            if sim and not settings.seconds and log.count > 2 * HZ and not bench.get("guided"):
-                break
-    except BaseException as problem:
-        error = problem
+        names = (settings.run / "episodes" / settings.task / f"real_{time.strftime('%Y%m%d-%H%M%S')}_{i:02d}.hdf5" for i in range(100))
+        path = next(name for name in names if not name.exists() and not name.with_suffix(".recording").exists())
+        log = Recording(path, attributes, calibration, {camera: picture.shape[:2] for camera, picture in pictures.items()})
+        try:
+            if bench:
+                bench.demonstrate()
+            before = cameras.read()[0]
+            while (stamps := cameras.read()[0]) == before:  # frames are taken midway between two pictures: each of them once
+                history.sample()
+                time.sleep(0.005)
+            start = time.monotonic() + 0.5 / HZ
+            while settings.seconds == 0 or log.count < settings.seconds * HZ:
+                sleep_until(start + log.count / HZ, history.sample)
+                before, (stamps, pictures) = stamps, cameras.read()
+                now = time.monotonic()
+                safety.check_fresh(stamps, now)
+                repeated += log.count > 0 and any(stamps[camera] == before[camera] for camera in stamps)
+                frame = float(np.mean(list(stamps.values())))
+                qpos, qvel = history.at(frame)
+                log.add(fit(pictures, None, size)[0], time=now, frame=frame, late=now - start - log.count / HZ, qpos=qpos, qvel=qvel)
+                print(f"\rrecording, {log.count / HZ:.1f} s ", end="", flush=True)
+                if settings.seconds == 0 and (log.count > HZ and not bench.get("guided") if bench else line_was_typed()):
+                    break
+        except BaseException as problem:
+            error = problem
+        print()
+        close(log, robot, error, lambda: settings.yes and not bench or succeeded(settings, bench))
     finally:
-        with uninterrupted():
-            if log:
-                print()
-                if error:
-                    success = False
-                else:
-                    success = bool(bench.get("success")) if sim else settings.yes or input("Did it succeed? y Enter: ").strip() == "y"
-                try:
-                    log.finish(success)
-                except OSError:
-                    print(f"What was recorded is kept in {log.folder}; the next start makes an episode of it.", file=sys.stderr)
-                    raise
-            for thing in (robot, cameras, bench):
-                thing and thing.close()
-    if error:
-        log and print(f"{log.count} frames are in {path}, marked as not successful.", file=sys.stderr)
-        raise error
+        bench and bench.close()
     print(f"{log.count} frames are in {path}" + (f"; in {repeated} a camera had no new picture." if repeated else "."))
     return path, repeated
 
