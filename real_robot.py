@@ -203,6 +203,7 @@ def drive(robot, cameras, policy, safety, log, settings, instruction, steps, fin
 
     def look():
         """-> pictures for the policy, when they were taken, and where the joints were then and how fast."""
+        history.sample()
         stamps, pictures = cameras.read()
         safety.check_fresh(stamps, time.monotonic())
         frame = float(np.mean([stamps[name] for name in names]))
