@@ -314,8 +314,8 @@ def about(settings, bench, commanded):
 def close(log, robot, error, success):
     """After the loop, whatever ended it: first the arm, then the log, then the words. Returns the path of the episode file."""
     with uninterrupted():
+        log.event(f"stopped: {str(error) or type(error).__name__}" if error else "finished")  # when; it is written by a thread
         robot.hold()
-        log.event(f"stopped: {str(error) or type(error).__name__}" if error else "finished")
         try:
             path = log.finish(not error and success())
         except OSError:
