@@ -65,7 +65,8 @@ class Safety:
 
     arm: str = "fr3"
     speed: float = 0.2  # share of the joints' greatest velocities
-    workspace: tuple = (0.2, -0.5, 0.005, 0.8, 0.5, 0.75)  # x, y, z from, x, y, z to: where the fingertips may go, metres
+    # Where the fingertips may go, metres: x, y, z from, x, y, z to. The table is at 0; a wish may be a little below what it presses.
+    workspace: tuple = (0.2, -0.5, -0.01, 0.8, 0.5, 0.75)
     watchdog: float = 0.5  # seconds that the policy may be late
     stale: float = 0.25  # seconds that a picture, or word from the robot, may be old
 
@@ -196,6 +197,19 @@ def wake(cameras, history, safety):
             safety.check_fresh(cameras.read()[0], time.monotonic())
 
 
+def between(chunk, position):
+    """The action at a place between two steps of a chunk (K, 8); the last one beyond its end."""
+    position = min(position, len(chunk) - 1)
+    step = math.floor(position)
+    return chunk[step] + (position - step) * (chunk[min(step + 1, len(chunk) - 1)] - chunk[step])
+
+
+def through(before, after):
+    """The velocity (rad/s) at which a joint passes its target: the slower of the steps before and after it, none where it turns or ends.
+    Without it the arm would brake for every target, and be two steps behind a fast chunk."""
+    return HZ * np.where(before * after > 0, np.sign(after) * np.minimum(np.abs(before), np.abs(after)), 0)
+
+
 def drive(robot, cameras, policy, safety, log, settings, instruction, steps, finished):
     """The loop. Returns how late each command was (s) when finished() says so, or after `steps` commands; raises the Fault that stops it."""
     history, names, K = History(robot), policy.needs["cameras"], policy.needs["horizon"]
@@ -237,16 +251,16 @@ def drive(robot, cameras, policy, safety, log, settings, instruction, steps, fin
         late, share = time.monotonic() - start - tick / HZ, 0.0
         # 1. Send, before anything else.
         if chunk is not None and position < K - 1:
-            wished = min(position + 1, K - 1)
-            step = math.floor(wished)
-            wish = chunk[step] + (wished - step) * (chunk[min(step + 1, K - 1)] - chunk[step])
-            previous, share = safety.step(previous, wish[:7])
-            opened = bool(chunk[math.ceil(wished), 7] > 0.5)
-            if not settings.dry_run:
-                robot.send(previous)
-                robot.grip(opened)
-            lateness.append(late)
+            wish = between(chunk, position + 1)
+            command, share = safety.step(previous, wish[:7])
             position, progress, travelled = position + share, progress + share, travelled + share
+            after = between(chunk, position + 1)[:7] - command  # the chunk's next step, nothing at its end
+            opened = bool(chunk[min(math.ceil(position), K - 1), 7] > 0.5)
+            if not settings.dry_run:
+                robot.send(command, through(command - previous, after))
+                robot.grip(opened)
+            previous = command
+            lateness.append(late)
         # 2. See, and write down.
         reached = history.last()
         pictures, frame, qpos, qvel = look()

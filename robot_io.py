@@ -80,7 +80,8 @@ class Franka:
         self.franky, self.safety, self.moving, self.wanted, self.done, self.error = franky, safety, False, None, None, None
         try:
             self.robot = franky.Robot(host, realtime_config=franky.RealtimeConfig.Ignore)
-            self.robot.relative_dynamics_factor = franky.RelativeDynamicsFactor(safety.speed, 0.5, 0.2)  # velocity, acceleration, jerk
+            soft = max(safety.speed, 0.5)  # less acceleration and jerk would leave the arm behind
+            self.robot.relative_dynamics_factor = franky.RelativeDynamicsFactor(safety.speed, soft, soft)
             self.gripper = franky.Gripper(host)
             self.opening = self.gripper.width / HAND_WIDTH
         except Exception as error:
@@ -109,10 +110,11 @@ class Franka:
         self.safety.check_heard(now - self.heard)
         return now, np.append(state.q, self.opening), np.append(state.dq, 0)
 
-    def send(self, joints):
-        """Go to joint positions (7,) and rest there. Sent again before it rests, it goes on without a stop."""
+    def send(self, joints, velocity):
+        """Go to joint positions (7,), and be there with this velocity (7,), from wherever the arm is on its way."""
         try:
-            self.robot.move(self.franky.JointMotion(joints, return_when_finished=False), asynchronous=True)
+            target = self.franky.JointState(joints, velocity)
+            self.robot.move(self.franky.JointMotion(target, return_when_finished=False), asynchronous=True)
         except Exception as error:
             raise Fault(in_words(error)) from None
         self.moving = True

@@ -199,13 +199,14 @@ class Arm:
     """Is at once where it is sent."""
 
     def __init__(self):
-        self.joints, self.sent, self.opened = HOME.copy(), [], []
+        self.joints, self.sent, self.velocities, self.opened = HOME.copy(), [], [], []
 
     def state(self):
         return time.monotonic(), np.append(self.joints, 1), np.zeros(8)
 
-    def send(self, joints):
+    def send(self, joints, velocity):
         self.joints = joints
+        self.velocities.append(velocity[0])
         self.sent.append(joints[0])
 
     def grip(self, opened):
@@ -251,6 +252,7 @@ def test_chunks_follow_one_another_without_a_pause(tmp_path):
     assert np.allclose(arm.sent, 0.01 * np.arange(1, 31))  # no step twice, none left out
     assert policy.steps[1:6] == [0, 8, 15, 22, 29]  # one look for every seven steps
     assert not any(arm.opened)
+    assert np.allclose(arm.velocities[1:6], 0.1) and arm.velocities[7] == 0  # passes its targets, and rests where a chunk ends
 
 
 def test_the_horizon_can_be_set_and_a_slower_policy_is_asked_earlier(tmp_path):
