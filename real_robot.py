@@ -270,7 +270,7 @@ def drive(robot, cameras, policy, safety, log, settings, instruction, steps, fin
         ahead = math.ceil((latency + 0.015) * HZ) - 1  # steps that pass meanwhile, less the one that is always there
         if asked is None and (chunk is None or position >= min(settings.execute, K - 1 - ahead)):
             policy.ask(pictures, qpos, instruction, travelled)
-            asked, progress = time.monotonic(), share
+            asked, progress = time.monotonic(), share * (1 + HZ * max(start + tick / HZ - frame, 0))  # a picture is not of this moment
         tick += 1
         sleep_until(start + tick / HZ - 0.012, meanwhile)
         if answer:

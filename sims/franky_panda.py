@@ -70,6 +70,14 @@ def scene(task, seed, variation, size, cameras):
     return env, info
 
 
+def first_of_all():
+    """What others do on this machine is not to slow the arm and its cameras down: root may ask for that."""
+    try:
+        os.nice(-10)
+    except OSError:
+        pass
+
+
 def serve(task, seed, variation, size, cameras, guided, prepare, state, pipe):
     """The arm's process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a robot does not hear Ctrl-C
@@ -78,10 +86,7 @@ def serve(task, seed, variation, size, cameras, guided, prepare, state, pipe):
     simulation = Scene(env)
     if prepare:
         prepare()
-    try:
-        os.nice(-10)  # what others do on the machine is not to slow the arm down
-    except OSError:
-        pass  # not root
+    first_of_all()
     with simulation, franky_sim.SimulationServer(simulation) as server:
         joints = env.joint_poses()
         calibration = {}
@@ -130,6 +135,7 @@ def watch(task, seed, variation, size, cameras, fps, state, stamps, pixels):
     stamps, pixels = np.frombuffer(stamps), np.frombuffer(pixels, np.uint8).reshape(ROUNDS, len(cameras), *size, 3)
     env, _ = scene(task, seed, variation, size, cameras)
     count, data = 0, env.data
+    first_of_all()
     while os.getppid() == parent:
         if view[0]:
             stamp = time.monotonic()

@@ -214,8 +214,13 @@ class Arm:
 
 
 class Eyes:
+    """Pictures of this moment, or older ones."""
+
+    def __init__(self, age=0.0):
+        self.age = age
+
     def read(self):
-        return {"front": time.monotonic()}, {"front": np.zeros((4, 4, 3), np.uint8)}
+        return {"front": time.monotonic() - self.age}, {"front": np.zeros((4, 4, 3), np.uint8)}
 
 
 class Ramp:
@@ -239,10 +244,10 @@ class Ramp:
             return self.result
 
 
-def loop(tmp_path, policy, safety=None, steps=30, **settings):
+def loop(tmp_path, policy, safety=None, steps=30, age=0.0, **settings):
     arm, log = Arm(), types.SimpleNamespace(path=tmp_path / "log.hdf5", add=lambda *a, **k: None, event=lambda text: None)
     safety = safety or Safety(speed=1.0)
-    real_robot.drive(arm, Eyes(), policy, safety, log, Run(**settings), "", steps, lambda: False)
+    real_robot.drive(arm, Eyes(age), policy, safety, log, Run(**settings), "", steps, lambda: False)
     return arm
 
 
@@ -263,6 +268,12 @@ def test_the_horizon_can_be_set_and_a_slower_policy_is_asked_earlier(tmp_path):
     sent = loop(tmp_path, slow, steps=26).sent
     assert slow.steps[3] - slow.steps[2] == 6  # asked a step earlier, once it is known to be slow
     assert np.allclose(np.diff(sent), 0.01, atol=0.011)
+
+
+def test_the_age_of_a_picture_is_made_up_for(tmp_path):
+    sent = np.array(loop(tmp_path, Ramp(0.03), steps=20, age=0.05).sent)
+    # The fake arm was a step further back when the picture was taken, and the chunk begins there: half a step later in the chunk.
+    assert np.allclose(np.diff(sent), 0.01, atol=0.0055) and (np.diff(sent) > 0).all()
 
 
 def test_a_slow_arm_plays_the_chunk_slowly(tmp_path):
