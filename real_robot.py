@@ -190,7 +190,7 @@ def sleep_until(deadline, meanwhile):
 def wake(cameras, history, safety):
     """Wait until the arm and every camera have been heard of."""
     begin = time.monotonic()
-    while len(history.rows) < 20 or 0.0 in cameras.read()[0].values():
+    while len(history.rows) < 20 or time.monotonic() - min(cameras.read()[0].values()) > safety.stale / 2:
         history.sample()
         time.sleep(0.01)
         if time.monotonic() > begin + 10:
@@ -338,7 +338,7 @@ def close(log, robot, error, success):
         finally:
             robot.close()
     if error:
-        print(f"The arm holds its position; what was recorded is in {path}.", file=sys.stderr)
+        print(f"The arm holds its position; {f'what was recorded is in {path}' if path else 'nothing was recorded'}.", file=sys.stderr)
         raise error
     return path
 

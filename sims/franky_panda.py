@@ -136,6 +136,8 @@ def watch(task, seed, variation, size, cameras, fps, state, stamps, pixels):
     env, _ = scene(task, seed, variation, size, cameras)
     count, data = 0, env.data
     first_of_all()
+    for camera in cameras:
+        env.picture(camera, *size)  # the first one takes longer
     while os.getppid() == parent:
         if view[0]:
             stamp = time.monotonic()
