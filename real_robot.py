@@ -445,7 +445,7 @@ def record(settings, bench=None):
     # The simulated cameras take 26 ms for a picture of 480x640, 2 ms for one of 64x64.
     options = dict(size=(settings.size,) * 2) if settings.size else dict(size=(480, 640), fps=HZ)
     bench = bench or simulate(settings, guided=True, cameras=settings.cameras or CAMERAS, **options)
-    error, repeated, safety = None, 0, Safety(settings.arm)
+    error, repeated, safety = None, 0, Safety(settings.arm, stale=1.0)  # nothing is sent: a camera may pause, and that is counted
     try:
         attributes = about(settings, bench, False)
         robot, cameras, calibration = connect(settings, safety, bench)
@@ -475,7 +475,8 @@ def record(settings, bench=None):
                 frame = float(np.mean(list(stamps.values())))
                 qpos, qvel = history.at(frame)
                 log.add(fit(pictures, None, size)[0], time=now, frame=frame, late=now - start - log.count / HZ, qpos=qpos, qvel=qvel)
-                print(f"\rrecording, {log.count / HZ:.1f} s ", end="", flush=True)
+                if log.count % HZ == 0:
+                    print(f"\rrecording, {log.count // HZ} s ", end="", flush=True)
                 if settings.seconds == 0 and (log.count > HZ and not bench.get("guided") if bench else line_was_typed()):
                     break
         except BaseException as problem:
@@ -530,12 +531,12 @@ def replay(settings):
         print(f"Added as {target}.")
 
 
-# `calibrate` is the fourth command: from calibrate import Settings as Calibrate, main as calibrate
-
-
 def main():
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    commands = {"run": (Run, run), "record": (Record, record), "replay": (Replay, replay)}
+    from calibrate import Settings as Calibrate, calibrate  # needs OpenCV, which driving does not
+
+    commands = {"run": (Run, run), "record": (Record, record), "replay": (Replay, replay),
+                "calibrate": (Calibrate, calibrate)}
     settings = tyro.extras.subcommand_cli_from_dict({name: kind for name, (kind, _) in commands.items()}, description=__doc__)
     next(command for kind, command in commands.values() if isinstance(settings, kind))(settings)
 

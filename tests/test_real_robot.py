@@ -308,7 +308,7 @@ def fake_realsense(frames):
     """pyrealsense2 with one camera that gives these frames, then fails."""
     device = types.SimpleNamespace(get_info=lambda _: "1")
     config = types.SimpleNamespace(enable_device=lambda _: None, enable_stream=lambda *_: None)
-    frame = lambda data: types.SimpleNamespace(get_color_frame=lambda: types.SimpleNamespace(get_data=lambda: data))  # noqa: E731
+    frame = lambda data: types.SimpleNamespace(get_color_frame=lambda: types.SimpleNamespace(get_data=lambda: data))
     waiting = iter(frames)
 
     def wait(_):
@@ -501,7 +501,7 @@ def test_a_demonstration_is_recorded(tmp_path):
 @pytest.mark.slow
 def test_five_minutes_of_large_pictures(tmp_path):
     """Two cameras, 480x640, ten times a second: no frame is lost, and memory stays below 2 GB."""
-    settings = Record(run=tmp_path, cameras=("front", "wrist"), seconds=float(os.environ.get("SECONDS_TO_RECORD", 300)))
+    settings = Record(run=tmp_path, cameras=("front", "wrist"), seconds=300.0)
     path, repeated = real_robot.record(settings)
     episode = read_episode(path, images=False)
     assert len(episode.qpos) == settings.seconds * 10 and episode.image_sizes["front"] == (480, 640)
