@@ -533,7 +533,7 @@ def replay(settings):
 
 def main():
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    from calibrate import Settings as Calibrate, calibrate  # needs OpenCV, which driving does not
+    from calibrate import Settings as Calibrate, calibrate  # imported late: the policy's process has no use for OpenCV
 
     commands = {"run": (Run, run), "record": (Record, record), "replay": (Replay, replay),
                 "calibrate": (Calibrate, calibrate)}

@@ -76,7 +76,7 @@ class Franka:
         try:
             import franky
         except ImportError as error:
-            raise UserError(f"franky-control is not installed ({error}): pip install -r requirements-robot.txt (Linux on x86-64 alone).") from None
+            raise UserError(f"franky-control is not installed ({error}): pip install -r requirements.txt (there are wheels for Linux on x86-64 alone).") from None
         self.franky, self.safety, self.moving, self.wanted, self.done, self.error = franky, safety, False, None, None, None
         try:
             self.robot = franky.Robot(host, realtime_config=franky.RealtimeConfig.Ignore)

@@ -505,4 +505,5 @@ def test_five_minutes_of_large_pictures(tmp_path):
     path, repeated = real_robot.record(settings)
     episode = read_episode(path, images=False)
     assert len(episode.qpos) == settings.seconds * 10 and episode.image_sizes["front"] == (480, 640)
-    assert repeated == 0 and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 2e6
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 2e6  # kB
+    assert repeated == 0  # on two free cores: drawing both pictures takes half of each tenth of a second
