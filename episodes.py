@@ -14,6 +14,7 @@ The layout is that of ACT's and ALOHA's datasets, so that their loaders read the
     /action                            (T, D+1)      what was commanded after observation t: joint positions, gripper 0 or 1
     /cameras/<camera>/intrinsics       (3, 3)        pixels
     /cameras/<camera>/extrinsics       (T, 4, 4)     world from camera, OpenCV axes: x right, y down, z forward
+    /extras/...                                      in the log of a run (real_robot.py): painted targets, timings, events
 
 The world is the robot's base, in metres, z up. A joint's z axis is the axis it turns about, and its frame turns with it.
 """
@@ -33,6 +34,7 @@ import tyro
 from tqdm import tqdm
 
 FORMAT = "nanogenima-episode-1"
+LARGE = 200_000_000  # bytes of pictures in an episode that is not put together in memory
 CAMERAS = ("wrist", "front", "right_shoulder", "left_shoulder")  # tile order, row by row (paper, section 3.1)
 JOINT_LIMITS = {  # lower and upper, radians, from the data sheets; looked up by the word that occurs in the episode's `robot`
     "panda": ((-2.8973, -1.7628, -2.8973, -3.0718, -2.8973, -0.0175, -2.8973),
@@ -113,6 +115,16 @@ def write_hdf5(path):
 
 
 @contextmanager
+def write_large_hdf5(path, size):
+    """As write_hdf5, for what does not fit into memory: `size` bytes at most. It grows on the disk, which must have room for it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if shutil.disk_usage(path.parent).free < size:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    with write_whole(path) as temporary, h5py.File(temporary, "w") as root:
+        yield root
+
+
+@contextmanager
 def read_hdf5(path, file_format):
     """Yield the HDF5 file at `path`; whatever is wrong with it becomes a UserError that names it."""
     try:
@@ -151,6 +163,7 @@ class Episode:
     intrinsics: dict[str, np.ndarray]  # camera: (3, 3) float64
     extrinsics: dict[str, np.ndarray]  # camera: (T, 4, 4) float64
     image_sizes: dict[str, tuple[int, int]] = field(default_factory=dict)  # camera: (H, W); there even when read without images
+    extras: dict = field(default_factory=dict)  # what else a log holds, by the name of its dataset below /extras; read with the images
 
 
 ATTRIBUTES = {"task": str, "variation": int, "instruction": str, "instructions": list, "success": bool, "fps": float,
@@ -215,17 +228,26 @@ def write_episode(path, episode):
         raise UserError(f"{path} exists already: delete it, or write to another folder.")
     episode.path = path
     check_episode(episode)
-    with write_hdf5(path) as root:
+    pictures = {f"observations/images/{camera}": images for camera, images in episode.images.items()}
+    pictures |= {f"extras/{name}": data for name, data in episode.extras.items() if data.ndim == 4}
+    size = sum(int(np.prod(images.shape)) for images in pictures.values())
+    with write_hdf5(path) if size < LARGE else write_large_hdf5(path, size) as root:
         root.attrs["format"] = FORMAT
         for name, kind in ATTRIBUTES.items():
             root.attrs[name] = kind(getattr(episode, name))
         for name, dataset in ARRAYS.items():
             root[dataset] = np.asarray(getattr(episode, name), np.float32)
-        for camera, images in episode.images.items():
+        for name, data in episode.extras.items():
+            if data.ndim != 4:
+                root[f"extras/{name}"] = data
+        for name, images in pictures.items():
             # Compressing takes twice as long as decoding a PNG: not worth it for noisy pictures, which hardly shrink.
             shrinks = len(zlib.compress(images[0].tobytes(), 1)) < images[0].size / 2
-            root.create_dataset(f"observations/images/{camera}", data=images, chunks=(1, *images.shape[1:]),
-                                compression=1 if shrinks else None, fletcher32=not shrinks)  # a checksum either way; fmt: skip
+            dataset = root.create_dataset(name, images.shape, np.uint8, chunks=(1, *images.shape[1:]),
+                                          compression=1 if shrinks else None, fletcher32=not shrinks)  # a checksum either way; fmt: skip
+            for t in range(images.shape[0]):  # one by one: they may not fit into memory
+                dataset[t] = images[t]
+        for camera in episode.images:
             root[f"cameras/{camera}/intrinsics"] = np.asarray(episode.intrinsics[camera], np.float64)
             root[f"cameras/{camera}/extrinsics"] = np.asarray(episode.extrinsics[camera], np.float64)
 
@@ -243,6 +265,7 @@ def read_episode(path, images=True):
             extrinsics={camera: group["extrinsics"][()] for camera, group in root["cameras"].items()},
         )
         check_episode(episode)
+        episode.extras = {name: data[()] for name, data in root.get("extras", {}).items()} if images else {}
         episode.images = {camera: data[()] for camera, data in episode.images.items()} if images else {}
     return episode
 

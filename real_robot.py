@@ -1,0 +1,545 @@
+"""Stage 5: the loop on a Franka arm, or on one simulated behind the robot's own network protocol.
+
+In:   runs/demo/controlnet/, runs/demo/act/            the trained painter and controller   (run)
+Out:  runs/demo/episodes/<task>/real_<time>.hdf5       demonstrations                       (record)
+      runs/demo/robot/<time>_<task>/                   log.hdf5 (an episode file that also holds painted targets, commands, timings and
+                                                       events), first_target.png, timing.png (run), film.mp4, film.png (replay)
+
+    python real_robot.py run                                       the simulated arm, tasks and cameras of sims/mujoco_panda.py
+    python real_robot.py run --robot 172.16.0.2 --calibration cameras.yaml --cameras front=832112070001 wrist=832112070002 ...
+    python real_robot.py record --robot 172.16.0.2 --task fold_cloth ...        guide the arm by hand; without --robot a script does
+    python real_robot.py replay runs/demo/robot/<time>_<task>      the film; --keep adds the run to the demonstrations
+
+Paper, sections 3.3 and 4.3: look, paint the target, turn it into a chunk of joint positions, follow the chunk at 10 Hz, look again.
+The next picture is painted beside the motion, in a process of its own, while the last step of the present chunk is under way: action 0
+of a chunk belongs to the moment of its picture, which is over when the chunk arrives, so the motion goes on with action 1 and never
+pauses. Whatever goes wrong, the arm holds its position, the log is written, and one sentence says what it was.
+"""
+
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the painter's threads would get into the sender's way
+
+import numpy as np
+import tyro
+from PIL import Image
+from tqdm import tqdm
+
+from episodes import CAMERAS, JOINT_LIMITS, UserError, read_episode, run_stage, write_whole
+from render_spheres import load_calibration
+from robot_io import (
+    HZ,
+    Fault,
+    Franka,
+    History,
+    Policy,
+    RealSense,
+    Recording,
+    demonstrator,
+    fit,
+    franka_chain,
+    fresh,
+    line_was_typed,
+    recover,
+    trained,
+    uninterrupted,
+)
+
+VELOCITY = np.array([2.175] * 4 + [2.61] * 3)  # rad/s, the lower of Panda's and FR3's (data sheets)
+
+
+# ------------------------------------------------------------------------------------------------------------------ safety
+@dataclass
+class Safety:
+    """All that keeps the arm from doing harm, except the robot's own reflexes. Every check raises a Fault; `drive` then holds the arm."""
+
+    arm: str = "fr3"
+    speed: float = 0.2  # share of the joints' greatest velocities
+    # Where the fingertips may go, metres: x, y, z from, x, y, z to. The table is at 0; a wish may be a little below what it presses.
+    workspace: tuple = (0.2, -0.5, -0.01, 0.8, 0.5, 0.75)
+    watchdog: float = 0.5  # seconds that the policy may be late
+    stale: float = 0.25  # seconds that a picture, or word from the robot, may be old
+
+    margin = 0.05  # rad that commands keep away from the joints' limits
+    jump = 0.35  # rad from one command to the next wish: thrice a fast demonstration's step
+
+    def __post_init__(self):
+        if not 0 < self.speed <= 1:
+            raise UserError("--speed must be above 0 and at most 1.")
+        self.chain = franka_chain()
+        self.low, self.high = np.array(JOINT_LIMITS[self.arm]) + [[self.margin], [-self.margin]]
+
+    def check_chunk(self, chunk):
+        """What the policy gave, (K, 8)."""
+        if chunk.ndim != 2 or chunk.shape[1] != 8 or not np.isfinite(chunk).all():
+            raise Fault("The policy gave NaN or infinite numbers: look at the log's pictures. Is a camera covered, did the training diverge?")
+
+    def step(self, previous, wish):
+        """The command (7,) on the way from the previous one to the policy's wish (7,), and how much of the way it is (0..1).
+
+        A wish that is merely fast is approached at the speed cap, and the chunk is played more slowly. One that no demonstration
+        would make, or that is out of bounds, is refused. The way back into bounds is free: a hand may have led the arm out.
+        """
+        change = np.abs(wish - previous)
+        if not change.max() <= self.jump:
+            raise Fault(f"The policy wants joint {change.argmax() + 1} to jump by {change.max():.2f} rad; {self.jump} are allowed.")
+        share = 1 / max(1.0, (HZ * change / VELOCITY).max() / self.speed)
+        command = previous + share * (wish - previous)
+        beyond, before = (np.maximum(self.low - joints, joints - self.high) for joints in (command, previous))  # rad
+        worst = np.where(beyond > np.maximum(before, 0), beyond, 0).argmax()
+        if beyond[worst] > max(before[worst], 0):
+            raise Fault(f"The policy wants joint {worst + 1} at {command[worst]:.2f} rad; {self.low[worst]:.2f} to {self.high[worst]:.2f} are allowed.")
+        tool, before = (self.chain.joint_poses(joints)[-1, :3, 3] for joints in (command, previous))  # metres
+        if self.outside_box(tool) > self.outside_box(before):
+            raise Fault(f"The policy wants the fingertips at {tool.round(3).tolist()}, outside the --workspace {self.workspace}.")
+        return command, share
+
+    def outside_box(self, tool):
+        """By how many metres a point (3,) is outside the workspace, 0 inside."""
+        return max(np.maximum(np.subtract(self.workspace[:3], tool), np.subtract(tool, self.workspace[3:])).max(), 0)
+
+    def check_motion(self, qvel):
+        if (np.abs(qvel[:7]) > 0.95 * VELOCITY).any():
+            raise Fault(f"Joint {np.abs(qvel[:7] / VELOCITY).argmax() + 1} moves at more than 95 % of its greatest velocity.")
+
+    def check_fresh(self, stamps, now):
+        """stamps: camera -> when its picture was taken, s."""
+        oldest = min(stamps, key=stamps.get)
+        if now - stamps[oldest] > self.stale:
+            raise Fault(f"Camera '{oldest}' has sent no picture for {now - stamps[oldest]:.1f} s: check its cable.")
+
+    def check_heard(self, seconds):
+        if seconds > self.stale:
+            raise Fault(f"The robot has been silent for {seconds:.1f} s: check network and power.")
+
+    def confirm(self, painted, path, yes):
+        """Before the first motion a person sees the painted target, and says yes."""
+        with write_whole(path) as temporary:
+            Image.fromarray(np.concatenate(list(painted.values()), axis=1)).save(temporary, format="png")
+        print(f"The painted target is in {path}.")
+        if not yes and input("Is it where the gripper should go, and is the stop button in your hand? y Enter moves the arm: ").strip() != "y":
+            raise Fault("Not confirmed, so nothing was sent.")
+
+    def check_waiting(self, seconds):
+        if seconds > self.watchdog:
+            raise Fault(f"The policy is late by more than {self.watchdog} s (--watchdog): is the machine busy, or the network too large for it?")
+
+
+# --------------------------------------------------------------------------------------------------------------------- run
+@dataclass
+class Run:
+    run: Path = Path("runs/demo")
+    """Folder of the run; controlnet/ and act/ inside it are read, robot/ is written."""
+    robot: str = "sim"
+    """Host name or address of the robot; sim: simulated, over the robot's own protocol on this machine."""
+    arm: Literal["fr3", "panda"] = "fr3"
+    """Which arm it is: its joints' limits."""
+    task: str = "pick_and_lift"
+    """The task's name; in the simulator one of sims/mujoco_panda.py."""
+    instruction: str = ""
+    """What to do; empty: the simulated scene's own, or asked for."""
+    policy: Literal["trained", "demonstrator"] = "trained"
+    """trained: painter and controller; demonstrator: a script that knows the simulated scene."""
+    calibration: Path | None = None
+    """JSON or YAML file of the cameras (real_robot.py calibrate): {camera: {intrinsics, world_from_camera or last_joint_from_camera}}."""
+    cameras: tuple[str, ...] = ()
+    """RealSense cameras as name=serial, with the names of the calibration file."""
+    speed: float | None = None
+    """Share of the joints' greatest velocities; unset: 0.2, and 1 in the simulator, where nobody can be hit."""
+    workspace: tuple[float, float, float, float, float, float] = Safety.workspace
+    """Where the fingertips may go: x, y, z from and x, y, z to, metres from the robot's base."""
+    watchdog: float = Safety.watchdog
+    """Seconds that the policy may be late before the arm is stopped."""
+    execute: int = 7
+    """Steps of a chunk to go before the next one takes over (one of 8 passes while it is computed)."""
+    steps: int = 0
+    """Stop after so many steps; 0: the simulated task's number, or 300."""
+    episodes: int = 1
+    """In the simulator: how many scenes, one after the other."""
+    seed: int = 0
+    """In the simulator: the first scene."""
+    yes: bool = False
+    """Don't ask before the first motion (nobody is asked in the simulator)."""
+    dry_run: bool = False
+    """Compute and show everything, send nothing."""
+    device: str = "cpu"
+    """Where the networks run: cpu, cuda, mps."""
+
+
+def sleep_until(deadline, meanwhile):
+    """Return when time.monotonic() is `deadline`, and call meanwhile() a hundred times a second until then. The last half millisecond
+    is waited for awake: the operating system wakes nobody that exactly."""
+    while (left := deadline - time.monotonic()) > 0:
+        if left > 0.015:
+            meanwhile()
+            time.sleep(0.01)
+        elif left > 0.0005:
+            time.sleep(left - 0.0005)
+
+
+def wake(cameras, history, safety):
+    """Wait until the arm and every camera have been heard of."""
+    begin = time.monotonic()
+    while len(history.rows) < 20 or time.monotonic() - min(cameras.read()[0].values()) > safety.stale / 2:
+        history.sample()
+        time.sleep(0.01)
+        if time.monotonic() > begin + 10:
+            safety.check_fresh(cameras.read()[0], time.monotonic())
+
+
+def between(chunk, position):
+    """The action at a place between two steps of a chunk (K, 8); the last one beyond its end."""
+    position = min(position, len(chunk) - 1)
+    step = math.floor(position)
+    return chunk[step] + (position - step) * (chunk[min(step + 1, len(chunk) - 1)] - chunk[step])
+
+
+def through(before, after):
+    """The velocity (rad/s) at which a joint passes its target: the slower of the steps before and after it, none where it turns or ends.
+    Without it the arm would brake for every target, and be two steps behind a fast chunk."""
+    return HZ * np.where(before * after > 0, np.sign(after) * np.minimum(np.abs(before), np.abs(after)), 0)
+
+
+def drive(robot, cameras, policy, safety, log, settings, instruction, steps, finished):
+    """The loop. Returns how late each command was (s) when finished() says so, or after `steps` commands; raises the Fault that stops it."""
+    history, names, K = History(robot), policy.needs["cameras"], policy.needs["horizon"]
+    answer = None  # of the policy, and when it came
+
+    def look():
+        """-> pictures for the policy, when they were taken, and where the joints were then and how fast."""
+        history.sample()
+        stamps, pictures = cameras.read()
+        safety.check_fresh(stamps, time.monotonic())
+        frame = float(np.mean([stamps[name] for name in names]))
+        qpos, qvel = history.at(frame)
+        safety.check_motion(qvel)
+        return fit({name: pictures[name] for name in names}, None, policy.needs["image_size"][0])[0], frame, qpos, qvel
+
+    def meanwhile():
+        nonlocal answer
+        history.sample()
+        safety.check_fresh(cameras.read()[0], time.monotonic())
+        if got := policy.answer():
+            answer = *got, time.monotonic()
+
+    wake(cameras, history, safety)
+    pictures, _, qpos, _ = look()
+    policy.ask(pictures, qpos, instruction, 0)
+    painted, chunk = policy.answer(60) or safety.check_waiting(60)
+    safety.check_chunk(chunk)
+    safety.confirm(painted, log.path.with_name("first_target.png"), settings.yes or settings.robot == "sim" or settings.dry_run)
+    log.event("the first target was confirmed")
+
+    chunk, position = None, 0.0  # what is followed, and which of its steps was sent last; a slow one is played in parts of steps
+    progress = travelled = 0.0  # steps since the last look, and in all
+    asked, latency, lateness = None, 0.0, []
+    history.rows.clear(), history.sample()  # a person may have taken her time
+    previous, opened = history.last()[:7], history.last()[7] > 0.5
+    start, tick = time.monotonic() + 1 / HZ, 0
+    while len(lateness) < steps and not finished():
+        sleep_until(start + tick / HZ, meanwhile)
+        late, share = time.monotonic() - start - tick / HZ, 0.0
+        # 1. Send, before anything else.
+        if chunk is not None and position < K - 1:
+            wish = between(chunk, position + 1)
+            command, share = safety.step(previous, wish[:7])
+            position, progress, travelled = position + share, progress + share, travelled + share
+            after = between(chunk, position + 1)[:7] - command  # the chunk's next step, nothing at its end
+            opened = bool(chunk[min(math.ceil(position), K - 1), 7] > 0.5)
+            if not settings.dry_run:
+                robot.send(command, through(command - previous, after))
+                robot.grip(opened)
+            previous = command
+            lateness.append(late)
+        # 2. See, and write down.
+        reached = history.last()
+        pictures, frame, qpos, qvel = look()
+        log.add(pictures, painted, time=time.monotonic(), frame=frame, late=late, latency=latency, progress=share, qpos=qpos, qvel=qvel,
+                action=np.append(previous, opened), reached=reached)
+        # 3. Think: ask for the next chunk, so early that it is there when this one ends.
+        ahead = math.ceil((latency + 0.015) * HZ) - 1  # steps that pass meanwhile, less the one that is always there
+        if asked is None and (chunk is None or position >= min(settings.execute, K - 1 - ahead)):
+            policy.ask(pictures, qpos, instruction, travelled)
+            asked, progress = time.monotonic(), share * (1 + HZ * max(start + tick / HZ - frame, 0))  # a picture is not of this moment
+        tick += 1
+        sleep_until(start + tick / HZ - 0.012, meanwhile)
+        if answer:
+            painted, chunk, came = answer
+            safety.check_chunk(chunk)
+            latency = max(came - asked, 0.8 * latency)  # slowly forgotten
+            log.event(f"a new target after {1000 * (came - asked):.0f} ms")
+            position, asked, answer = progress - 1, None, None  # the steps since its picture are over
+            if settings.dry_run:
+                previous = history.last()[:7]
+        elif asked is not None:
+            safety.check_waiting(time.monotonic() - asked)
+    return lateness
+
+
+def write_timing(path, lateness):
+    """How far from their time the commands were sent, as a picture; says the share that was within 5 ms."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    milliseconds = 1000 * np.array(lateness)
+    within = np.mean(np.abs(milliseconds) <= 5)
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    axes[0].hist(milliseconds, bins=np.linspace(0, max(6, milliseconds.max()), 61), color="#4c78a8")
+    axes[0].set(xlabel="late by, ms", ylabel="commands", yscale="log", title=f"{within:.1%} of {len(lateness)} commands within 5 ms")
+    axes[1].plot(np.arange(len(lateness)) / HZ, milliseconds, ".", markersize=3)
+    axes[1].set(xlabel="time, s", ylabel="late by, ms")
+    with write_whole(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
+    plt.close(figure)
+    print(f"{within:.1%} of {len(lateness)} commands were within 5 ms of their time (99 % within {np.percentile(milliseconds, 99):.1f} ms).")
+
+
+def connect(settings, safety, bench):
+    """The arm, the cameras, and the cameras' calibration."""
+    if bench:
+        return Franka(bench.host, safety), bench, bench.calibration
+    calibration = load_calibration(settings.calibration) if settings.calibration else {}
+    serials = dict(entry.partition("=")[::2] for entry in settings.cameras)
+    if not serials or not all(serials.values()) or set(serials) - set(calibration):
+        raise UserError("A robot needs --cameras name=serial ... and a --calibration file with the same names (real_robot.py calibrate).")
+    cameras = RealSense(serials)
+    return Franka(settings.robot, safety), cameras, {camera: calibration[camera] for camera in serials}
+
+
+def about(settings, bench, commanded):
+    """The attributes of the episode file."""
+    instruction = settings.instruction or (bench.instruction if bench else input("Instruction: ").strip())
+    return dict(task=settings.task, variation=bench.variation if bench else 0, instruction=instruction, instructions=[instruction],
+                robot=settings.arm, sim=bool(bench), seed=settings.seed if bench else int(time.time()), commanded=commanded)  # fmt: skip
+
+
+def close(log, robot, error, success):
+    """After the loop, whatever ended it: first the arm, then the log, then the words. Returns the path of the episode file."""
+    with uninterrupted():
+        log.event(f"stopped: {str(error) or type(error).__name__}" if error else "finished")  # when; it is written by a thread
+        robot.hold()
+        try:
+            path = log.finish(not error and success())
+        except OSError:
+            print(f"What was recorded is kept in {log.folder}; the next start makes an episode file of it.", file=sys.stderr)
+            raise
+        finally:
+            robot.close()
+    if error:
+        print(f"The arm holds its position; {f'what was recorded is in {path}' if path else 'nothing was recorded'}.", file=sys.stderr)
+        raise error
+    return path
+
+
+def succeeded(settings, bench):
+    return bool(bench.get("success")) if bench else not settings.yes and input("Did it succeed? y Enter: ").strip() == "y"
+
+
+def run_once(settings, policy, bench):
+    """One episode. Returns whether it succeeded."""
+    safety = Safety(settings.arm, settings.speed or (1.0 if bench else 0.2), settings.workspace, settings.watchdog)
+    attributes = about(settings, bench, True)
+    robot, cameras, calibration = connect(settings, safety, bench)
+    size = tuple(policy.needs["image_size"])
+    if missing := set(policy.needs["cameras"]) - set(calibration):
+        raise UserError(f"The policy was trained with camera '{missing.pop()}', which the calibration does not have.")
+    pictures = {camera: cameras.read()[1][camera] for camera in policy.needs["cameras"]}
+    _, calibration = fit(pictures, calibration, size[0])
+    folder = fresh(settings.run / "robot", settings.task)
+    log, lateness, error = Recording(folder / "log.hdf5", attributes, calibration, dict.fromkeys(pictures, size), painted=True), [], None
+    steps = settings.steps or (bench.max_steps if bench else 300)
+    finished = (lambda: not settings.steps and (bench.get("success") or bench.get("failed"))) if bench else line_was_typed
+    try:
+        lateness = drive(robot, cameras, policy, safety, log, settings, attributes["instruction"], steps, finished)
+    except BaseException as problem:
+        error = problem
+    path = close(log, robot, error, lambda: succeeded(settings, bench))
+    write_timing(folder / "timing.png", lateness)
+    if bench and bench.get("lost") > 0.2:
+        print(f"This machine was too busy for the simulated arm: its clock fell behind by {bench.get('lost'):.1f} s.")
+    success = read_episode(path, images=False).success
+    print(f"{attributes['instruction']}: {'done' if success else 'not done'}; the log is {path}.")
+    return success
+
+
+def run(settings, load=None, bench=None):
+    """load: makes the policy, in its process; bench: a simulated arm that runs already (both for tests)."""
+    if settings.robot != "sim" and settings.policy == "demonstrator":
+        raise UserError("--policy demonstrator knows the simulated scene alone: use a trained policy on a robot.")
+    for folder in (settings.run / "act", settings.run / "controlnet"):
+        if settings.policy == "trained" and not load and not folder.is_dir():
+            raise UserError(f"There is no checkpoint {folder}: train it first, or try --policy demonstrator.")
+    recover(settings.run)
+    first, successes, policy = settings.seed, 0, None
+    for settings.seed in tqdm(range(first, first + settings.episodes), desc="episodes", disable=settings.episodes == 1):
+        scene = bench or simulate(settings)
+        try:
+            if policy is None or settings.policy == "demonstrator":
+                script = partial(demonstrator, settings.task, settings.seed, scene and scene.variation)
+                policy = Policy(load or (script if settings.policy == "demonstrator" else partial(trained, settings.run, settings.device)))
+            successes += run_once(settings, policy, scene)
+        except Fault as error:
+            if settings.episodes == 1:
+                raise
+            print(f"Seed {settings.seed}: {error}", file=sys.stderr)
+        finally:
+            if scene and not bench:
+                scene.close()
+            if policy and (settings.policy == "demonstrator" or sys.exc_info()[0] or settings.seed == first + settings.episodes - 1):
+                policy.close()
+    if settings.episodes > 1:
+        print(f"{successes} of {settings.episodes} episodes of {settings.task} succeeded (seeds {first} to {settings.seed}).")
+
+
+def simulate(settings, **options):
+    """The simulated arm of these settings, or None for a real one."""
+    if settings.robot != "sim":
+        return None
+    from sims.franky_panda import Bench  # needs MuJoCo, which a real robot does not
+
+    return Bench(settings.task, settings.seed, **options)
+
+
+# ------------------------------------------------------------------------------------------------------------------ record
+@dataclass
+class Record:
+    run: Path = Path("runs/demo")
+    """Folder of the run; the demonstration goes to <run>/episodes/<task>."""
+    robot: str = "sim"
+    """Host name or address of the robot; sim: simulated, and a script does the task."""
+    arm: Literal["fr3", "panda"] = "fr3"
+    """Which arm it is."""
+    task: str = "pick_and_lift"
+    """The task's name; in the simulator one of sims/mujoco_panda.py."""
+    instruction: str = ""
+    """What is done; empty: the simulated scene's own, or asked for."""
+    calibration: Path | None = None
+    """JSON or YAML file of the cameras."""
+    cameras: tuple[str, ...] = ()
+    """RealSense cameras as name=serial; in the simulator the cameras to draw, all four if none is named."""
+    size: int = 0
+    """Keep the middle square of the pictures at so many pixels; 0: as they are, 480x640. Train with one size."""
+    seconds: float = 0.0
+    """Stop by itself after so long; 0: at Enter (in the simulator, when the script is done)."""
+    seed: int = 500_000
+    """In the simulator: the scene."""
+    yes: bool = False
+    """Ask nothing: begin at once, and call it a success (in the simulator the scene knows)."""
+
+
+def record(settings, bench=None):
+    """One demonstration. Returns its path, and how many frames held a picture that the frame before had held."""
+    recover(settings.run)
+    # The simulated cameras take 26 ms for a picture of 480x640, 2 ms for one of 64x64.
+    options = dict(size=(settings.size,) * 2) if settings.size else dict(size=(480, 640), fps=HZ)
+    bench = bench or simulate(settings, guided=True, cameras=settings.cameras or CAMERAS, **options)
+    error, repeated, safety = None, 0, Safety(settings.arm, stale=1.0)  # nothing is sent: a camera may pause, and that is counted
+    try:
+        attributes = about(settings, bench, False)
+        robot, cameras, calibration = connect(settings, safety, bench)
+        history = History(robot)
+        wake(cameras, history, safety)
+        size = 0 if bench else settings.size
+        pictures, calibration = fit(cameras.read()[1], calibration, size)
+        if not (settings.yes or bench):
+            input("Hold the arm by the buttons at its wrist. Enter starts the recording, and Enter stops it.")
+        names = (settings.run / "episodes" / settings.task / f"real_{time.strftime('%Y%m%d-%H%M%S')}_{i:02d}.hdf5" for i in range(100))
+        path = next(name for name in names if not name.exists() and not name.with_suffix(".recording").exists())
+        log = Recording(path, attributes, calibration, {camera: picture.shape[:2] for camera, picture in pictures.items()})
+        try:
+            if bench:
+                bench.demonstrate()
+            before = cameras.read()[0]
+            while (stamps := cameras.read()[0]) == before:  # frames are taken midway between two pictures: each of them once
+                history.sample()
+                time.sleep(0.005)
+            start = time.monotonic() + 0.5 / HZ
+            while settings.seconds == 0 or log.count < settings.seconds * HZ:
+                sleep_until(start + log.count / HZ, history.sample)
+                before, (stamps, pictures) = stamps, cameras.read()
+                now = time.monotonic()
+                safety.check_fresh(stamps, now)
+                repeated += log.count > 0 and any(stamps[camera] == before[camera] for camera in stamps)
+                frame = float(np.mean(list(stamps.values())))
+                qpos, qvel = history.at(frame)
+                log.add(fit(pictures, None, size)[0], time=now, frame=frame, late=now - start - log.count / HZ, qpos=qpos, qvel=qvel)
+                if log.count % HZ == 0:
+                    print(f"\rrecording, {log.count // HZ} s ", end="", flush=True)
+                if settings.seconds == 0 and (log.count > HZ and not bench.get("guided") if bench else line_was_typed()):
+                    break
+        except BaseException as problem:
+            error = problem
+        print()
+        close(log, robot, error, lambda: settings.yes and not bench or succeeded(settings, bench))
+    finally:
+        bench and bench.close()
+    print(f"{log.count} frames are in {path}" + (f"; in {repeated} a camera had no new picture." if repeated else "."))
+    return path, repeated
+
+
+# ------------------------------------------------------------------------------------------------------------------ replay
+@dataclass
+class Replay:
+    log: Annotated[Path, tyro.conf.Positional]
+    """Folder of a run, or its log.hdf5."""
+    keep: bool = False
+    """Add the run to the demonstrations, <run>/episodes/<task>, for the next policy."""
+
+
+def replay(settings):
+    """Observation, painted target and motion side by side."""
+    from evaluate import PANEL, tile, write_film
+
+    path = settings.log / "log.hdf5" if settings.log.is_dir() else settings.log
+    episode = read_episode(path)
+    painted = {name.removeprefix("painted_"): data for name, data in episode.extras.items() if name.startswith("painted_")}
+    if not painted:
+        raise UserError(f"{path} has no painted targets: it is a demonstration, not the log of a run.")
+    front = "front" if "front" in painted else next(iter(painted))
+    frames, seen = [], 0
+    for t in range(len(episode.qpos)):
+        if t and any((painted[camera][t] != painted[camera][t - 1]).any() for camera in painted):
+            seen = t - 1  # the target came from this picture, or one just before
+        large = [np.array(Image.fromarray(episode.images[front][moment]).resize((PANEL, PANEL), Image.BICUBIC)) for moment in (seen, t)]
+        frames.append(np.concatenate([large[0], tile({camera: painted[camera][t] for camera in painted}), large[1]], axis=1))
+    outcome = {"success": episode.success, "instruction": episode.instruction}
+    write_film(path.parent, "film", [(outcome, frames)], "painted target")
+    print(f"The film is {path.parent / 'film.mp4'}.")
+    for line in bytes(episode.extras["events"]).decode().splitlines():
+        event = json.loads(line)
+        print(f"{event['time'] - episode.extras['time'][0]:8.2f} s  {event['event']}")
+    if settings.keep:
+        if not episode.success:
+            raise UserError(f"{path} was not successful: a policy learns from successes, so it was not added.")
+        target = path.parent.parent.parent / "episodes" / episode.task / f"real_{path.parent.name}.hdf5"
+        if target.exists():
+            raise UserError(f"{target} exists already: this run was added before.")
+        with write_whole(target) as temporary:
+            shutil.copyfile(path, temporary)
+        print(f"Added as {target}.")
+
+
+def main():
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    from calibrate import Settings as Calibrate, calibrate  # imported late: the policy's process has no use for OpenCV
+
+    commands = {"run": (Run, run), "record": (Record, record), "replay": (Replay, replay),
+                "calibrate": (Calibrate, calibrate)}
+    settings = tyro.extras.subcommand_cli_from_dict({name: kind for name, (kind, _) in commands.items()}, description=__doc__)
+    next(command for kind, command in commands.values() if isinstance(settings, kind))(settings)
+
+
+if __name__ == "__main__":
+    run_stage(main)
