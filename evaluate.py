@@ -115,6 +115,8 @@ class Oracle:
 def networks(policy, run, folder, device):
     """The painter (None without painting) and the controller of a policy, loaded once per process."""
     torch.set_num_threads(1)  # one process per core does the work, and the results do not depend on how many there are
+    if callable(policy):  # a variation brings its own
+        return policy(run, device)
     controller = Controller.load(folder, device)
     needed = "rgb" if policy == "act" else "spheres"
     if controller.config["observation"] != needed:
@@ -357,7 +359,7 @@ def evaluate(settings):
     with ProcessPoolExecutor(settings.workers, context, initializer=signal.signal, initargs=ignore_interrupt) as pool:
         jobs = {pool.submit(what, task, seed, settings): (what, task, seed) for what, task, seed in episodes + cases}
         try:
-            for job in tqdm(as_completed(jobs), total=len(jobs), desc=f"evaluating {settings.policy}", unit="episode"):
+            for job in tqdm(as_completed(jobs), total=len(jobs), desc="evaluating", unit="episode"):
                 what, task, seed = jobs[job]
                 (driven if what is drive else heard)[task, seed] = job.result()
         except BaseException:
@@ -369,22 +371,29 @@ def evaluate(settings):
 def main():
     settings = tyro.cli(Settings, description=__doc__)
     check_settings(settings)
+    write_report(settings)
+
+
+def write_report(settings):
+    """Drive all episodes, write and print the results. A variation's policy is a function (run, device) -> painter or None, controller."""
     results, heard = evaluate(settings)
+    policy = getattr(settings.policy, "__name__", settings.policy)
+    what = {"act": "plain pictures", "genima": "painted target", "oracle": "painted target"}.get(policy, "what the controller sees")
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
     report = {
-        "policy": settings.policy, "git_commit": commit.stdout.strip() if commit.returncode == 0 else None,
+        "policy": policy, "git_commit": commit.stdout.strip() if commit.returncode == 0 else None,
         "machine": machine(settings.device), "execute": settings.execute,
         "seeds": {"first": settings.seed, "last": settings.seed + settings.episodes - 1},
         "tasks": {task: summary(*zip(*runs)) for task, runs in results.items()},
     }  # fmt: skip
     if heard:
         report["language"] = {"correct": sum(heard), "cases": len(heard), **rate(sum(heard), len(heard))}
-    suffix = "" if settings.policy == "genima" else f"_{settings.policy}"
+    suffix = "" if policy == "genima" else f"_{policy}"
     with write_whole(settings.out / f"evaluation{suffix}.json") as path:
         path.write_text(json.dumps(report, indent=1))
     for task, runs in results.items():
         if films := [(outcome, log["frames"]) for outcome, log in runs if log["frames"]]:
-            write_film(settings.out, f"{task}{suffix}", films, "plain pictures" if settings.policy == "act" else "painted target")
+            write_film(settings.out, f"{task}{suffix}", films, what)
         for outcome, log in runs:
             if settings.trace and not outcome["success"]:
                 with write_whole(settings.out / f"trace{suffix}_{task}_{outcome['seed']}.csv") as path, open(path, "w", newline="") as file:
