@@ -240,7 +240,7 @@ def test_the_painted_layer_is_the_future_where_it_differs(miniature):
     frames = futures.episodes[0]
     episode = read_episode(frames[0][0])
     chosen = [frames[0], frames[-1]]
-    batch = futures.load(chosen, np.random.default_rng(0))
+    batch = futures.load(chosen, [np.random.default_rng(0)] * 2)
     for i, t in enumerate((0, len(frames) - 1)):
         now, then = (tile(torch.from_numpy(np.stack([episode.images[camera][k] for camera in CAMERAS])[None]).permute(0, 1, 4, 2, 3) / 255)[0]
                      for k in (t, min(t + horizon, len(frames) - 1)))  # fmt: skip

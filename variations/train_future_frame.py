@@ -48,17 +48,17 @@ class Futures(Batches):
     """train_controlnet.py's batches, with future pictures for layers."""
 
     def __init__(self, frames, horizon, settings, augment=True):
-        super().__init__(frames, settings, augment)
+        super().__init__(frames, settings, augment=augment)
         self.horizon = horizon
 
     def __getitem__(self, step):
-        rng = np.random.default_rng([self.settings.seed, step])
-        chosen = [self.episodes[i] for i in rng.integers(len(self.episodes), size=self.settings.batch)]
-        return self.load([frames[int(len(frames) * rng.random() ** 2)] for frames in chosen], rng)  # early frames come more often
+        rngs = [np.random.default_rng([self.settings.seed, step, i]) for i in self.mine]
+        chosen = [self.episodes[rng.integers(len(self.episodes))] for rng in rngs]
+        return self.load([frames[int(len(frames) * rng.random() ** 2)] for frames, rng in zip(chosen, rngs)], rngs)  # early ones more often
 
-    def load(self, chosen, rng):
-        pictures, prompts = [], []
-        for path, _, t, instructions in chosen:
+    def load(self, chosen, rngs):
+        conditions, pictures, prompts = [], [], []
+        for (path, _, t, instructions), rng in zip(chosen, rngs):
             with h5py.File(path, "r") as root:
                 later = min(t + self.horizon, len(root["action"]) - 1)
                 both = np.stack([np.concatenate([root[f"observations/images/{camera}"][frame] for frame in (t, later)], axis=-1)
@@ -67,13 +67,12 @@ class Futures(Batches):
                 dy, dx = rng.integers(0, 5, size=2)
                 height, width = both.shape[1:3]
                 both = np.pad(both, ((0, 0), (2, 2), (2, 2), (0, 0)), mode="reflect")[:, dy : dy + height, dx : dx + width]
-            pictures.append(both)
+            pictures.append(tile(torch.from_numpy(both).permute(0, 3, 1, 2).float()[None] / 255)[0])  # (6, 2H, 2W)
+            conditions.append(colour_jitter(pictures[-1][:3], rng) if self.augment else pictures[-1][:3])
             prompts.append(PROMPT.format(instructions[rng.integers(len(instructions))]))
-        pictures = tile(torch.from_numpy(np.stack(pictures)).permute(0, 1, 4, 2, 3).float() / 255)  # (B, 6, 2H, 2W)
-        observation, future = pictures[:, :3], pictures[:, 3:]
+        observation, future = torch.stack(pictures).chunk(2, 1)  # (B, 3, 2H, 2W) each
         different = ((future - observation).abs().amax(1, keepdim=True) > DIFFERENT).float()
-        condition = colour_jitter(observation, rng) if self.augment else observation
-        return dict(condition=condition, observation=observation, layer=torch.cat([future, different], 1), prompts=prompts)
+        return dict(condition=torch.stack(conditions), observation=observation, layer=torch.cat([future, different], 1), prompts=prompts)
 
 
 def paint_loss(painter, batch):
@@ -84,7 +83,7 @@ def paint_loss(painter, batch):
 def show(painter, futures, path):
     """Observation, true and painted future at the first frames of unseen scenes."""
     firsts = [frames[0] for frames in futures.episodes]
-    batch = futures.load([firsts[i] for i in np.linspace(0, len(firsts) - 1, 5).astype(int)], np.random.default_rng(0))
+    batch = futures.load([firsts[i] for i in np.linspace(0, len(firsts) - 1, 5).astype(int)], [np.random.default_rng(0)] * 5)
     painter.eval()
     painted = painter(batch["observation"].to(painter.unet.device), batch["prompts"]).sigmoid().cpu()
     rows = [batch["observation"], *(compose(layer, batch["observation"]) for layer in (batch["layer"], painted))]
