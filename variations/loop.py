@@ -35,6 +35,8 @@ class Settings:
     """Samples a step."""
     learning_rate: float = 1e-3
     """Highest learning rate."""
+    bf16: bool = False
+    """Train in sixteen bits: a step takes two thirds of the time. Not so the ACT baseline."""
     seed: int = 0
     """Seed of the weights, the samples and the noise."""
     checkpoint_every: int = 300
@@ -84,13 +86,13 @@ def train(network, loss_of, samples, checks, settings, folder, config):
     Item i of `samples` and of `checks` (held-out scenes) is the batch of step i: a dict of tensors, and of lists that stay as they are.
     Ctrl-C stops, and the same command goes on from there. A batch and its noise are a function of seed and step alone.
     """
-    identity = dict(config, steps=settings.steps, batch=settings.batch, learning_rate=settings.learning_rate, seed=settings.seed)
+    identity = dict(config, steps=settings.steps, batch=settings.batch, learning_rate=settings.learning_rate, seed=settings.seed,
+                    bf16=settings.bf16)
     checkpoint = read_checkpoint(folder / "training.pt", identity)
     start, history, seconds = (checkpoint[name] for name in ("step", "history", "seconds")) if checkpoint else (0, [], 0)
     if start == settings.steps:
         print(f"{folder} is trained already, {start} steps.")
         return
-    # Sixteen bits and channels last: the ResNet takes 0.24 s of a CPU core for a step instead of 0.38.
     network = network.to(settings.device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.AdamW(network.parameters(), settings.learning_rate, weight_decay=1e-4)
     if checkpoint:
@@ -107,7 +109,7 @@ def train(network, loss_of, samples, checks, settings, folder, config):
         torch.manual_seed(int(np.random.SeedSequence((settings.seed, step)).generate_state(1)[0]))
         for group in optimizer.param_groups:  # a short warm-up, and half a cosine down to zero
             group["lr"] = settings.learning_rate * min(1, (step + 1) / 100) * (1 + math.cos(math.pi * step / settings.steps)) / 2
-        with torch.autocast(settings.device, torch.bfloat16):
+        with torch.autocast(settings.device, torch.bfloat16, enabled=settings.bf16):
             loss = loss_of(network, on_device(batch))
         optimizer.zero_grad()
         loss.backward()
