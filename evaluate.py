@@ -133,9 +133,11 @@ class Oracle:
 
 
 @cache
-def networks(policy, painting, folder, device, size=None, taesd=None, compile=False):
+def networks(policy, run, painting, folder, device, size=None, taesd=None, compile=False):
     """The painter (None without painting) and the controller of a policy, loaded once per process."""
     torch.set_num_threads(1)  # one process per core does the work, and the results do not depend on how many there are
+    if callable(policy):  # a variation brings its own
+        return policy(run, device)
     controller = Controller.load(folder, device)
     needed = "rgb" if policy == "act" else "spheres"
     if controller.config["observation"] != needed:
@@ -153,7 +155,7 @@ def networks(policy, painting, folder, device, size=None, taesd=None, compile=Fa
 
 
 def load_networks(settings):
-    return networks(settings.policy, settings.painter, settings.controller, settings.device, settings.size, settings.taesd, settings.compile)
+    return networks(settings.policy, settings.run, settings.painter, settings.controller, settings.device, settings.size, settings.taesd, settings.compile)
 
 
 @cache
@@ -442,7 +444,7 @@ def evaluate(settings):
     driven, heard = [{} for _ in each], {}
     # CUDA does not survive a fork, and CoppeliaSim's libraries had better not be asked to
     start = None if settings.device == "cpu" and settings.sim == "mujoco" else "spawn"
-    for (what, task, seed, checkpoint), result in in_parallel(jobs, settings.workers, f"evaluating {settings.policy}", "episode", start):
+    for (what, task, seed, checkpoint), result in in_parallel(jobs, settings.workers, "evaluating", "episode", start):
         if what is listen:
             heard[task, seed] = result or []
             continue
@@ -455,11 +457,18 @@ def evaluate(settings):
 def main():
     settings = tyro.cli(Settings, description=__doc__)
     check_settings(settings)
+    write_report(settings)
+
+
+def write_report(settings):
+    """Drive all episodes, write and print the results. A variation's policy is a function (run, device) -> painter or None, controller."""
     runs, heard = evaluate(settings)
     results = {task: [pair for run in runs for pair in run[task]] for task in settings.tasks}  # of all checkpoints
+    policy = getattr(settings.policy, "__name__", settings.policy)
+    what = {"act": "plain pictures", "genima": "painted target", "oracle": "painted target"}.get(policy, "what the controller sees")
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
     report = {
-        "policy": settings.policy, "sim": settings.sim, "git_commit": commit.stdout.strip() if commit.returncode == 0 else None,
+        "policy": policy, "sim": settings.sim, "git_commit": commit.stdout.strip() if commit.returncode == 0 else None,
         "machine": machine(settings.device), "execute": settings.execute,
         "seeds": {"first": settings.seed, "last": settings.seed + settings.episodes - 1},
         "tasks": {task: summary(*zip(*runs)) for task, runs in results.items()},
@@ -471,13 +480,12 @@ def main():
             for checkpoint, run in zip(checkpoints(settings), runs)]  # fmt: skip
     if heard:
         report["language"] = {"correct": sum(heard), "cases": len(heard), **rate(sum(heard), len(heard))}
-    suffix = "" if settings.policy == "genima" else f"_{settings.policy}"
+    suffix = "" if policy == "genima" else f"_{policy}"
     with write_whole(settings.out / f"evaluation{suffix}.json") as path:
         path.write_text(json.dumps(report, indent=1))
     for task, runs in results.items():
         if films := [(outcome, log["frames"]) for outcome, log in runs if log["frames"]]:
-            write_film(settings.out, f"{task}{suffix}", films, "plain pictures" if settings.policy == "act" else "painted target",
-                       HZ if settings.sim == "rlbench" else CONTROL_HZ)
+            write_film(settings.out, f"{task}{suffix}", films, what, HZ if settings.sim == "rlbench" else CONTROL_HZ)
         for outcome, log in runs:
             if settings.trace and not outcome["success"]:
                 with write_whole(settings.out / f"trace{suffix}_{task}_{outcome['seed']}.csv") as path, open(path, "w", newline="") as file:

@@ -533,7 +533,8 @@ def replay(settings):
 
 def main():
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    from calibrate import Settings as Calibrate, calibrate  # imported late: the policy's process has no use for OpenCV
+    from calibrate import Settings as Calibrate  # imported late: the policy's process has no use for OpenCV
+    from calibrate import calibrate
 
     commands = {"run": (Run, run), "record": (Record, record), "replay": (Replay, replay),
                 "calibrate": (Calibrate, calibrate)}

@@ -408,8 +408,9 @@ def trained(run, device):
 
 def demonstrator(task, seed, variation, size=64, horizon=8):
     """No network: a scripted demonstration of the simulated scene. For trying out everything else."""
-    from evaluate import Oracle, environment  # before MuJoCo, which it tells how to draw
     import mujoco
+
+    from evaluate import Oracle, environment  # before MuJoCo, which it tells how to draw
 
     oracle, env = Oracle(task, seed, variation, horizon), environment(task, (size, size), CAMERAS)
 

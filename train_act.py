@@ -143,10 +143,7 @@ class Samples(Dataset):
 
     def sample(self, random):
         config, (episode, t, present, target, chunk, valid) = self.config, self.motion(random)
-        if config["observation"] == "spheres":
-            pictures = self.blend(random, self.draw(random, episode, present, target))
-        else:
-            pictures = np.stack([crop(random, episode.images[camera][t]) for camera in config["cameras"]]).astype(np.float32)
+        pictures = self.see(random, episode, t, present, target)
         state, texts = present.copy(), [episode.instruction, *episode.instructions]
         if random.random() < 0.5:  # or the gripper goes on doing what it does, whatever the spheres' colour ("copycat")
             state[-1] = random.random()
@@ -161,6 +158,12 @@ class Samples(Dataset):
             words=np.array([word in words for word in config["vocabulary"]], np.float32),  # (W,); W = 0 for spheres
             noise=random.standard_normal(LATENT, np.float32),  # (LATENT,) of the CVAE
         )
+
+    def see(self, random, episode, t, present, target):
+        """The controller's pictures (V, H, W, 3), 0..255: the target's spheres over anything else, or the plain views."""
+        if self.config["observation"] == "spheres":
+            return self.blend(random, self.draw(random, episode, present, target))
+        return np.stack([crop(random, episode.images[camera][t]) for camera in self.config["cameras"]]).astype(np.float32)
 
     def draw(self, random, episode, present, target):
         """The target's spheres as the cameras see them from the present joints: layers (V, H, W, 4) uint8.

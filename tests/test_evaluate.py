@@ -187,16 +187,16 @@ def test_bad_settings_are_one_sentence(run, changes, sentence):
 def test_bad_checkpoints_are_one_sentence(tmp_path, monkeypatch):
     untrained(tmp_path / "act")
     with pytest.raises(UserError, match="was not trained with --observation rgb"):
-        evaluate.networks("act", tmp_path, tmp_path / "act", "cpu")
+        evaluate.networks("act", tmp_path, tmp_path, tmp_path / "act", "cpu")
     for what, value in (("horizon", 20), ("image_size", 128), ("cameras", ["front"])):
         painter = SimpleNamespace(config={"horizon": 8, "image_size": 64, "cameras": list(CAMERAS)} | {what: value})
         monkeypatch.setattr(evaluate.Painter, "load", lambda *_: painter)
         with pytest.raises(UserError, match=f"controlnet was trained with {what} "):
-            evaluate.networks("genima", tmp_path / "controlnet", tmp_path / "act", "cpu")
+            evaluate.networks("genima", tmp_path, tmp_path / "controlnet", tmp_path / "act", "cpu")
     (tmp_path / "act/model.safetensors").write_bytes(b"half")
     evaluate.networks.cache_clear()
     with pytest.raises(UserError, match="holds no trained controller"):
-        evaluate.networks("oracle", tmp_path, tmp_path / "act", "cpu")
+        evaluate.networks("oracle", tmp_path, tmp_path, tmp_path / "act", "cpu")
 
 
 def test_command_says_what_is_wrong(tmp_path):

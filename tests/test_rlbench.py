@@ -18,6 +18,8 @@ from PIL import Image
 STANDIN = ROOT / "tests" / "rlbench_standin"
 sys.path.insert(0, str(STANDIN))
 
+import test_evaluate  # noqa: E402
+from gymnasium.utils.env_checker import check_env  # noqa: E402
 from rlbench.action_modes.action_mode import MoveArmThenGripper  # noqa: E402
 from rlbench.action_modes.arm_action_modes import JointPosition  # noqa: E402
 from rlbench.action_modes.gripper_action_modes import Discrete  # noqa: E402
@@ -25,9 +27,6 @@ from rlbench.backend import scene as toy  # noqa: E402
 from rlbench.environment import Environment  # noqa: E402
 from rlbench.observation_config import ObservationConfig  # noqa: E402
 from rlbench.tasks.reach_target import ReachTarget  # noqa: E402
-
-import test_evaluate  # noqa: E402
-from gymnasium.utils.env_checker import check_env  # noqa: E402
 
 import collect_demos  # noqa: E402
 import evaluate  # noqa: E402
