@@ -2,6 +2,9 @@
 
     python benchmark.py spheres     pictures per second of draw_spheres, and of pyrender drawing the same four spheres
     python benchmark.py demos       demonstrations per minute: pick_and_lift, four cameras of 128x128
+    python benchmark.py step        a training step of the tiny painter, beside diffusers' own ControlNet training loop
+    python benchmark.py memory      what training on SD-Turbo keeps in a GPU's memory, counted
+    python benchmark.py gpu         steps per second, peak memory and time to paint of SD-Turbo, measured on a CUDA GPU
     python benchmark.py rlbench     importing a dataset of RLBench, beside decoding its pictures twice over
 
 pyrender, the renderer of GENIMA's published code, is needed for the first only.
@@ -17,12 +20,18 @@ from pathlib import Path
 os.environ.setdefault("PYOPENGL_PLATFORM", "egl")
 
 import numpy as np
+import torch
 import tyro
+from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from PIL import Image
+from tqdm import tqdm
 
-from episodes import CAMERAS, UserError, run_stage
+from episodes import CAMERAS, UserError, read_episode, run_stage
+from painter import Painter, build_tiny, compose, load_turbo
 from render_spheres import DARK_STRIPE, draw_spheres, target_spheres
 from sims.parallel import in_parallel
+from train_controlnet import Batches, find_frames, load, noise_loss, one_step_loss
+from train_controlnet import Settings as TrainSettings
 
 INSTALL_PYRENDER = "pip install --no-deps pyrender==0.1.45 trimesh==5.2.0 freetype-py==2.5.1 pyglet==1.5.29 six networkx"
 
@@ -152,8 +161,158 @@ def decode_twice(paths):
     return time.perf_counter() - start
 
 
+def step(turns: int = 5, run: Path = Path("runs/demo")):
+    """Samples per second of a training step of the tiny painter, and of diffusers' own ControlNet training loop on the same net.
+
+    The loop of diffusers' train_controlnet.py, its steps one by one, without accelerate: pictures from PNG files through PIL in the
+    same process, the text encoder at every step, noise prediction, clipping, AdamW. Both train all that tiny trains.
+
+    Args:
+        turns: How often each makes eight steps, in turns; the median counts.
+        run: Folder with episodes and spheres.
+    """
+    training, _, horizon = find_frames(run)
+    size = read_episode(training[0][0], images=False).image_sizes[CAMERAS[0]][0]
+    settings = TrainSettings(run=run, steps=8 * (turns + 1), picture=2 * size, objective="noise")
+    instructions = sorted({sentence for frame in training for sentence in frame[3]})
+    config = {"size": "tiny", "steps": 1, "image_size": size, "picture": 2 * size, "horizon": horizon, "cameras": CAMERAS}
+    with tempfile.TemporaryDirectory() as folder:
+        files = [write_pair(Path(folder), i, load([frame], [np.random.default_rng(i)], settings, augment=False))
+                 for i, frame in enumerate(training[:: max(1, len(training) // 64)])]
+        steppers = {}
+        for name, objective in (("ours, one-step", "one-step"), ("ours, noise", "noise"), ("diffusers' loop", "noise")):
+            painter = Painter(build_tiny(instructions, size, objective), config | {"objective": objective}).train()
+            optimizer = torch.optim.AdamW(painter.parameters(), lr=1e-4)
+            batches = iter(torch.utils.data.DataLoader(Batches(training, settings), batch_size=None, num_workers=1))
+            loss_of = {"one-step": one_step_loss, "noise": noise_loss}[objective]
+            steppers[name] = (lambda *parts: lambda: our_step(*parts))(painter, optimizer, batches, loss_of)
+        steppers["diffusers' loop"] = lambda: their_step(painter, optimizer, files, settings.batch)
+        seconds = {name: [] for name in steppers}
+        for turn in tqdm(range(turns + 1), desc="turns"):
+            for name, one_step in steppers.items():
+                start = time.perf_counter()
+                for _ in range(8):
+                    one_step()
+                seconds[name] += [(time.perf_counter() - start) / 8] * (turn > 0)  # the first turn warms up
+    rates = {name: settings.batch / np.median(times) for name, times in seconds.items()}
+    theirs = rates["diffusers' loop"]
+    for name, rate in rates.items():
+        print(f"{name:<16} {rate:6.1f} samples/s, ratio {rate / theirs:.2f}")
+
+
+def our_step(painter, optimizer, batches, loss_of):
+    loss = loss_of(painter, painter, next(batches) | {"keys": None})
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(painter.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def write_pair(folder, i, batch):
+    """Condition and target of one frame as PNG files, as a dataset for diffusers' script has them; and the prompt."""
+    pictures = batch["condition"][0], compose(batch["layer"], batch["observation"])[0]
+    paths = [folder / f"{i}_{name}.png" for name in ("condition", "target")]
+    for path, picture in zip(paths, pictures):
+        Image.fromarray((255 * picture).round().byte().permute(1, 2, 0).numpy()).save(path)
+    return *paths, batch["prompts"][0]
+
+
+def their_step(painter, optimizer, files, batch, random=np.random.default_rng(0)):  # noqa: B008
+    chosen = [files[i] for i in random.integers(len(files), size=batch)]
+    pixels = [np.stack([np.asarray(Image.open(pair[i]).convert("RGB"), np.float32) for pair in chosen]) for i in (0, 1)]
+    condition, target = (torch.from_numpy(pictures / 255).permute(0, 3, 1, 2).contiguous() for pictures in pixels)
+    tokens = painter.tokenizer([prompt for *_, prompt in chosen], padding="max_length", truncation=True, return_tensors="pt").input_ids
+    latents = painter.encode(target)
+    noise, timesteps = torch.randn_like(latents), torch.randint(0, 1000, (batch,))
+    alphas = painter.scheduler.alphas_cumprod[timesteps][:, None, None, None]
+    noisy = alphas.sqrt() * latents + (1 - alphas).sqrt() * noise
+    text = painter.text_encoder(tokens)
+    words, sentence, hint = text.last_hidden_state, text.pooler_output, painter.encode(condition)
+    down, middle = painter.controlnet(noisy, timesteps, words, class_labels=sentence, controlnet_cond=hint, return_dict=False)
+    predicted = painter.unet(noisy, timesteps, words, class_labels=sentence, down_block_additional_residuals=down,
+                             mid_block_additional_residual=middle, return_dict=False)[0]
+    torch.nn.functional.mse_loss(predicted.float(), noise.float(), reduction="mean").backward()
+    torch.nn.utils.clip_grad_norm_(painter.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def memory():
+    """GPU memory that training the ControlNet of SD-Turbo needs: weights, gradients and optimiser, counted parameter by parameter.
+
+    Activations depend on the kernels that a GPU uses, and are measured by `benchmark.py gpu`.
+    """
+    sizes = {}
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(
+            sample_size=64, block_out_channels=(320, 640, 1280, 1280), attention_head_dim=(5, 10, 20, 20), cross_attention_dim=1024,
+            down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+            use_linear_projection=True)  # fmt: skip
+        parts = {"UNet": unet, "ControlNet": ControlNetModel.from_unet(unet, load_weights_from_unet=False), "VAE": AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4)}  # fmt: skip
+    for name, part in parts.items():
+        sizes[name] = sum(parameter.numel() for parameter in part.parameters()) / 1e9
+        print(f"{name:<11}{sizes[name]:6.3f} G parameters")
+    # Adafactor: a row and a column of means per matrix, as good as nothing
+    trained, frozen = sizes["ControlNet"], sizes["UNet"] + sizes["VAE"]
+    print(f"{'setting':<42}{'weights':>9}{'gradients':>11}{'optimiser':>11}{'sum':>9}   (GB, without activations)")
+    for setting, per_frozen, per_state in (("fp32, AdamW", 4, 8), ("bf16, AdamW (the default on a GPU)", 2, 8), ("bf16, Adafactor", 2, 0)):
+        weights, gradients, states = 4 * trained + per_frozen * frozen, 4 * trained, per_state * trained
+        print(f"{setting:<42}{weights:9.2f}{gradients:11.2f}{states:11.2f}{weights + gradients + states:9.2f}")
+
+
+def gpu(base: str = "stabilityai/sd-turbo", steps: int = 10):
+    """On a CUDA GPU: steps per second and peak memory of training by setting, and milliseconds to paint, with and without compiling.
+
+    Args:
+        base: SD-Turbo's name on the Hugging Face Hub, or a folder in its layout.
+        steps: How many steps are timed.
+    """
+    if not torch.cuda.is_available():
+        raise UserError("There is no CUDA GPU here, so there is nothing to measure.")
+    device, prompts = "cuda", ["tiled perspectives of a robot arm executing 'push the blue button'"]
+    config = {"size": "sd-turbo", "objective": "one-step", "steps": 1, "image_size": 256, "picture": 512, "horizon": 20, "cameras": CAMERAS}
+    for at_once in (1, 2, 4):
+        painter = Painter(load_turbo(base), config)
+        painter.unet.to(torch.bfloat16), painter.vae.to(torch.bfloat16)
+        painter.to(device).read(prompts)
+        painter.text_encoder = None
+        painter.unet.enable_gradient_checkpointing(), painter.controlnet.enable_gradient_checkpointing()
+        optimizer = torch.optim.AdamW(painter.controlnet.parameters(), lr=1e-5)
+        batch = {"condition": torch.rand(at_once, 3, 512, 512, device=device), "prompts": prompts * at_once, "seeds": [0] * at_once, "keys": None}
+        batch |= {"observation": batch["condition"], "layer": torch.rand(at_once, 4, 512, 512, device=device)}
+        torch.cuda.reset_peak_memory_stats()
+        for i in range(steps + 3):
+            if i == 3:
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+            with torch.autocast(device, torch.bfloat16):
+                one_step_loss(painter, painter, batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        torch.cuda.synchronize()
+        rate, peak = steps / (time.perf_counter() - start), torch.cuda.max_memory_allocated() / 1e9
+        print(f"training, {at_once} at once: {rate * at_once:.2f} samples/s, peak {peak:.1f} GB", flush=True)
+        del painter, optimizer
+        torch.cuda.empty_cache()
+    for compiled in (False, True):
+        painter = Painter(load_turbo(base), config).to(device, torch.bfloat16, memory_format=torch.channels_last).eval()
+        for part in (painter.unet, painter.controlnet, painter.vae.decoder) if compiled else ():
+            part.compile()
+        condition, times = torch.rand(1, 3, 512, 512, device=device), []
+        for _ in range(steps + 3):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            painter.paint_tiles(condition, prompts)
+            torch.cuda.synchronize()
+            times.append(1000 * (time.perf_counter() - start))
+        print(f"painting one picture of 512x512{', compiled' * compiled}: {np.median(times[3:]):.1f} ms", flush=True)
+
+
 def main():
-    tyro.extras.subcommand_cli_from_dict({"spheres": spheres, "demos": demos, "rlbench": rlbench}, description=__doc__)
+    tyro.extras.subcommand_cli_from_dict(
+        {"spheres": spheres, "demos": demos, "step": step, "memory": memory, "gpu": gpu, "rlbench": rlbench}, description=__doc__)  # fmt: skip
 
 
 if __name__ == "__main__":

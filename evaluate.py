@@ -145,7 +145,7 @@ def networks(policy, run, painting, folder, device, size=None, taesd=None, compi
     if policy != "genima":
         return None, controller
     painter = Painter.load(painting, device, taesd, compile)
-    if size not in (None, painter.config["size"]):
+    if size and size != painter.config["size"]:
         raise UserError(f"{painting} holds a painter of size {painter.config['size']}, not {size}: train one with --size {size}, or name it by --painter.")
     ours, theirs = controller.config, painter.config | {"image_size": [painter.config["image_size"]] * 2}
     for what in ("cameras", "horizon", "image_size"):
