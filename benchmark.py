@@ -11,6 +11,7 @@ pyrender, the renderer of GENIMA's published code, is needed for the first only.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -30,7 +31,7 @@ from episodes import CAMERAS, UserError, read_episode, run_stage
 from painter import Painter, build_tiny, compose, load_turbo
 from render_spheres import DARK_STRIPE, draw_spheres, target_spheres
 from sims.parallel import in_parallel
-from train_controlnet import Batches, find_frames, load, noise_loss, one_step_loss
+from train_controlnet import find_frames, load, one_step_loss
 from train_controlnet import Settings as TrainSettings
 
 INSTALL_PYRENDER = "pip install --no-deps pyrender==0.1.45 trimesh==5.2.0 freetype-py==2.5.1 pyglet==1.5.29 six networkx"
@@ -162,50 +163,59 @@ def decode_twice(paths):
 
 
 def step(turns: int = 5, run: Path = Path("runs/demo")):
-    """Samples per second of a training step of the tiny painter, and of diffusers' own ControlNet training loop on the same net.
+    """Samples per second of training the tiny painter, and of diffusers' own ControlNet training loop on the same net and batch.
 
-    The loop of diffusers' train_controlnet.py, its steps one by one, without accelerate: pictures from PNG files through PIL in the
-    same process, the text encoder at every step, noise prediction, clipping, AdamW. Both train all that tiny trains.
+    The loop of diffusers' train_controlnet.py, its steps one by one: pictures from PNG files through PIL in the same process, the text
+    encoder at every step, noise prediction, clipping, AdamW. Both train all that tiny trains, with the threads that PyTorch takes.
 
     Args:
-        turns: How often each makes eight steps, in turns; the median counts.
+        turns: How often each makes its steps, in turns; the median counts.
         run: Folder with episodes and spheres.
     """
     training, _, horizon = find_frames(run)
     size = read_episode(training[0][0], images=False).image_sizes[CAMERAS[0]][0]
-    settings = TrainSettings(run=run, steps=8 * (turns + 1), picture=2 * size, objective="noise")
+    settings = TrainSettings(run=run, picture=2 * size)
     instructions = sorted({sentence for frame in training for sentence in frame[3]})
-    config = {"size": "tiny", "steps": 1, "image_size": size, "picture": 2 * size, "horizon": horizon, "cameras": CAMERAS}
+    config = {"size": "tiny", "objective": "noise", "steps": 1, "image_size": size, "picture": 2 * size, "horizon": horizon, "cameras": CAMERAS}
+    painter = Painter(build_tiny(instructions, size, "noise"), config).train()
+    optimizer = torch.optim.AdamW(painter.parameters(), lr=1e-4)
+    launches = {"one process": [sys.executable], "two processes": [
+        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
+        "--dynamo_backend", "no", "--main_process_port", "0"]}  # fmt: skip
+    ours = {(name, objective): [] for name in launches for objective in ("one-step", "noise")}
+    theirs = []
     with tempfile.TemporaryDirectory() as folder:
-        files = [write_pair(Path(folder), i, load([frame], [np.random.default_rng(i)], settings, augment=False))
+        folder = Path(folder)
+        files = [write_pair(folder, i, load([frame], [np.random.default_rng(i)], settings, augment=False))
                  for i, frame in enumerate(training[:: max(1, len(training) // 64)])]
-        steppers = {}
-        for name, objective in (("ours, one-step", "one-step"), ("ours, noise", "noise"), ("diffusers' loop", "noise")):
-            painter = Painter(build_tiny(instructions, size, objective), config | {"objective": objective}).train()
-            optimizer = torch.optim.AdamW(painter.parameters(), lr=1e-4)
-            batches = iter(torch.utils.data.DataLoader(Batches(training, settings), batch_size=None, num_workers=1))
-            loss_of = {"one-step": one_step_loss, "noise": noise_loss}[objective]
-            steppers[name] = (lambda *parts: lambda: our_step(*parts))(painter, optimizer, batches, loss_of)
-        steppers["diffusers' loop"] = lambda: their_step(painter, optimizer, files, settings.batch)
-        seconds = {name: [] for name in steppers}
-        for turn in tqdm(range(turns + 1), desc="turns"):
-            for name, one_step in steppers.items():
-                start = time.perf_counter()
-                for _ in range(8):
-                    one_step()
-                seconds[name] += [(time.perf_counter() - start) / 8] * (turn > 0)  # the first turn warms up
-    rates = {name: settings.batch / np.median(times) for name, times in seconds.items()}
-    theirs = rates["diffusers' loop"]
-    for name, rate in rates.items():
-        print(f"{name:<16} {rate:6.1f} samples/s, ratio {rate / theirs:.2f}")
+        their_step(painter, optimizer, files, settings.batch)
+        for _ in tqdm(range(turns), desc="turns"):
+            start = time.perf_counter()
+            for _ in range(20):
+                their_step(painter, optimizer, files, settings.batch)
+            theirs.append(20 * settings.batch / (time.perf_counter() - start))
+            for name, objective in ours:
+                # Start, validation and checkpoint are the same for 10 and 40 steps: the difference is 30 steps of training.
+                few, many = (train_seconds(run, folder / "run", launches[name], objective, steps) for steps in (10, 40))
+                ours[name, objective].append(30 * settings.batch / (many - few))
+    print(f"diffusers' loop: {np.median(theirs):.1f} samples/s")
+    for (name, objective), rates in ours.items():
+        print(f"train_controlnet.py, {objective}, {name}: {np.median(rates):.1f} samples/s, ratio {np.median(rates) / np.median(theirs):.2f}")
 
 
-def our_step(painter, optimizer, batches, loss_of):
-    loss = loss_of(painter, painter, next(batches) | {"keys": None})
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(painter.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
+def train_seconds(source, run, launch, objective, steps):
+    """How long a training of so many steps takes, from start to end."""
+    shutil.rmtree(run, ignore_errors=True)
+    run.mkdir()
+    for name in ("episodes", "spheres"):
+        (run / name).symlink_to((source / name).resolve())
+    command = [*launch, str(Path(__file__).with_name("train_controlnet.py")), "--run", str(run), "--objective", objective, "--steps", str(steps)]
+    threads = {} if len(launch) == 1 else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // 2))}
+    start = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | threads)
+    if done.returncode:
+        raise UserError(f"train_controlnet.py failed, so there is nothing to measure: {done.stderr[-300:]}")
+    return time.perf_counter() - start
 
 
 def write_pair(folder, i, batch):
