@@ -61,8 +61,9 @@ def stamp(notebook):
     for path in imported_files(code):
         numbers.update(path.name.encode() + without_comments(path.read_text()).encode())
     data = ROOT / "checkpoints/demo"
-    for path in sorted([*data.rglob("*.safetensors"), *data.rglob("*.hdf5"), *data.rglob("*.json")]):
-        numbers.update(path.relative_to(data).as_posix().encode() + path.read_bytes())
+    for path in sorted(path for part in ("act", "controlnet", "episodes", "spheres") for path in (data / part).rglob("*")):
+        if path.suffix in (".safetensors", ".json", ".hdf5"):
+            numbers.update(path.relative_to(data).as_posix().encode() + path.read_bytes())
     return hashlib.sha256(numbers.digest() + without_comments(code).encode()).hexdigest()
 
 
