@@ -17,7 +17,7 @@ import tyro
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from episodes import UserError, find_episodes, run_stage  # noqa: E402
+from episodes import UserError, find_episodes, run_stage
 
 HALVED = ("act", "unet", "controlnet")  # folders of the large weights; they are read back as single precision
 

@@ -2,6 +2,7 @@
 
 import ast
 import base64
+import re
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "notebooks"))
 
-from execute import execute, imported_files, python_of, stamp, without_comments  # noqa: E402
+from execute import execute, imported_files, python_of, stamp, without_comments
 
 NAMES = ["00_genima_in_ten_minutes", "01_joints_to_spheres", "02_controlnet_paints_targets", "03_act_follows_spheres",
          "04_closed_loop", "05_real_robot"]  # fmt: skip
@@ -75,7 +76,7 @@ def test_teaches(name):
     exercises = notebook.cells[-1].source.split("## Exercises")[1]
     assert [line[:3] for line in exercises.splitlines() if line[:1].isdigit()] == ["1. ", "2. ", "3. "]
     assert exercises.count("*Hint: ") == 3 and "Fork the script" in exercises
-    for script in set(__import__("re").findall(r"`(\w+)\.py`", text)):  # no file is named that does not exist
+    for script in set(re.findall(r"`(\w+)\.py`", text)):  # no file is named that does not exist
         assert (ROOT / f"{script}.py").exists() or f"to `{script}.py`" in text or f"`{script}.py` to" in text, script
 
 
