@@ -36,8 +36,8 @@ def imported_files(code):
     found, open_texts = set(), [code]
     while open_texts:
         for node in ast.walk(ast.parse(open_texts.pop())):
-            names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in getattr(node, "names", [])]
-            for name in names if isinstance(node, (ast.Import, ast.ImportFrom)) else ():
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for name in [node.module] if isinstance(node, ast.ImportFrom) else names:
                 path = ROOT / f"{(name or '').replace('.', '/')}.py"
                 if path.exists() and path not in found:
                     found.add(path)
