@@ -1,5 +1,6 @@
 # make demo    sets up, then runs the whole method on the smallest rung
 # make test    sets up, then runs the fast tests
+# make notebooks   sets up, then runs all notebooks and stores their outputs
 # Another interpreter or folder: make setup PYTHON=python3.12, make demo RUN=runs/mine
 
 PYTHON = python3
@@ -13,7 +14,7 @@ TORCH = $(shell grep -o '^torch==[0-9.]*' requirements.txt)
 TORCH_BACKEND = $(if $(shell command -v nvidia-smi 2>/dev/null),auto,cpu)
 UV = UV_HTTP_TIMEOUT=20 UV_HTTP_RETRIES=1 .venv/bin/uv
 
-.PHONY: setup demo test test-slow clean
+.PHONY: setup demo test test-slow notebooks clean
 
 # the virtual environment with everything in requirements.txt
 setup: .venv/.installed
@@ -52,6 +53,10 @@ test: setup
 # the tests that train or drive for minutes
 test-slow: setup
 	$(PY) -m pytest -q tests -m slow
+
+# all notebooks, their outputs stored in them
+notebooks: setup
+	$(PY) notebooks/execute.py
 
 # what the targets above made; other runs stay
 clean:
