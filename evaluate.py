@@ -318,7 +318,7 @@ def caption(frame, text, what):
     return np.array(sheet)
 
 
-def write_film(out, name, films, what, fps):
+def write_film(out, name, films, what, fps=CONTROL_HZ):
     """<name>.mp4 of (outcome, frames) pairs one after the other, and <name>.png: how the first successful one began and ended."""
     outcome, frames = next((film for film in films if film[0]["success"]), films[0])
     still = np.concatenate([frames[0][:, : 2 * PANEL], frames[-1][:, 2 * PANEL :]], axis=1)
