@@ -45,7 +45,7 @@ def test_reads_well_on_a_page(name):
     stored = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert not any(output.output_type == "error" or output.get("name") == "stderr" for output in stored)
     pictures = [data for kind, data in outputs(notebook) if kind.startswith("image/")]
-    assert len(pictures) >= 5
+    assert len(pictures) >= 4
     assert max(map(len, pictures)) < 200_000
     assert all(len(data) < 300_000 for kind, data in outputs(notebook) if kind == "text/html")  # a film
     assert (ROOT / "notebooks" / f"{name}.ipynb").stat().st_size < 2_000_000
