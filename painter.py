@@ -127,15 +127,18 @@ PARTS = dict(tokenizer=CLIPTokenizer, text_encoder=CLIPTextModel, vae=Autoencode
 def load_parts(folder, names):
     """Parts of a folder in diffusers' layout, or of a model of that name on the Hugging Face Hub, as float32."""
     parts = {}
+    if not Path(folder).is_dir() and not isinstance(huggingface_hub.try_to_load_from_cache(str(folder), "model_index.json"), str):
+        try:
+            huggingface_hub.HfApi().model_info(str(folder), timeout=10)  # asks once: what follows would try for minutes
+        except Exception as error:
+            raise UserError(f"{folder} is neither a folder here nor can it be fetched ({one_line(error)}): connect to the network once, or "
+                            "name a folder in SD-Turbo's layout (--base).") from error
     for name in names:
         weights = {} if name in ("tokenizer", "scheduler") else {"use_safetensors": True}  # no pickle from a stranger
         try:
             parts[name] = PARTS[name].from_pretrained(folder, subfolder=name, **weights)
         except Exception as error:
-            if Path(folder).is_dir():
-                raise UserError(f"{folder} has no whole {name}/ ({one_line(error)}): give a folder in SD-Turbo's layout.") from error
-            raise UserError(f"{name} of {folder} is neither a folder here nor can it be fetched ({one_line(error)}): connect to the "
-                            "network once, or name a folder in SD-Turbo's layout (--base).") from error
+            raise UserError(f"{folder} has no whole {name}/ ({one_line(error)}): give one in SD-Turbo's layout.") from error
     return parts
 
 
