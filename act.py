@@ -45,6 +45,10 @@ class ACT(nn.Module):
         width, channels, self.tokens = size["width"], size["channels"][-1], size["tokens"]
         self.backbone = ResNetModel(ResNetConfig(embedding_size=size["stem"], hidden_sizes=size["channels"], depths=size["depths"],
                                                  layer_type="basic"))
+        for part in self.backbone.modules():  # batch normalisation would see another batch in each of several processes
+            if hasattr(part, "normalization"):  # (Diffusion Policy, whose groups have 16 channels too)
+                channels_in = part.normalization.num_features
+                part.normalization = nn.GroupNorm(channels_in // 16, channels_in)
         # Language, for rgb alone: the painter has read it for us. (Published code: CLIP's embedding; here, which words occur.)
         self.film = nn.Sequential(nn.Linear(words, 64), nn.ReLU(), nn.Linear(64, 2 * channels)) if words else None
         cells = math.prod(math.ceil(n / 4) for n in config["image_size"])

@@ -349,7 +349,7 @@ def main():
         checks = Samples(unseen, episodes, config, settings)
         checks = [on_device(checks[settings.steps + i]) for i in range(6)]
         print(f"{len(training)} episodes to train on, {len(unseen)} held out, {sum(p.numel() for p in network.parameters()) / 1e6:.1f} M "
-              f"parameters, on {device.type}.")
+              f"parameters, on {accelerator.num_processes} processes ({device.type}).")
 
     stopping = []  # Ctrl-C ends the training after the step it is in, a second one at once
     signal.signal(signal.SIGINT, lambda *_: stopping.append(True) or signal.signal(signal.SIGINT, signal.default_int_handler))

@@ -299,24 +299,27 @@ def main():
 
     painter, optimizer = build(settings, accelerator, instructions, image_size, horizon)
     step, log = resume(folder, painter, optimizer, identity)
-    if step < settings.steps:
-        step = train(settings, accelerator, painter, optimizer, training, held_out or training, folder, step, log, identity)
-        done = f"{folder}: overlap (IoU) of painted and true spheres at the first frames of unseen scenes {log[-1][2]:.3f}."
-    else:
-        done = f"{folder} is trained already: {step} steps."
+    trained = step == settings.steps
+    if not trained:
+        train(settings, accelerator, painter, optimizer, training, held_out or training, folder, step, log, identity)
     if accelerator.is_main_process:
-        print(done)
+        print(f"{folder}: {f'trained already, {step} steps; ' * trained}overlap (IoU) of painted and true spheres at the first frames of "
+              f"unseen scenes {log[-1][2]:.3f}.")  # fmt: skip
         if settings.push_to_hub:
             push(folder, [*painter.saved, "painter.json", "README.md", "validation.png", "losses.csv", "losses.png"], settings.push_to_hub)
 
 
 def train(settings, accelerator, painter, optimizer, training, held_out, folder, step, log, identity):
-    """The loop, from `step` on. Returns the number of steps done."""
+    """The loop, from `step` on; `log` grows by a row (step, loss, IoU or "") a step."""
     model, optimizer = accelerator.prepare(painter, optimizer)
     batches = torch.utils.data.DataLoader(
         Batches(training, settings, accelerator.process_index, accelerator.num_processes), batch_size=None,
         sampler=range(step, settings.steps), num_workers=settings.workers, worker_init_fn=ignore_interrupt,
     )  # fmt: skip
+    if accelerator.is_main_process:
+        trained = sum(parameter.numel() for parameter in painter.parameters() if parameter.requires_grad)
+        print(f"{len(training)} frames to train on, {len(held_out)} held out, {trained / 1e6:.1f} M parameters to train, on "
+              f"{accelerator.num_processes} processes ({accelerator.device.type}).")  # fmt: skip
     loss_of = {"one-step": one_step_loss, "noise": noise_loss}[settings.objective]
     stopping = []
     signal.signal(signal.SIGINT, lambda *_: stopping.append(True))
@@ -355,7 +358,6 @@ def train(settings, accelerator, painter, optimizer, training, held_out, folder,
             if accelerator.is_main_process:
                 print(f"\nStopped after step {step}: run the same command again to go on.", file=sys.stderr)
             sys.exit(130)
-    return step
 
 
 def ignore_interrupt(_worker):

@@ -1,4 +1,4 @@
-"""A training that is killed twenty times ends with the losses and weights of one that is not."""
+"""Two processes with half the batch each reach the weights of one process with all of it; a killed training loses nothing."""
 
 import csv
 import os
@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file
 from test_train_controlnet import recorded  # noqa: F401  (a fixture)
+from turbo import make_turbo
 
 OPTIONS = {"train_controlnet.py": ["--workers", 0], "train_act.py": ["--device", "cpu"]}
 WEIGHTS = {"train_controlnet.py": "controlnet/controlnet/diffusion_pytorch_model.safetensors", "train_act.py": "act/model.safetensors"}
@@ -27,7 +28,8 @@ def copy_of(recorded, folder):
 
 
 def start(processes, run, script, *options):
-    launch = [] if processes == 1 else ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", processes, "--num_machines", 1,
+    # (--multi_gpu starts the processes, ACCELERATE_USE_CPU keeps them off the GPU: with --cpu, --num_processes counts for MPI alone.)
+    launch = [] if processes == 1 else ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", processes, "--num_machines", 1,
                                         "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0]  # fmt: skip
     command = [sys.executable, *launch, script, "--run", run, *OPTIONS[script], *options]
     return subprocess.Popen([str(word) for word in command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -37,6 +39,24 @@ def start(processes, run, script, *options):
 def losses(run, script):
     rows = list(csv.DictReader((run / WEIGHTS[script].split("/")[0] / "losses.csv").open()))
     return [float(row["loss"]) for row in rows]
+
+
+@pytest.mark.parametrize("script, more", [("train_controlnet.py", []), ("train_act.py", []), ("train_controlnet.py", ["sd-turbo"])])
+def test_two_processes_are_one(recorded, tmp_path, script, more):  # noqa: F811
+    if more:
+        base = make_turbo(tmp_path / "base")
+        more = ["--size", "sd-turbo", "--base", base, "--picture", 32, "--at-once", 1, "--learning-rate", 1e-3]
+    runs = {processes: copy_of(recorded, tmp_path / f"run{processes}") for processes in (1, 2)}
+    for processes, run in runs.items():
+        process = start(processes, run, script, "--steps", 5, "--batch", 4, "--checkpoint-every", 5, *more)
+        printed = process.communicate(timeout=500)[0]
+        assert process.returncode == 0, printed
+        assert printed.count(f"{run / WEIGHTS[script].split('/')[0]}: ") == 1  # one of them speaks
+        assert ("on 2 processes" in printed) == (processes == 2), printed
+    one, two = (load_file(run / WEIGHTS[script]) for run in runs.values())
+    difference = max((one[name] - two[name]).abs().max().item() for name in one)
+    assert one.keys() == two.keys() and difference < TOLERANCE, difference
+    np.testing.assert_allclose(*(losses(run, script) for run in runs.values()), rtol=1e-4)
 
 
 @pytest.mark.slow
