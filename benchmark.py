@@ -3,7 +3,7 @@
     python benchmark.py spheres     pictures per second of draw_spheres, and of pyrender drawing the same four spheres
     python benchmark.py demos       demonstrations per minute: pick_and_lift, four cameras of 128x128
     python benchmark.py step        a training step of the tiny painter, beside diffusers' own ControlNet training loop
-    python benchmark.py memory      what training on SD-Turbo keeps in a GPU's memory, counted
+    python benchmark.py memory      the memory that training on SD-Turbo needs, tensor by tensor, computed
     python benchmark.py gpu         steps per second, peak memory and time to paint of SD-Turbo, measured on a CUDA GPU
     python benchmark.py rlbench     importing a dataset of RLBench, beside decoding its pictures twice over
 
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from pathlib import Path
 
 os.environ.setdefault("PYOPENGL_PLATFORM", "egl")
@@ -23,15 +24,18 @@ os.environ.setdefault("PYOPENGL_PLATFORM", "egl")
 import numpy as np
 import torch
 import tyro
-from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, EulerDiscreteScheduler, UNet2DConditionModel
 from PIL import Image
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from episodes import CAMERAS, UserError, read_episode, run_stage
 from painter import Painter, build_tiny, compose, load_turbo
 from render_spheres import DARK_STRIPE, draw_spheres, target_spheres
 from sims.parallel import in_parallel
-from train_controlnet import find_frames, load, one_step_loss
+from train_controlnet import find_frames, load, make_optimizer, one_step_loss
 from train_controlnet import Settings as TrainSettings
 
 INSTALL_PYRENDER = "pip install --no-deps pyrender==0.1.45 trimesh==5.2.0 freetype-py==2.5.1 pyglet==1.5.29 six networkx"
@@ -180,7 +184,7 @@ def step(turns: int = 5, run: Path = Path("runs/demo")):
     painter = Painter(build_tiny(instructions, size, "noise"), config).train()
     optimizer = torch.optim.AdamW(painter.parameters(), lr=1e-4)
     launches = {"one process": [sys.executable], "two processes": [
-        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
         "--dynamo_backend", "no", "--main_process_port", "0"]}  # fmt: skip
     ours = {(name, objective): [] for name in launches for objective in ("one-step", "noise")}
     theirs = []
@@ -210,7 +214,7 @@ def train_seconds(source, run, launch, objective, steps):
     for name in ("episodes", "spheres"):
         (run / name).symlink_to((source / name).resolve())
     command = [*launch, str(Path(__file__).with_name("train_controlnet.py")), "--run", str(run), "--objective", objective, "--steps", str(steps)]
-    threads = {} if len(launch) == 1 else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // 2))}
+    threads = {} if len(launch) == 1 else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // 2)), "ACCELERATE_USE_CPU": "true"}
     start = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | threads)
     if done.returncode:
@@ -247,29 +251,76 @@ def their_step(painter, optimizer, files, batch, random=np.random.default_rng(0)
     optimizer.zero_grad(set_to_none=True)
 
 
-def memory():
-    """GPU memory that training the ControlNet of SD-Turbo needs: weights, gradients and optimiser, counted parameter by parameter.
+class Peak(TorchDispatchMode):
+    """The bytes of all tensors alive, as they come and go: `now`, and their highest number, `peak`."""
 
-    Activations depend on the kernels that a GPU uses, and are measured by `benchmark.py gpu`.
+    def __init__(self, tensors):
+        super().__init__()
+        self.known, self.now, self.peak = weakref.WeakSet(), 0, 0
+        for tensor in tensors:
+            self.count(tensor)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        tree_map_only(torch.Tensor, self.count, result)
+        return result
+
+    def count(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage not in self.known:
+            self.known.add(storage)
+            self.add(storage.nbytes())
+            weakref.finalize(storage, self.add, -storage.nbytes())
+
+    def add(self, number):
+        self.now += number
+        self.peak = max(self.peak, self.now)
+
+
+def memory():
+    """Memory that training on SD-Turbo needs, computed: two steps run on tensors that have a shape and no content, all of which are counted.
+
+    What a GPU's kernels take to work in, and what is lost between tensors, comes on top; `benchmark.py gpu` measures the whole.
     """
-    sizes = {}
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(
-            sample_size=64, block_out_channels=(320, 640, 1280, 1280), attention_head_dim=(5, 10, 20, 20), cross_attention_dim=1024,
-            down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-            use_linear_projection=True)  # fmt: skip
-        parts = {"UNet": unet, "ControlNet": ControlNetModel.from_unet(unet, load_weights_from_unet=False), "VAE": AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4)}  # fmt: skip
-    for name, part in parts.items():
-        sizes[name] = sum(parameter.numel() for parameter in part.parameters()) / 1e9
-        print(f"{name:<11}{sizes[name]:6.3f} G parameters")
-    # Adafactor: a row and a column of means per matrix, as good as nothing
-    trained, frozen = sizes["ControlNet"], sizes["UNet"] + sizes["VAE"]
-    print(f"{'setting':<42}{'weights':>9}{'gradients':>11}{'optimiser':>11}{'sum':>9}   (GB, without activations)")
-    for setting, per_frozen, per_state in (("fp32, AdamW", 4, 8), ("bf16, AdamW (the default on a GPU)", 2, 8), ("bf16, Adafactor", 2, 0)):
-        weights, gradients, states = 4 * trained + per_frozen * frozen, 4 * trained, per_state * trained
-        print(f"{setting:<42}{weights:9.2f}{gradients:11.2f}{states:11.2f}{weights + gradients + states:9.2f}")
+    print(f"{'GB':<36}{'weights':>9}{'gradients':>11}{'optimiser':>11}{'activations':>13}{'peak':>7}")
+    for precision, optimizer, at_once in (("fp32", "adamw", 1), ("bf16", "adamw", 1), ("bf16", "adamw", 4), ("bf16", "adafactor", 1)):
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            torch.set_default_dtype(torch.bfloat16 if precision == "bf16" else torch.float32)  # of what is frozen
+            unet = UNet2DConditionModel(
+                sample_size=64, block_out_channels=(320, 640, 1280, 1280), attention_head_dim=(5, 10, 20, 20), cross_attention_dim=1024,
+                down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+                use_linear_projection=True)  # fmt: skip
+            vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
+                                down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)  # fmt: skip
+            torch.set_default_dtype(torch.float32)
+            parts = {"unet": unet, "vae": vae, "controlnet": ControlNetModel.from_unet(unet, load_weights_from_unet=False)}
+            painter = Painter(parts | {"tokenizer": None, "text_encoder": None, "scheduler": EulerDiscreteScheduler()}, TURBO).train()
+            unet.enable_gradient_checkpointing(), painter.controlnet.enable_gradient_checkpointing()
+            painter.memory[""] = torch.rand(77, 1024)  # what the text encoder made of a prompt before it was dropped
+            optimiser = make_optimizer(optimizer, painter, 1e-5)
+            batch = random_batch(at_once, "cpu")
+            with Peak(painter.parameters()) as peak:
+                weights = peak.now
+                for _ in range(2):
+                    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                        loss = one_step_loss(painter, painter, batch)
+                    loss.backward()
+                    del loss
+                    gradients = sum(parameter.grad.nbytes for parameter in painter.controlnet.parameters())
+                    optimiser.step()
+                    optimiser.zero_grad()
+                    states = peak.now - weights
+        numbers = weights, gradients, states, peak.peak - weights - gradients - states, peak.peak
+        print(f"{f'{precision}, {optimizer}, {at_once} at once':<36}" + "".join(f"{n / 1e9:{w}.2f}" for n, w in zip(numbers, (9, 11, 11, 13, 7))), flush=True)
+
+
+TURBO = {"size": "sd-turbo", "objective": "one-step", "steps": 1, "image_size": 256, "picture": 512, "horizon": 20, "cameras": CAMERAS}
+
+
+def random_batch(count, device):
+    """What one_step_loss takes, of 512x512 pixels, for the empty prompt."""
+    condition, layer = torch.rand(count, 3, 512, 512, device=device), torch.rand(count, 4, 512, 512, device=device)
+    return {"condition": condition, "observation": condition, "layer": layer, "prompts": [""] * count, "seeds": [0] * count, "keys": None}
 
 
 def gpu(base: str = "stabilityai/sd-turbo", steps: int = 10):
@@ -281,17 +332,14 @@ def gpu(base: str = "stabilityai/sd-turbo", steps: int = 10):
     """
     if not torch.cuda.is_available():
         raise UserError("There is no CUDA GPU here, so there is nothing to measure.")
-    device, prompts = "cuda", ["tiled perspectives of a robot arm executing 'push the blue button'"]
-    config = {"size": "sd-turbo", "objective": "one-step", "steps": 1, "image_size": 256, "picture": 512, "horizon": 20, "cameras": CAMERAS}
+    device = "cuda"
     for at_once in (1, 2, 4):
-        painter = Painter(load_turbo(base), config)
+        painter = Painter(load_turbo(base), TURBO)
         painter.unet.to(torch.bfloat16), painter.vae.to(torch.bfloat16)
-        painter.to(device).read(prompts)
+        painter.to(device).read([""])
         painter.text_encoder = None
         painter.unet.enable_gradient_checkpointing(), painter.controlnet.enable_gradient_checkpointing()
-        optimizer = torch.optim.AdamW(painter.controlnet.parameters(), lr=1e-5)
-        batch = {"condition": torch.rand(at_once, 3, 512, 512, device=device), "prompts": prompts * at_once, "seeds": [0] * at_once, "keys": None}
-        batch |= {"observation": batch["condition"], "layer": torch.rand(at_once, 4, 512, 512, device=device)}
+        optimizer, batch = make_optimizer("adamw", painter, 1e-5), random_batch(at_once, device)
         torch.cuda.reset_peak_memory_stats()
         for i in range(steps + 3):
             if i == 3:
@@ -307,14 +355,14 @@ def gpu(base: str = "stabilityai/sd-turbo", steps: int = 10):
         del painter, optimizer
         torch.cuda.empty_cache()
     for compiled in (False, True):
-        painter = Painter(load_turbo(base), config).to(device, torch.bfloat16, memory_format=torch.channels_last).eval()
+        painter = Painter(load_turbo(base), TURBO).to(device, torch.bfloat16, memory_format=torch.channels_last).eval()
         for part in (painter.unet, painter.controlnet, painter.vae.decoder) if compiled else ():
             part.compile()
         condition, times = torch.rand(1, 3, 512, 512, device=device), []
         for _ in range(steps + 3):
             torch.cuda.synchronize()
             start = time.perf_counter()
-            painter.paint_tiles(condition, prompts)
+            painter.paint_tiles(condition, [""])
             torch.cuda.synchronize()
             times.append(1000 * (time.perf_counter() - start))
         print(f"painting one picture of 512x512{', compiled' * compiled}: {np.median(times[3:]):.1f} ms", flush=True)
