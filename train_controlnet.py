@@ -17,12 +17,7 @@ current views, tiled 2x2, and steers it. Two objectives, `one_step_loss` and `no
     to take N Euler steps (5 in the published quick start, 10 in the paper): N times as slow, and each step sees what it has painted.
   - one-step: go from pure noise to the picture in one pass, as SD-Turbo itself was taught to, and compare with the target
     (pix2pix-turbo, arXiv 2403.12036). One pass to paint, so 10 Hz holds; and the loss can say which pixels matter.
-
-The laptop rung keeps the parts (CLIP text model, UNet, ControlNet with its zero convolutions) and builds them small, with three
-simplifications that a network trained from nothing needs:
-  - no VAE: a latent is a 4x4 patch of pixels (pixel unshuffle), which loses nothing and need not be trained;
-  - in one step, the UNet starts from the observation instead of noise (as pix2pix-turbo does): there is nothing in the noise to read;
-  - and its output is an RGBA layer over the observation instead of the whole picture: the network need not learn to copy.
+    tiny starts from the observation instead of noise, and gives an RGBA layer over it: nothing to read in noise, nothing to copy.
 """
 
 import csv
@@ -47,7 +42,7 @@ from transformers.optimization import Adafactor
 from episodes import CAMERAS, UserError, find_episodes, keep_last, read_episode, read_hdf5, run_stage, write_whole
 from episodes import FORMAT as EPISODE_FORMAT
 from hub import check_hub, push, write_card
-from painter import PROMPT, TIMESTEP, Painter, build_tiny, compose, load_turbo, resize, tile
+from painter import PROMPT, TIMESTEP, Painter, build_tiny, compose, load_turbo, resize, tile, untile
 from render_spheres import FORMAT as SPHERES_FORMAT
 
 matplotlib.use("Agg")
@@ -148,11 +143,9 @@ def load(frames, rngs, settings, augment):
 
 def shift_views(picture, dy, dx):
     """Each of the four tiles of (C, H, W) moved by (dy, dx) pixels; what comes in is reflected at its edge."""
-    (_, H, W) = picture.shape
-    moved = lambda n, d: [j if 0 <= j < n else (-j if j < 0 else 2 * n - 2 - j) for j in range(d, n + d)]  # noqa: E731
-    rows, columns = (np.array(moved(n // 2, d)) for n, d in ((H, dy), (W, dx)))
-    rows, columns = (np.concatenate([half, half + n // 2]) for half, n in ((rows, H), (columns, W)))
-    return picture[:, rows][:, :, columns]
+    pad, (height, width) = max(abs(dy), abs(dx)), (n // 2 for n in picture.shape[1:])
+    views = F.pad(untile(picture[None])[0], (pad, pad, pad, pad), mode="reflect")  # (4, C, h + 2 pad, w + 2 pad)
+    return tile(views[None, :, :, pad + dy : pad + dy + height, pad + dx : pad + dx + width])[0]
 
 
 def colour_jitter(picture, rng, hue):

@@ -1,8 +1,9 @@
-"""The notebooks as files: short cells, three exercises, small pictures, and outputs that belong to the present code."""
+"""The notebooks run, and as files: short cells, three exercises, small pictures, and outputs that belong to the present code."""
 
 import ast
 import base64
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -78,6 +79,17 @@ def test_teaches(name):
     assert exercises.count("*Hint: ") == 3 and "Fork the script" in exercises
     for script in set(re.findall(r"`(\w+)\.py`", text)):  # no file is named that does not exist
         assert (ROOT / f"{script}.py").exists() or f"to `{script}.py`" in text or f"`{script}.py` to" in text, script
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_runs_from_top_to_bottom(name, tmp_path):
+    """On a copy; each within two minutes on a quiet machine."""
+    copy = Path(shutil.copy(ROOT / "notebooks" / f"{name}.ipynb", tmp_path))
+    execute(copy)
+    stored, ran = read(name), nbformat.read(copy, as_version=4)
+    for before, after in zip(stored.cells, ran.cells, strict=True):  # the same kinds of output: text, picture, film
+        kinds = [[[output.output_type, *sorted(output.get("data", {}))] for output in cell.get("outputs", [])] for cell in (before, after)]
+        assert kinds[0] == kinds[1], before.source.splitlines()[0]
 
 
 def test_all_are_one_set():
