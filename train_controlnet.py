@@ -30,12 +30,12 @@ from pathlib import Path
 from typing import Literal
 
 import h5py
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
 from accelerate import Accelerator
+from matplotlib.figure import Figure
 from tqdm import tqdm
 from transformers.optimization import Adafactor
 
@@ -44,9 +44,6 @@ from episodes import FORMAT as EPISODE_FORMAT
 from hub import check_hub, push, write_card
 from painter import PROMPT, TIMESTEP, Painter, build_tiny, compose, load_turbo, resize, tile, untile
 from render_spheres import FORMAT as SPHERES_FORMAT
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 
 @dataclass
@@ -379,18 +376,15 @@ def validate(painter, frames, settings, folder):
     painter.train()
     a, b = (((picture - observation).abs().amax(1) > 0.2) for picture in (painted, truth))
     overlap = ((a & b).sum() / (a | b).sum().clamp(min=1)).item()
-    show = slice(0, 6)
-    rows = [observation[show], truth[show], painted[show]]
-    figure, axes = plt.subplots(len(rows[0]), 3, figsize=(9, 3.3 * len(rows[0])), squeeze=False)
-    for j, (title, pictures) in enumerate(zip(("observation", "truth", "painted"), rows)):
-        for i, picture in enumerate(pictures):
-            axes[i, j].imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")
-            axes[i, j].axis("off")
-            axes[i, j].set_title(title if j else prompts[i].split("'")[1], fontsize=9)
-    figure.tight_layout()
+    rows = min(6, len(chosen))
+    axes = (figure := Figure((9, 3.3 * rows), layout="tight")).subplots(rows, 3, squeeze=False)
+    for column, (title, pictures) in enumerate(dict(observation=observation, truth=truth, painted=painted).items()):
+        for row in range(rows):
+            axes[row, column].imshow(pictures[row].permute(1, 2, 0).numpy(), interpolation="nearest")
+            axes[row, column].axis("off")
+            axes[row, column].set_title(title if column else prompts[row].split("'")[1], fontsize=9)
     with write_whole(folder / "validation.png") as path:
         figure.savefig(path, dpi=70, format="png")
-    plt.close(figure)
     return overlap
 
 
@@ -399,18 +393,16 @@ def save(folder, painter, optimizer, step, log, identity):
     painter.save(folder)
     with write_whole(folder / "losses.csv") as path, open(path, "w", newline="") as file:
         csv.writer(file).writerows([("step", "loss", "first_frame_iou"), *log])
-    figure, left = plt.subplots(figsize=(7, 4), layout="constrained")
+    left = (figure := Figure((7, 4), layout="constrained")).subplots()
     losses, window = np.array([row[1] for row in log]), min(50, len(log))
     left.plot(range(window, len(losses) + 1), np.convolve(losses, np.ones(window) / window, "valid"))
     left.set(xlabel="step", ylabel="training loss (mean of 50 steps)", yscale="log", title="The painter learns")
     right = left.twinx()
-    marks = [(row[0], row[2]) for row in log if row[2] != ""]
-    right.plot([step for step, _ in marks], [overlap for _, overlap in marks], "o-", color="tab:orange")
+    right.plot(*np.array([(row[0], row[2]) for row in log if row[2] != ""]).reshape(-1, 2).T, "o-", color="tab:orange")
     right.set(ylim=(0, 1))
     right.set_ylabel("overlap (IoU), first frames of unseen scenes", color="tab:orange")
     with write_whole(folder / "losses.png") as path:
         figure.savefig(path, dpi=100, format="png")
-    plt.close(figure)
     model = {name: parameter for name, parameter in painter.named_parameters() if parameter.requires_grad}  # the rest is frozen
     with write_whole(folder / "training.pt") as path:  # last: after a kill before this, these steps are done and all is written again
         torch.save({"step": step, "identity": identity, "log": log, "model": model, "optimizer": optimizer.state_dict()}, path)
@@ -418,24 +410,24 @@ def save(folder, painter, optimizer, step, log, identity):
 
 def resume(folder, painter, optimizer, identity):
     """Loads the last checkpoint, if there is one. Returns the step to go on from and the log so far."""
-    path = folder / "training.pt"
+    path, again = folder / "training.pt", f"delete {folder}, or use another --run"
+    folder.mkdir(parents=True, exist_ok=True)
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
         return 0, []
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         before = saved["identity"]
     except Exception as error:
-        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())[:100]}): delete it to train anew.") from error
+        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())[:100]}): {again}.") from error
     for name, value in identity.items():
         if before.get(name) != value:
-            raise UserError(f"{path} was trained with {name} {before.get(name)}, not {value}: delete {folder}, or use another --run.")
-    try:
+            raise UserError(f"{path} was trained with {name} {before.get(name)}, not {value}: {again}.")
+    try:  # what is frozen is not in it
         missing, unexpected = painter.load_state_dict(saved["model"], strict=False)
-        if unexpected or any(painter.get_parameter(name).requires_grad for name in missing if name in dict(painter.named_parameters())):
+        if unexpected or {name for name, parameter in painter.named_parameters() if parameter.requires_grad} & set(missing):
             raise RuntimeError
     except RuntimeError:
-        raise UserError(f"{path} is of a network of another size or vocabulary: delete {folder}, or use another --run.") from None
+        raise UserError(f"{path} is of a network of another size or vocabulary: {again}.") from None
     optimizer.load_state_dict(saved["optimizer"])
     return saved["step"], saved["log"]
 
