@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+from diffusers import AutoencoderTiny, ControlNetModel, StableDiffusionControlNetPipeline
 from PIL import Image
 from test_train_controlnet import recorded  # noqa: F401  (a fixture)
 from turbo import SMALL, TRUE, make_turbo
@@ -34,7 +34,10 @@ def new_painter(base, **config):
 
 def stock_pipeline(base, controlnet, condition, steps=1, scale=1.0):
     """What diffusers' own pipeline paints: (B, 3, H, W) in 0..1."""
-    pipeline = StableDiffusionControlNetPipeline.from_pretrained(base, controlnet=controlnet, safety_checker=None)
+    return paint(StableDiffusionControlNetPipeline.from_pretrained(base, controlnet=controlnet, safety_checker=None), condition, steps, scale)
+
+
+def paint(pipeline, condition, steps, scale):
     pipeline.set_progress_bar_config(disable=True)
     noise = torch.randn((1, 4, condition.shape[2] // 8, condition.shape[3] // 8), generator=torch.Generator().manual_seed(0))
     return pipeline(PROMPTS[0], image=condition, num_inference_steps=steps, guidance_scale=0.0, latents=noise, output_type="pt",
@@ -194,6 +197,20 @@ def test_more_processes_than_samples():
 
     with pytest.raises(UserError, match="more processes \\(8\\) than samples a step \\(4\\)"):
         train_controlnet.check_settings(Settings(batch=4), Accelerator, 16)
+
+
+def test_a_tiny_autoencoder_decodes_as_in_diffusers_own_pipeline(base, tmp_path):
+    torch.manual_seed(0)
+    AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4, num_encoder_blocks=(1,) * 4,
+                    num_decoder_blocks=(1,) * 4).save_pretrained(tmp_path / "taesd")  # fmt: skip
+    new_painter(base).save(tmp_path)
+    condition, painter = torch.rand(1, 3, PICTURE, PICTURE), Painter.load(tmp_path, taesd=tmp_path / "taesd")
+    pipeline = StableDiffusionControlNetPipeline.from_pretrained(
+        base, controlnet=painter.controlnet, vae=AutoencoderTiny.from_pretrained(tmp_path / "taesd"), safety_checker=None)  # fmt: skip
+    assert (painter.paint_tiles(condition, PROMPTS) - Painter.load(tmp_path).paint_tiles(condition, PROMPTS)).abs().max() > 0.01
+    torch.testing.assert_close(painter.paint_tiles(condition, PROMPTS), paint(pipeline, condition, 1, 1.0), atol=1e-4, rtol=0)
+    with pytest.raises(UserError, match="is no tiny autoencoder"):
+        Painter.load(tmp_path, taesd=tmp_path / "nothing")
 
 
 def test_out_of_memory_says_which_flag_to_lower(monkeypatch):
