@@ -256,7 +256,7 @@ def make_optimizer(name, painter, learning_rate):
     trained = [parameter for parameter in painter.parameters() if parameter.requires_grad]
     if name == "adafactor":
         return Adafactor(trained, lr=learning_rate, relative_step=False, scale_parameter=False, weight_decay=1e-2)
-    return torch.optim.AdamW(trained, lr=learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2)
+    return torch.optim.AdamW(trained, lr=learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, fused=True)
 
 
 def check_settings(settings, accelerator, view):
