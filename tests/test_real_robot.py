@@ -342,7 +342,7 @@ def test_bad_input_is_one_sentence(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="simulated scene alone"):
         real_robot.run(Run(run=tmp_path, robot="10.0.0.1", policy="demonstrator"))
     with pytest.raises(UserError, match="--cameras name=serial"):
-        real_robot.connect(Run(robot="10.0.0.1"), Safety(), None)
+        real_robot.Station(Run(robot="10.0.0.1"))
     with pytest.raises(UserError, match="No connection to the robot at 127.0.0.99"):
         robot_io.Franka("127.0.0.99", Safety())
     log = recording(tmp_path / "demo.hdf5", 2).finish(True)
