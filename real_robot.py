@@ -16,9 +16,7 @@ of a chunk belongs to the moment of its picture, which is over when the chunk ar
 pauses. Whatever goes wrong, the arm holds its position, the log is written, and one sentence says what it was.
 """
 
-import json
 import math
-import shutil
 import signal
 import sys
 import time
@@ -26,7 +24,7 @@ from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
 import tyro
@@ -34,9 +32,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from episodes import CAMERAS, JOINT_LIMITS, UserError, read_episode, run_stage, write_whole
-from render_spheres import load_calibration
-from robot_io import (HZ, Fault, Franka, History, Policy, RealSense, Recording, ask, fit, franka_chain, fresh, line_was_typed, recover,
-                      trained)  # fmt: skip
+from recording import Recording, Replay, fresh, recover, replay, write_timing
+from robot_io import HZ, Fault, Franka, History, Policy, Station, ask, fit, franka_chain, trained
 
 VELOCITY = np.array([2.175] * 4 + [2.61] * 3)  # rad/s, the lower of Panda's and FR3's (data sheets)
 
@@ -142,6 +139,7 @@ class Settings:
     """In the simulator: the first scene."""
     yes: bool = False
     """Ask nothing and begin at once; record counts it as a success, run does not (in the simulator nobody is asked: the scene knows)."""
+    counts = False  # as a success, with --yes
 
 
 @dataclass
@@ -174,40 +172,10 @@ class Record(Settings):
     """Stop by itself after so long; 0: at Enter (in the simulator, when the script is done)."""
     seed: int = 500_000
     """In the simulator: the scene."""
-
-
-@dataclass
-class Replay:
-    log: Annotated[Path, tyro.conf.Positional]
-    """Folder of a run, or its log.hdf5."""
-    keep: bool = False
-    """Add the run to the demonstrations, <run>/episodes/<task>, for the next policy."""
+    counts = True
 
 
 # ---------------------------------------------------------------------------------------------------------- run and record
-class Station(RealSense):
-    """What the simulated Bench is, for a real arm: its cameras, and a person who says what to do and whether it was done."""
-
-    sim, variation, max_steps, over = False, 0, 300, staticmethod(line_was_typed)
-
-    def __init__(self, settings):
-        calibration = load_calibration(settings.calibration) if settings.calibration else {}
-        serials = dict(entry.partition("=")[::2] for entry in settings.cameras)
-        if not serials or not all(serials.values()) or set(serials) - set(calibration):
-            raise UserError("A robot needs --cameras name=serial ... and a --calibration file with these names (real_robot.py calibrate).")
-        if not (instruction := settings.instruction or ask("Instruction: ")):
-            raise UserError("There is no instruction: give one with --instruction.")
-        super().__init__(serials)
-        self.settings, self.instruction, self.calibration = settings, instruction, {camera: calibration[camera] for camera in serials}
-        self.host, self.seed = settings.robot, int(time.time())
-
-    def success(self):
-        return isinstance(self.settings, Record) if self.settings.yes else ask("Did it succeed? y Enter: ") == "y"
-
-    def close(self):
-        pass
-
-
 def station(settings, **options):
     """The arm and cameras of these settings, to be closed; options: of the simulated one."""
     if settings.robot != "sim":
@@ -219,8 +187,8 @@ def station(settings, **options):
 
 @contextmanager
 def held(settings, bench, safety, path, size, names=None):
-    """-> robot, log: for a block that makes the file `path`, of the pictures of all cameras, or for a policy that commands of those named.
-    Whatever ends it, a fault, Ctrl-C or its last line: first the arm holds, then the log is written, then a sentence says why."""
+    """-> robot, log, instruction, for a block that makes the episode `path`; names: the cameras of the policy that is to command the arm.
+    Whatever ends the block, a fault, Ctrl-C or its last line: first the arm holds, then the log is written, then a sentence says why."""
     pictures, error = bench.read()[1], None  # of the right size, if black, before the first
     if missing := set(names or ()) - set(pictures):
         raise UserError(f"The policy was trained with camera '{missing.pop()}', which --cameras does not name.")
@@ -262,9 +230,7 @@ def sleep_until(deadline, meanwhile):
 # --------------------------------------------------------------------------------------------------------------------- run
 def between(chunk, position):
     """The action at a place between two steps of a chunk (K, 8); the last one beyond its end."""
-    position = min(position, len(chunk) - 1)
-    step = math.floor(position)
-    return chunk[step] + (position - step) * (chunk[min(step + 1, len(chunk) - 1)] - chunk[step])
+    return np.array([np.interp(position, np.arange(len(chunk)), column) for column in chunk.T])
 
 
 def through(before, after):
@@ -274,7 +240,7 @@ def through(before, after):
 
 
 def drive(robot, cameras, policy, safety, log, settings, instruction, steps, finished):
-    """The loop. Returns how late each command was (s), when finished() says so or after `steps` commands; raises the Fault that stops it."""
+    """The loop. Returns how late each command was (s) when finished() says so or after `steps` commands; raises what stops it."""
     history, K = History(robot, cameras, safety), policy.needs["horizon"]
     wanted = policy.needs["cameras"], policy.needs["image_size"][0]
     answer = None  # of the policy, and when it came
@@ -340,21 +306,6 @@ def drive(robot, cameras, policy, safety, log, settings, instruction, steps, fin
     return lateness
 
 
-def write_timing(path, lateness):
-    """How far from their time the commands were sent, as a picture; says the share that was within 5 ms."""
-    from matplotlib.figure import Figure
-
-    milliseconds = 1000 * np.array(lateness)
-    words = f"{np.mean(np.abs(milliseconds) <= 5):.1%} of {len(lateness)} commands were within 5 ms of their time"
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(np.arange(len(lateness)) / HZ, milliseconds, ".", markersize=3)
-    axes.set(xlabel="time, s", ylabel="late by, ms", title=words)
-    with write_whole(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
-    print(f"{words} (99 % within {np.percentile(milliseconds, 99):.1f} ms).")
-
-
 def run_once(settings, policy, bench):
     """One episode. Returns whether it succeeded."""
     speed = (1.0 if bench.sim else 0.2) if settings.speed is None else settings.speed
@@ -364,7 +315,8 @@ def run_once(settings, policy, bench):
     finished = bench.over if not (settings.steps and bench.sim) else lambda: False
     with held(settings, bench, safety, folder / "log.hdf5", needs["image_size"][0], needs["cameras"]) as (robot, log, instruction):
         lateness = drive(robot, bench, policy, safety, log, settings, instruction, steps, finished)
-    write_timing(folder / "timing.png", lateness)
+    if lateness:
+        write_timing(folder / "timing.png", lateness)
     if bench.sim and bench.get("lost") > 0.2:
         print(f"This machine was too busy for the simulated arm: its clock fell behind by {bench.get('lost'):.1f} s.")
     success = read_episode(log.path, images=False).success
@@ -432,40 +384,6 @@ def record(settings):
                     break
     print(f"\n{log.count} frames are in {path}" + (f"; in {repeated} a camera had no new picture." if repeated else "."))
     return path, repeated
-
-
-# ------------------------------------------------------------------------------------------------------------------ replay
-def replay(settings):
-    """Observation, painted target and motion side by side."""
-    from evaluate import PANEL, tile, write_film
-
-    path = settings.log / "log.hdf5" if settings.log.is_dir() else settings.log
-    episode = read_episode(path)
-    painted = {name.removeprefix("painted_"): data for name, data in episode.extras.items() if name.startswith("painted_")}
-    if not painted:
-        raise UserError(f"{path} has no painted targets: it is a demonstration, not the log of a run.")
-    front = "front" if "front" in painted else next(iter(painted))
-    frames, seen = [], 0
-    for t in range(len(episode.qpos)):
-        if t and any((painted[camera][t] != painted[camera][t - 1]).any() for camera in painted):
-            seen = t - 1  # the target came from this picture, or one just before
-        large = [np.array(Image.fromarray(episode.images[front][moment]).resize((PANEL, PANEL), Image.BICUBIC)) for moment in (seen, t)]
-        frames.append(np.concatenate([large[0], tile({camera: painted[camera][t] for camera in painted}), large[1]], axis=1))
-    outcome = {"success": episode.success, "instruction": episode.instruction}
-    write_film(path.parent, "film", [(outcome, frames)], "painted target")
-    print(f"The film is {path.parent / 'film.mp4'}.")
-    for line in bytes(episode.extras["events"]).decode().splitlines():
-        event = json.loads(line)
-        print(f"{event['time'] - episode.extras['time'][0]:8.2f} s  {event['event']}")
-    if settings.keep:
-        if not episode.success:
-            raise UserError(f"{path} was not successful: a policy learns from successes, so it was not added.")
-        target = path.resolve().parent.parent.parent / "episodes" / episode.task / f"real_{path.resolve().parent.name}.hdf5"
-        if target.exists():
-            raise UserError(f"{target} exists already: this run was added before.")
-        with write_whole(target) as temporary:
-            shutil.copyfile(path, temporary)
-        print(f"Added as {target}.")
 
 
 def main():

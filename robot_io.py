@@ -1,30 +1,24 @@
-"""What real_robot.py is made of: the arm, the cameras, the log, and the policy in a process of its own. Nothing here decides anything."""
+"""What real_robot.py is made of: the arm, the cameras, and the policy in a process of its own. It decides nothing."""
 
-import fcntl
-import json
 import multiprocessing
-import queue
 import re
 import select
-import shutil
 import signal
 import sys
 import threading
 import time
 from collections import deque
 from contextlib import suppress
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from episodes import Episode, UserError, write_episode, write_whole
-from render_spheres import Chain, turns
+from episodes import UserError
+from render_spheres import Chain, load_calibration, turns
 
 HZ = 10  # commands a second (paper: 10 Hz and below on the real arm)
 HAND_WIDTH = 0.08  # metres between the open fingers
 GRIPPER_SPEED, GRIPPER_FORCE = 0.1, 20.0  # m/s, N
-NUMBERS = ("time", "frame", "late", "latency", "progress")  # what a log holds of each frame, beside joints and pictures
 LOADING = 600  # seconds that a policy may take to load
 
 
@@ -152,7 +146,19 @@ class Franka:
             self.error = f"The gripper {what} ({one_line(error)}): free it, and home it in Desk."
 
 
-# -------------------------------------------------------------------------------------------------------------- the cameras
+# --------------------------------------------------------------------------------------------------- cameras and a person
+def ask(question):
+    """What a person types; nothing where nobody can (no terminal)."""
+    with suppress(EOFError):
+        return input(question).strip()
+    return ""
+
+
+def line_was_typed():
+    """Whether Enter was pressed since the last time."""
+    return bool(select.select([sys.stdin], [], [], 0)[0] and sys.stdin.readline())
+
+
 class RealSense:
     """Intel RealSense cameras, each read by a thread; 480x640 at 30 pictures a second."""
 
@@ -166,7 +172,8 @@ class RealSense:
             if serial not in present:
                 others = ", ".join(sorted(present)) or "none"
                 raise UserError(f"There is no RealSense camera {serial} for '{camera}'; connected are: {others}.")
-        self.newest, self.errors = {camera: (0.0, np.zeros((480, 640, 3), np.uint8)) for camera in serials}, {}
+        self.closing, self.errors = threading.Event(), {}
+        self.newest = {camera: (0.0, np.zeros((480, 640, 3), np.uint8)) for camera in serials}
         for camera, serial in serials.items():
             config = rs.config()
             config.enable_device(serial)
@@ -176,9 +183,10 @@ class RealSense:
     def _read(self, camera, pipeline, config):
         try:
             pipeline.start(config)
-            while True:
+            while not self.closing.is_set():
                 frame = pipeline.wait_for_frames(1000).get_color_frame()
                 self.newest[camera] = time.monotonic(), np.array(frame.get_data())
+            pipeline.stop()
         except Exception as error:
             self.errors[camera] = str(error)
 
@@ -188,6 +196,9 @@ class RealSense:
             raise Fault(f"Camera '{camera}' failed ({error}): check its cable.")
         stamps, pictures = zip(*self.newest.values())
         return dict(zip(self.newest, stamps)), dict(zip(self.newest, pictures))
+
+    def close(self):
+        self.closing.set()
 
 
 def fit(pictures, cameras, size):
@@ -202,6 +213,26 @@ def fit(pictures, cameras, size):
         moved = cameras[camera]["intrinsics"] - [[0, 0, (width - side) / 2], [0, 0, (height - side) / 2], [0, 0, 0]]
         entries[camera] = cameras[camera] | {"intrinsics": np.diag([size / side, size / side, 1]) @ moved}
     return fitted, entries
+
+
+class Station(RealSense):
+    """What the simulated Bench is, for a real arm: its cameras, and a person who says what to do and whether it was done."""
+
+    sim, variation, max_steps, over = False, 0, 300, staticmethod(line_was_typed)
+
+    def __init__(self, settings):
+        calibration = load_calibration(settings.calibration) if settings.calibration else {}
+        serials = dict(entry.partition("=")[::2] for entry in settings.cameras)
+        if not serials or not all(serials.values()) or set(serials) - set(calibration):
+            raise UserError("A robot needs --cameras name=serial ... and a --calibration file with these names (real_robot.py calibrate).")
+        if not (instruction := settings.instruction or ask("Instruction: ")):
+            raise UserError("There is no instruction: give one with --instruction.")
+        super().__init__(serials)
+        self.settings, self.instruction, self.calibration = settings, instruction, {camera: calibration[camera] for camera in serials}
+        self.host, self.seed = settings.robot, int(time.time())
+
+    def success(self):
+        return self.settings.counts if self.settings.yes else ask("Did it succeed? y Enter: ") == "y"
 
 
 class History:
@@ -233,132 +264,6 @@ class History:
         frame, rows = float(np.mean([stamps[name] for name in names])), np.array(self.rows)
         values = np.array([np.interp(frame, rows[:, 0], column) for column in rows[:, 1:].T])
         return fit({name: pictures[name] for name in names}, None, size)[0], stamps, frame, values[:8], values[8:]
-
-
-# ------------------------------------------------------------------------------------------------------------------ the log
-class Frames:
-    """One field of a recording, (T, H, W, 3) uint8, mapped anew for every frame: five minutes of pictures don't fit into memory."""
-
-    dtype, ndim = np.dtype(np.uint8), 4
-
-    def __init__(self, path, record, name, count):
-        self.path, self.record, self.name, self.shape = path, record, name, (count, *record[name].shape)
-
-    def __getitem__(self, t):
-        return np.memmap(self.path, self.record, "r", shape=self.shape[:1])[self.name][t].copy()
-
-
-class Recording:
-    """Frames go to disk as they come, into <name>.recording/, and become <name>.hdf5 at the end. After a crash `recover` does that."""
-
-    def __init__(self, path, about, cameras, sizes, painted=False):
-        """about: the episode's attributes, and whether actions were commanded (or follow from where the arm went); cameras: as in a
-        calibration file; sizes {camera: (H, W)}; painted: a target beside each picture."""
-        self.path, self.folder = Path(path), Path(path).with_suffix(".recording")
-        if self.path.exists() or self.folder.exists():
-            raise UserError(f"{self.path} exists already: delete it, or write to another folder.")
-        fields = [(name, "f8") for name in NUMBERS]
-        fields += [(name, "f4", (8,)) for name in ("qpos", "qvel", "action", "reached")]
-        kinds = ("images", "painted") if painted else ("images",)
-        fields += [(f"{kind}/{camera}", "u1", (*size, 3)) for kind in kinds for camera, size in sizes.items()]
-        self.dtype = np.dtype(fields)
-        self.folder.mkdir(parents=True)
-        with write_whole(self.folder / "about.json") as temporary:
-            temporary.write_text(json.dumps({"about": about, "cameras": cameras, "fields": fields}, default=np.ndarray.tolist))
-        self.events, self.frames = (open(self.folder / name, "ab", buffering=0) for name in ("events.jsonl", "frames.bin"))
-        fcntl.flock(self.frames, fcntl.LOCK_EX)  # held while this program lives: what is not held was left behind
-        self.count, self.error, self.queue = 0, None, queue.Queue()
-        self.writer = threading.Thread(target=self._write, daemon=True)
-        self.writer.start()
-
-    def _write(self):  # the disk may be slow: its own thread
-        while (item := self.queue.get()) is not None:
-            file, data = item
-            try:
-                while data and not self.error:
-                    data = data[file.write(data):]
-            except OSError as error:
-                self.error = OSError(error.errno, error.strerror, str(self.folder))
-
-    def add(self, pictures, painted=None, **values):
-        """One frame. Raises the OSError of an earlier one that could not be written."""
-        if self.error:
-            raise self.error
-        if self.queue.qsize() > 10 * HZ:
-            raise Fault(f"The disk of {self.folder} is ten seconds behind the cameras: record fewer or smaller pictures (--size).")
-        values |= {f"images/{camera}": picture for camera, picture in pictures.items()}
-        values |= {f"painted/{camera}": picture for camera, picture in (painted or {}).items()}
-        record = np.zeros((), self.dtype)
-        for name, value in values.items():
-            record[name] = value
-        self.queue.put((self.frames, record.tobytes()))
-        self.count += 1
-
-    def event(self, text):
-        self.queue.put((self.events, json.dumps({"time": time.monotonic(), "event": text}).encode() + b"\n"))
-
-    def finish(self, success):
-        """Write the episode file and remove the scratch folder. Returns the path, or None when there is no frame."""
-        self.queue.put(None)
-        self.writer.join()
-        self.frames.close(), self.events.close()
-        if self.error:
-            raise self.error
-        return finish(self.folder, success)
-
-
-def finish(folder, success):
-    """Make the episode file of a recording's folder, and remove the folder. A last frame that was cut off is left out."""
-    path = folder.with_suffix(".hdf5")
-    if path.exists():  # killed between writing the file and removing the folder
-        shutil.rmtree(folder)
-        return path
-    saved = json.loads((folder / "about.json").read_text())
-    about, cameras = saved["about"], {c: {k: np.array(v) for k, v in entry.items()} for c, entry in saved["cameras"].items()}
-    commanded, dtype = about.pop("commanded"), np.dtype([(name, kind, *map(tuple, shape)) for name, kind, *shape in saved["fields"]])
-    count = (folder / "frames.bin").stat().st_size // dtype.itemsize
-    if not count:
-        shutil.rmtree(folder)
-        return None
-    rows = np.memmap(folder / "frames.bin", dtype, "r", shape=(count,))
-    rows = {name: np.array(rows[name]) for name in dtype.names if "/" not in name}
-    rows["qvel"][:, 7] = np.gradient(rows["qpos"][:, 7]) * HZ if count > 1 else 0  # the hand does not tell
-    chain = franka_chain(cameras)
-    poses = chain.joint_poses(rows["qpos"][:, :7].astype(np.float64))
-    frames = {name: Frames(folder / "frames.bin", dtype, name, count) for name in dtype.names if "/" in name}
-    extras = {name: rows[name] for name in (*NUMBERS, "reached")} | {"events": np.array((folder / "events.jsonl").read_bytes() or b" ")}
-    extras |= {name.replace("/", "_"): data for name, data in frames.items() if name.startswith("painted/")}
-    write_episode(path, Episode(
-        path=path, **about, success=success, fps=float(HZ), qpos=rows["qpos"], qvel=rows["qvel"], extras=extras,
-        action=rows["action"] if commanded else followed(rows["qpos"]), joint_poses=poses.astype(np.float32),
-        images={camera: frames[f"images/{camera}"] for camera in cameras},
-        intrinsics={camera: entry["intrinsics"] for camera, entry in cameras.items()},
-        extrinsics={camera: np.array(chain.camera_pose(camera, poses)) for camera in cameras},
-    ))  # fmt: skip
-    shutil.rmtree(folder)
-    return path
-
-
-def followed(qpos):
-    """What must have been commanded for the arm to be where it was a step later: (T, 8) -> (T, 8). A gripper that opens was told to."""
-    action = np.concatenate([qpos[1:], qpos[-1:]])
-    command, change = qpos[0, -1] > 0.5, np.diff(qpos[:, -1], append=qpos[-1, -1])
-    for t, moved in enumerate(change):
-        command = moved > 0 if abs(moved) > 0.02 else command
-        action[t, -1] = command
-    return action
-
-
-def recover(run):
-    """Turn what a killed program left behind into episode files, marked as not successful."""
-    for frames in sorted(Path(run).glob("*/*/*.recording/frames.bin")):
-        with open(frames, "rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue  # being recorded right now
-            if path := finish(frames.parent, False):
-                print(f"A recording that was cut off is now in {path}, marked as not successful.")
 
 
 # --------------------------------------------------------------------------------------------------------------- the policy
@@ -425,23 +330,3 @@ class Policy:
     def close(self):
         self.process.kill()
         self.process.join()
-
-
-# --------------------------------------------------------------------------------------------------------------- keyboard
-def fresh(folder, name):
-    """A path in the folder that nothing has: * in the name becomes the time, and a number where one second sees several."""
-    now = time.strftime("%Y%m%d-%H%M%S")
-    paths = (Path(folder) / name.replace("*", now + f"_{i}" * (i > 0)) for i in range(1000))
-    return next(path for path in paths if not path.exists() and not path.with_suffix(".recording").exists())
-
-
-def ask(question):
-    """What a person types; nothing where nobody can (no terminal)."""
-    with suppress(EOFError):
-        return input(question).strip()
-    return ""
-
-
-def line_was_typed():
-    """Whether Enter was pressed since the last time."""
-    return bool(select.select([sys.stdin], [], [], 0)[0] and sys.stdin.readline())

@@ -20,7 +20,8 @@ import real_robot
 import robot_io
 from episodes import JOINT_LIMITS, UserError, read_episode, run_stage
 from real_robot import Fault, Record, Replay, Run, Safety
-from robot_io import Recording, fit, franka_chain, recover
+from recording import Recording, recover
+from robot_io import fit, franka_chain
 
 HOME = np.array([0.0, -0.3, 0.0, -2.2, 0.0, 1.9, 0.7853])
 CAMERA = {"intrinsics": np.array([[500.0, 0, 320], [0, 500, 240], [0, 0, 1]]), "world_from_camera": np.eye(4)}
@@ -342,7 +343,7 @@ def test_bad_input_is_one_sentence(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="simulated scene alone"):
         real_robot.run(Run(run=tmp_path, robot="10.0.0.1", policy="demonstrator"))
     with pytest.raises(UserError, match="--cameras name=serial"):
-        real_robot.Station(Run(robot="10.0.0.1"))
+        robot_io.Station(Run(robot="10.0.0.1"))
     with pytest.raises(UserError, match="No connection to the robot at 127.0.0.99"):
         robot_io.Franka("127.0.0.99", Safety())
     log = recording(tmp_path / "demo.hdf5", 2).finish(True)
