@@ -206,7 +206,7 @@ def held(settings, bench, safety, path, size, names=None):
     try:
         log.event(f"stopped: {str(error) or type(error).__name__}" if error else "finished")  # when; it is written by a thread
         robot.hold()
-        path = log.finish(not error and bench.success())
+        path = log.finish(not error and log.count > 0 and bench.success())
     except OSError:
         print(f"What was recorded is kept in {log.folder}; the next start makes an episode file of it.", file=sys.stderr)
         raise

@@ -162,6 +162,8 @@ class Bench:
     sim = True
 
     def __init__(self, task, seed=0, variation=None, size=(64, 64), cameras=CAMERAS, fps=20, guided=False, prepare=None):
+        if unknown := set(cameras) - set(CAMERAS):
+            raise UserError(f"There is no simulated camera '{unknown.pop()}', only {', '.join(CAMERAS)}; a robot's need --robot too.")
         env, info = scene(task, seed, variation, size, cameras)
         variation, self.cameras, self.size, self.seed = info["variation"], cameras, size, seed
         self.policy = partial(demonstrator, task, seed, variation)
