@@ -32,10 +32,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from episodes import CAMERAS, JOINT_LIMITS, UserError, read_episode, run_stage, write_whole
-from recording import Recording, Replay, fresh, recover, replay, write_timing
+from recording import Recording, Replay, recover, replay, write_timing
 from robot_io import HZ, Fault, Franka, History, Policy, Station, ask, fit, franka_chain, trained
 
 VELOCITY = np.array([2.175] * 4 + [2.61] * 3)  # rad/s, the lower of Panda's and FR3's (data sheets)
+STAMP = "%Y%m%d-%H%M%S"  # in the names of recordings
 
 
 # ------------------------------------------------------------------------------------------------------------------ safety
@@ -310,7 +311,7 @@ def run_once(settings, policy, bench):
     """One episode. Returns whether it succeeded."""
     speed = (1.0 if bench.sim else 0.2) if settings.speed is None else settings.speed
     safety = Safety(settings.arm, speed, settings.workspace, settings.watchdog)
-    folder = fresh(settings.run / "robot", f"*_{settings.task}")
+    folder = settings.run / "robot" / f"{time.strftime(STAMP)}_{settings.task}"
     steps, needs = settings.steps or bench.max_steps, policy.needs
     finished = bench.over if not (settings.steps and bench.sim) else lambda: False
     with held(settings, bench, safety, folder / "log.hdf5", needs["image_size"][0], needs["cameras"]) as (robot, log, instruction):
@@ -358,7 +359,7 @@ def record(settings):
     # The simulated cameras take 26 ms for a picture of 480x640, 2 ms for one of 64x64.
     options = dict(size=(settings.size,) * 2) if settings.size else dict(size=(480, 640), fps=HZ)
     safety = Safety(settings.arm, stale=1.0)  # nothing is sent: a camera may pause, and that is counted
-    path, repeated = fresh(settings.run / "episodes" / settings.task, "real_*.hdf5"), 0
+    path, repeated = settings.run / "episodes" / settings.task / f"real_{time.strftime(STAMP)}.hdf5", 0
     with closing(station(settings, guided=True, cameras=settings.cameras or CAMERAS, **options)) as bench:
         with held(settings, bench, safety, path, settings.size) as (robot, log, _):
             if not (settings.yes or bench.sim):

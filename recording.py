@@ -145,13 +145,6 @@ def recover(run):
                 print(f"A recording that was cut off is now in {path}, marked as not successful.")
 
 
-def fresh(folder, name):
-    """A path in the folder that nothing has: * in the name becomes the time, and a number where one second sees several."""
-    now = time.strftime("%Y%m%d-%H%M%S")
-    paths = (Path(folder) / name.replace("*", now + f"_{i}" * (i > 0)) for i in range(1000))
-    return next(path for path in paths if not path.exists() and not path.with_suffix(".recording").exists())
-
-
 # -------------------------------------------------------------------------------------------------------------- afterwards
 def write_timing(path, lateness):
     """How far from their time the commands were sent, as a picture; says the share that was within 5 ms."""
