@@ -18,18 +18,19 @@ The world is the robot's base; cameras have OpenCV's axes, and pixel centres at 
 import csv
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Literal
 
 import cv2
 import numpy as np
 import tyro
 import yaml
+from mujoco import minimize
 from PIL import Image
 from tqdm import tqdm
 
 from episodes import UserError, read_episode, run_stage, write_whole
-from render_spheres import Chain, draw_spheres, load_calibration, over, target_spheres
+from render_spheres import draw_spheres, load_calibration, over, target_spheres
+from robot_io import franka_chain
 
 
 @dataclass
@@ -90,19 +91,6 @@ def print_board(settings):
 
 
 # ---------------------------------------------------------------------------------------------------------- pictures
-def arm_chain():
-    """The Franka arm's kinematics (Panda and FR3 have the same), as the embedded simulator has them."""
-    from sims.mujoco_panda import HOME, PandaEnv, mujoco
-
-    env, poses = PandaEnv(images=False), []
-    qpos = np.append(HOME, 0) + np.linspace(-0.2, 0.2, 3)[:, None]
-    for q in qpos:
-        env.data.qpos[:7] = q[:-1]
-        mujoco.mj_kinematics(env.model, env.data)
-        poses.append(env.joint_poses())
-    return Chain.from_episode(SimpleNamespace(path="the arm's model", qpos=qpos, joint_poses=np.array(poses), extrinsics={}))
-
-
 def read_pictures(settings):
     """-> names [T], pictures [T] of (H, W, 3) uint8, joint_poses (T, J, 4, 4)."""
     source = settings.images
@@ -138,7 +126,7 @@ def read_pictures(settings):
             pictures.append(np.array(Image.open(path).convert("RGB")))
         except OSError as error:
             raise UserError(f"{path} cannot be read as a picture ({error}): delete it.") from None
-    poses = arm_chain().joint_poses(np.array([joints[int(path.stem)] for path in paths]).reshape(-1, 7))
+    poses = franka_chain().joint_poses(np.array([joints[int(path.stem)] for path in paths]).reshape(-1, 7))
     return [str(path) for path in paths], pictures, poses
 
 
@@ -254,24 +242,12 @@ def rms(errors):
 
 def least_squares(errors, x):
     """Levenberg and Marquardt's method: the x (P,) of least sum of errors(x) (N,)² -> x, errors, standard errors of x (P,)."""
-    error, damping = errors(x), 1e-3
-    for _ in range(100):
-        slopes = np.stack([(errors(x + step) - error) / 1e-6 for step in 1e-6 * np.eye(len(x))], axis=1)  # (N, P)
-        square = slopes.T @ slopes
-        while damping < 1e12:
-            new = x - np.linalg.solve(square + damping * np.diag(square.diagonal() + 1e-12), slopes.T @ error)
-            new_error = errors(new)
-            if new_error @ new_error < error @ error:
-                break
-            damping *= 10
-        else:
-            break  # no step, however small, makes it better
-        gain = 1 - (new_error @ new_error) / (error @ error)
-        x, error, damping = new, new_error, damping / 10
-        if gain < 1e-9:
-            break
-    unit = 1 / np.sqrt(square.diagonal() + 1e-12)  # so that pixels and radians compare
-    values, vectors = np.linalg.eigh(square * unit * unit[:, None])
+    slopes = lambda x: np.stack([(errors(x + step) - errors(x)) / 1e-6 for step in 1e-6 * np.eye(len(x))], axis=1)  # noqa: E731  (N, P)
+    unit = 1 / (np.linalg.norm(slopes(x), axis=0) + 1e-6)  # so that pixels and radians compare
+    many = lambda columns: np.stack([errors(unit * column) for column in columns.T], axis=1)  # noqa: E731  (P, M) -> (N, M)
+    x = unit * minimize.least_squares(x / unit, many, verbose=0)[0].ravel()
+    error, scaled = errors(x), slopes(x) * unit
+    values, vectors = np.linalg.eigh(scaled.T @ scaled)
     variance = (vectors**2 / np.maximum(values, 1e-15)).sum(1) * unit**2 * (error @ error) / (len(error) - len(x))
     return x, error, np.sqrt(variance)
 

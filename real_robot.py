@@ -16,19 +16,15 @@ of a chunk belongs to the moment of its picture, which is over when the chunk ar
 pauses. Whatever goes wrong, the arm holds its position, the log is written, and one sentence says what it was.
 """
 
-import json
 import math
-import os
-import shutil
 import signal
 import sys
 import time
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # the painter's threads would get into the sender's way
+from typing import Literal
 
 import numpy as np
 import tyro
@@ -36,26 +32,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from episodes import CAMERAS, JOINT_LIMITS, UserError, read_episode, run_stage, write_whole
-from render_spheres import load_calibration
-from robot_io import (
-    HZ,
-    Fault,
-    Franka,
-    History,
-    Policy,
-    RealSense,
-    Recording,
-    demonstrator,
-    fit,
-    franka_chain,
-    fresh,
-    line_was_typed,
-    recover,
-    trained,
-    uninterrupted,
-)
+from recording import Recording, Replay, recover, replay, write_timing
+from robot_io import HZ, Fault, Franka, History, Policy, Station, ask, fit, franka_chain, trained
 
 VELOCITY = np.array([2.175] * 4 + [2.61] * 3)  # rad/s, the lower of Panda's and FR3's (data sheets)
+STAMP = "%Y%m%d-%H%M%S"  # in the names of recordings
 
 
 # ------------------------------------------------------------------------------------------------------------------ safety
@@ -76,13 +57,15 @@ class Safety:
     def __post_init__(self):
         if not 0 < self.speed <= 1:
             raise UserError("--speed must be above 0 and at most 1.")
+        if not (np.less(self.workspace[:3], self.workspace[3:]).all() and self.watchdog > 0):  # nor NaN, which nothing exceeds
+            raise UserError("--workspace is x, y, z from and x, y, z to, each from below its to, and --watchdog must be above 0.")
         self.chain = franka_chain()
         self.low, self.high = np.array(JOINT_LIMITS[self.arm]) + [[self.margin], [-self.margin]]
 
     def check_chunk(self, chunk):
         """What the policy gave, (K, 8)."""
         if chunk.ndim != 2 or chunk.shape[1] != 8 or not np.isfinite(chunk).all():
-            raise Fault("The policy gave NaN or infinite numbers: look at the log's pictures. Is a camera covered, did the training diverge?")
+            raise Fault("The policy gave NaN or infinite numbers: look at the log's pictures. Is a camera covered, did training diverge?")
 
     def step(self, previous, wish):
         """The command (7,) on the way from the previous one to the policy's wish (7,), and how much of the way it is (0..1).
@@ -98,7 +81,8 @@ class Safety:
         beyond, before = (np.maximum(self.low - joints, joints - self.high) for joints in (command, previous))  # rad
         worst = np.where(beyond > np.maximum(before, 0), beyond, 0).argmax()
         if beyond[worst] > max(before[worst], 0):
-            raise Fault(f"The policy wants joint {worst + 1} at {command[worst]:.2f} rad; {self.low[worst]:.2f} to {self.high[worst]:.2f} are allowed.")
+            raise Fault(f"The policy wants joint {worst + 1} at {command[worst]:.2f} rad; "
+                        f"{self.low[worst]:.2f} to {self.high[worst]:.2f} are allowed.")
         tool, before = (self.chain.joint_poses(joints)[-1, :3, 3] for joints in (command, previous))  # metres
         if self.outside_box(tool) > self.outside_box(before):
             raise Fault(f"The policy wants the fingertips at {tool.round(3).tolist()}, outside the --workspace {self.workspace}.")
@@ -127,19 +111,19 @@ class Safety:
         with write_whole(path) as temporary:
             Image.fromarray(np.concatenate(list(painted.values()), axis=1)).save(temporary, format="png")
         print(f"The painted target is in {path}.")
-        if not yes and input("Is it where the gripper should go, and is the stop button in your hand? y Enter moves the arm: ").strip() != "y":
+        if not yes and ask("Is it where the gripper should go, and is the stop button in your hand? y Enter moves the arm: ") != "y":
             raise Fault("Not confirmed, so nothing was sent.")
 
     def check_waiting(self, seconds):
         if seconds > self.watchdog:
-            raise Fault(f"The policy is late by more than {self.watchdog} s (--watchdog): is the machine busy, or the network too large for it?")
+            raise Fault(f"The policy is late by more than {self.watchdog} s (--watchdog): is the machine busy, or the network too large?")
 
 
-# --------------------------------------------------------------------------------------------------------------------- run
+# ---------------------------------------------------------------------------------------------------------------- settings
 @dataclass
-class Run:
+class Settings:
     run: Path = Path("runs/demo")
-    """Folder of the run; controlnet/ and act/ inside it are read, robot/ is written."""
+    """Folder of the run: controlnet/ and act/ are read, robot/ is written, or by record episodes/<task>/."""
     robot: str = "sim"
     """Host name or address of the robot; sim: simulated, over the robot's own protocol on this machine."""
     arm: Literal["fr3", "panda"] = "fr3"
@@ -148,12 +132,21 @@ class Run:
     """The task's name; in the simulator one of sims/mujoco_panda.py."""
     instruction: str = ""
     """What to do; empty: the simulated scene's own, or asked for."""
-    policy: Literal["trained", "demonstrator"] = "trained"
-    """trained: painter and controller; demonstrator: a script that knows the simulated scene."""
     calibration: Path | None = None
     """JSON or YAML file of the cameras (real_robot.py calibrate): {camera: {intrinsics, world_from_camera or last_joint_from_camera}}."""
     cameras: tuple[str, ...] = ()
-    """RealSense cameras as name=serial, with the names of the calibration file."""
+    """RealSense cameras as name=serial, named as in the calibration file; in the simulator, which to record, all four if none is named."""
+    seed: int = 0
+    """In the simulator: the first scene."""
+    yes: bool = False
+    """Ask nothing and begin at once; record counts it as a success, run does not (in the simulator nobody is asked: the scene knows)."""
+    counts = False  # as a success, with --yes
+
+
+@dataclass
+class Run(Settings):
+    policy: Literal["trained", "demonstrator"] = "trained"
+    """trained: painter and controller; demonstrator: a script that knows the simulated scene."""
     speed: float | None = None
     """Share of the joints' greatest velocities; unset: 0.2, and 1 in the simulator, where nobody can be hit."""
     workspace: tuple[float, float, float, float, float, float] = Safety.workspace
@@ -166,42 +159,79 @@ class Run:
     """Stop after so many steps; 0: the simulated task's number, or 300."""
     episodes: int = 1
     """In the simulator: how many scenes, one after the other."""
-    seed: int = 0
-    """In the simulator: the first scene."""
-    yes: bool = False
-    """Don't ask before the first motion (nobody is asked in the simulator)."""
     dry_run: bool = False
     """Compute and show everything, send nothing."""
     device: str = "cpu"
     """Where the networks run: cpu, cuda, mps."""
 
 
+@dataclass
+class Record(Settings):
+    size: int = 0
+    """Keep the middle square of the pictures at so many pixels; 0: as they are, 480x640. Train with one size."""
+    seconds: float = 0.0
+    """Stop by itself after so long; 0: at Enter (in the simulator, when the script is done)."""
+    seed: int = 500_000
+    """In the simulator: the scene."""
+    counts = True
+
+
+# ---------------------------------------------------------------------------------------------------------- run and record
+def station(settings, **options):
+    """The arm and cameras of these settings, to be closed; options: of the simulated one."""
+    if settings.robot != "sim":
+        return Station(settings)
+    from sims.franky_panda import Bench  # needs MuJoCo, which a real robot does not
+
+    return Bench(settings.task, settings.seed, **options)
+
+
+@contextmanager
+def held(settings, bench, safety, path, size, names=None):
+    """-> robot, log, instruction, for a block that makes the episode `path`; names: the cameras of the policy that is to command the arm.
+    Whatever ends the block, a fault, Ctrl-C or its last line: first the arm holds, then the log is written, then a sentence says why."""
+    pictures, error = bench.read()[1], None  # of the right size, if black, before the first
+    if missing := set(names or ()) - set(pictures):
+        raise UserError(f"The policy was trained with camera '{missing.pop()}', which --cameras does not name.")
+    pictures, calibration = fit({name: pictures[name] for name in names or pictures}, bench.calibration, size)
+    instruction = settings.instruction or bench.instruction
+    about = dict(task=settings.task, variation=bench.variation, instruction=instruction, instructions=[instruction], robot=settings.arm,
+                 sim=bench.sim, seed=bench.seed, commanded=bool(names))  # fmt: skip
+    robot = Franka(bench.host, safety)
+    log = Recording(path, about, calibration, {name: picture.shape[:2] for name, picture in pictures.items()}, bool(names))
+    try:
+        yield robot, log, instruction
+    except BaseException as problem:
+        error = problem
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a log that is half written helps nobody
+    try:
+        log.event(f"stopped: {str(error) or type(error).__name__}" if error else "finished")  # when; it is written by a thread
+        robot.hold()
+        path = log.finish(not error and log.count > 0 and bench.success())
+    except OSError:
+        print(f"What was recorded is kept in {log.folder}; the next start makes an episode file of it.", file=sys.stderr)
+        raise
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if error:
+        print(f"The arm holds its position; {f'what was recorded is in {path}' if path else 'nothing was recorded'}.", file=sys.stderr)
+        raise error
+    if not path:
+        raise Fault("It was ended before its first step, so nothing was recorded.")
+
+
 def sleep_until(deadline, meanwhile):
-    """Return when time.monotonic() is `deadline`, and call meanwhile() a hundred times a second until then. The last half millisecond
-    is waited for awake: the operating system wakes nobody that exactly."""
-    while (left := deadline - time.monotonic()) > 0:
-        if left > 0.015:
-            meanwhile()
-            time.sleep(0.01)
-        elif left > 0.0005:
-            time.sleep(left - 0.0005)
-
-
-def wake(cameras, history, safety):
-    """Wait until the arm and every camera have been heard of."""
-    begin = time.monotonic()
-    while len(history.rows) < 20 or time.monotonic() - min(cameras.read()[0].values()) > safety.stale / 2:
-        history.sample()
+    """Return when time.monotonic() is `deadline`, and call meanwhile() a hundred times a second until then."""
+    while (left := deadline - time.monotonic()) > 0.015:
+        meanwhile()
         time.sleep(0.01)
-        if time.monotonic() > begin + 10:
-            safety.check_fresh(cameras.read()[0], time.monotonic())
+    time.sleep(max(left, 0))
 
 
+# --------------------------------------------------------------------------------------------------------------------- run
 def between(chunk, position):
     """The action at a place between two steps of a chunk (K, 8); the last one beyond its end."""
-    position = min(position, len(chunk) - 1)
-    step = math.floor(position)
-    return chunk[step] + (position - step) * (chunk[min(step + 1, len(chunk) - 1)] - chunk[step])
+    return np.array([np.interp(position, np.arange(len(chunk)), column) for column in chunk.T])
 
 
 def through(before, after):
@@ -211,19 +241,10 @@ def through(before, after):
 
 
 def drive(robot, cameras, policy, safety, log, settings, instruction, steps, finished):
-    """The loop. Returns how late each command was (s) when finished() says so, or after `steps` commands; raises the Fault that stops it."""
-    history, names, K = History(robot), policy.needs["cameras"], policy.needs["horizon"]
+    """The loop. Returns how late each command was (s) when finished() says so or after `steps` commands; raises what stops it."""
+    history, K = History(robot, cameras, safety), policy.needs["horizon"]
+    wanted = policy.needs["cameras"], policy.needs["image_size"][0]
     answer = None  # of the policy, and when it came
-
-    def look():
-        """-> pictures for the policy, when they were taken, and where the joints were then and how fast."""
-        history.sample()
-        stamps, pictures = cameras.read()
-        safety.check_fresh(stamps, time.monotonic())
-        frame = float(np.mean([stamps[name] for name in names]))
-        qpos, qvel = history.at(frame)
-        safety.check_motion(qvel)
-        return fit({name: pictures[name] for name in names}, None, policy.needs["image_size"][0])[0], frame, qpos, qvel
 
     def meanwhile():
         nonlocal answer
@@ -232,10 +253,9 @@ def drive(robot, cameras, policy, safety, log, settings, instruction, steps, fin
         if got := policy.answer():
             answer = *got, time.monotonic()
 
-    wake(cameras, history, safety)
-    pictures, _, qpos, _ = look()
+    pictures, _, _, qpos, _ = history.look(*wanted)
     policy.ask(pictures, qpos, instruction, 0)
-    painted, chunk = policy.answer(60) or safety.check_waiting(60)
+    painted, chunk = policy.answer(60) or safety.check_waiting(math.inf)
     safety.check_chunk(chunk)
     safety.confirm(painted, log.path.with_name("first_target.png"), settings.yes or settings.robot == "sim" or settings.dry_run)
     log.event("the first target was confirmed")
@@ -263,7 +283,8 @@ def drive(robot, cameras, policy, safety, log, settings, instruction, steps, fin
             lateness.append(late)
         # 2. See, and write down.
         reached = history.last()
-        pictures, frame, qpos, qvel = look()
+        pictures, _, frame, qpos, qvel = history.look(*wanted)
+        safety.check_motion(qvel)
         log.add(pictures, painted, time=time.monotonic(), frame=frame, late=late, latency=latency, progress=share, qpos=qpos, qvel=qvel,
                 action=np.append(previous, opened), reached=reached)
         # 3. Think: ask for the next chunk, so early that it is there when this one ends.
@@ -286,249 +307,84 @@ def drive(robot, cameras, policy, safety, log, settings, instruction, steps, fin
     return lateness
 
 
-def write_timing(path, lateness):
-    """How far from their time the commands were sent, as a picture; says the share that was within 5 ms."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    milliseconds = 1000 * np.array(lateness)
-    within = np.mean(np.abs(milliseconds) <= 5)
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    axes[0].hist(milliseconds, bins=np.linspace(0, max(6, milliseconds.max()), 61), color="#4c78a8")
-    axes[0].set(xlabel="late by, ms", ylabel="commands", yscale="log", title=f"{within:.1%} of {len(lateness)} commands within 5 ms")
-    axes[1].plot(np.arange(len(lateness)) / HZ, milliseconds, ".", markersize=3)
-    axes[1].set(xlabel="time, s", ylabel="late by, ms")
-    with write_whole(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
-    plt.close(figure)
-    print(f"{within:.1%} of {len(lateness)} commands were within 5 ms of their time (99 % within {np.percentile(milliseconds, 99):.1f} ms).")
-
-
-def connect(settings, safety, bench):
-    """The arm, the cameras, and the cameras' calibration."""
-    if bench:
-        return Franka(bench.host, safety), bench, bench.calibration
-    calibration = load_calibration(settings.calibration) if settings.calibration else {}
-    serials = dict(entry.partition("=")[::2] for entry in settings.cameras)
-    if not serials or not all(serials.values()) or set(serials) - set(calibration):
-        raise UserError("A robot needs --cameras name=serial ... and a --calibration file with the same names (real_robot.py calibrate).")
-    cameras = RealSense(serials)
-    return Franka(settings.robot, safety), cameras, {camera: calibration[camera] for camera in serials}
-
-
-def about(settings, bench, commanded):
-    """The attributes of the episode file."""
-    instruction = settings.instruction or (bench.instruction if bench else input("Instruction: ").strip())
-    return dict(task=settings.task, variation=bench.variation if bench else 0, instruction=instruction, instructions=[instruction],
-                robot=settings.arm, sim=bool(bench), seed=settings.seed if bench else int(time.time()), commanded=commanded)  # fmt: skip
-
-
-def close(log, robot, error, success):
-    """After the loop, whatever ended it: first the arm, then the log, then the words. Returns the path of the episode file."""
-    with uninterrupted():
-        log.event(f"stopped: {str(error) or type(error).__name__}" if error else "finished")  # when; it is written by a thread
-        robot.hold()
-        try:
-            path = log.finish(not error and success())
-        except OSError:
-            print(f"What was recorded is kept in {log.folder}; the next start makes an episode file of it.", file=sys.stderr)
-            raise
-        finally:
-            robot.close()
-    if error:
-        print(f"The arm holds its position; {f'what was recorded is in {path}' if path else 'nothing was recorded'}.", file=sys.stderr)
-        raise error
-    return path
-
-
-def succeeded(settings, bench):
-    return bool(bench.get("success")) if bench else not settings.yes and input("Did it succeed? y Enter: ").strip() == "y"
-
-
 def run_once(settings, policy, bench):
     """One episode. Returns whether it succeeded."""
-    safety = Safety(settings.arm, settings.speed or (1.0 if bench else 0.2), settings.workspace, settings.watchdog)
-    attributes = about(settings, bench, True)
-    robot, cameras, calibration = connect(settings, safety, bench)
-    size = tuple(policy.needs["image_size"])
-    if missing := set(policy.needs["cameras"]) - set(calibration):
-        raise UserError(f"The policy was trained with camera '{missing.pop()}', which the calibration does not have.")
-    pictures = {camera: cameras.read()[1][camera] for camera in policy.needs["cameras"]}
-    _, calibration = fit(pictures, calibration, size[0])
-    folder = fresh(settings.run / "robot", settings.task)
-    log, lateness, error = Recording(folder / "log.hdf5", attributes, calibration, dict.fromkeys(pictures, size), painted=True), [], None
-    steps = settings.steps or (bench.max_steps if bench else 300)
-    finished = (lambda: not settings.steps and (bench.get("success") or bench.get("failed"))) if bench else line_was_typed
-    try:
-        lateness = drive(robot, cameras, policy, safety, log, settings, attributes["instruction"], steps, finished)
-    except BaseException as problem:
-        error = problem
-    path = close(log, robot, error, lambda: succeeded(settings, bench))
-    write_timing(folder / "timing.png", lateness)
-    if bench and bench.get("lost") > 0.2:
+    speed = (1.0 if bench.sim else 0.2) if settings.speed is None else settings.speed
+    safety = Safety(settings.arm, speed, settings.workspace, settings.watchdog)
+    folder = settings.run / "robot" / f"{time.strftime(STAMP)}_{settings.task}"
+    steps, needs = settings.steps or bench.max_steps, policy.needs
+    finished = bench.over if not (settings.steps and bench.sim) else lambda: False
+    with held(settings, bench, safety, folder / "log.hdf5", needs["image_size"][0], needs["cameras"]) as (robot, log, instruction):
+        lateness = drive(robot, bench, policy, safety, log, settings, instruction, steps, finished)
+    if lateness:
+        write_timing(folder / "timing.png", lateness)
+    if bench.sim and bench.get("lost") > 0.2:
         print(f"This machine was too busy for the simulated arm: its clock fell behind by {bench.get('lost'):.1f} s.")
-    success = read_episode(path, images=False).success
-    print(f"{attributes['instruction']}: {'done' if success else 'not done'}; the log is {path}.")
+    success = read_episode(log.path, images=False).success
+    print(f"{instruction}: {'done' if success else 'not done'}; the log is {log.path}.")
     return success
 
 
 def run(settings, load=None, bench=None):
     """load: makes the policy, in its process; bench: a simulated arm that runs already (both for tests)."""
-    if settings.robot != "sim" and settings.policy == "demonstrator":
-        raise UserError("--policy demonstrator knows the simulated scene alone: use a trained policy on a robot.")
+    if settings.robot != "sim" and (settings.policy == "demonstrator" or settings.episodes > 1):
+        raise UserError("--policy demonstrator and --episodes are for the simulated scene alone: use a trained policy, once, on a robot.")
     for folder in (settings.run / "act", settings.run / "controlnet"):
         if settings.policy == "trained" and not load and not folder.is_dir():
             raise UserError(f"There is no checkpoint {folder}: train it first, or try --policy demonstrator.")
     recover(settings.run)
     first, successes, policy = settings.seed, 0, None
-    for settings.seed in tqdm(range(first, first + settings.episodes), desc="episodes", disable=settings.episodes == 1):
-        scene = bench or simulate(settings)
-        try:
-            if policy is None or settings.policy == "demonstrator":
-                script = partial(demonstrator, settings.task, settings.seed, scene and scene.variation)
-                policy = Policy(load or (script if settings.policy == "demonstrator" else partial(trained, settings.run, settings.device)))
-            successes += run_once(settings, policy, scene)
-        except Fault as error:
-            if settings.episodes == 1:
-                raise
-            print(f"Seed {settings.seed}: {error}", file=sys.stderr)
-        finally:
-            if scene and not bench:
-                scene.close()
-            if policy and (settings.policy == "demonstrator" or sys.exc_info()[0] or settings.seed == first + settings.episodes - 1):
-                policy.close()
+    with ExitStack() as loaded:
+        for settings.seed in tqdm(range(first, first + settings.episodes), desc="episodes", disable=settings.episodes == 1):
+            with nullcontext(bench) if bench else closing(station(settings)) as scene:
+                try:
+                    load = load or partial(trained, settings.run, settings.device)
+                    policy = policy or loaded.enter_context(closing(Policy(scene.policy if settings.policy == "demonstrator" else load)))
+                    successes += run_once(settings, policy, scene)
+                    if settings.policy == "trained":
+                        continue
+                except Fault as error:
+                    if settings.episodes == 1:
+                        raise
+                    print(f"Seed {settings.seed}: {error}", file=sys.stderr)
+                policy = loaded.close()  # a script knows one scene alone, and a policy that failed had better start anew
     if settings.episodes > 1:
         print(f"{successes} of {settings.episodes} episodes of {settings.task} succeeded (seeds {first} to {settings.seed}).")
 
 
-def simulate(settings, **options):
-    """The simulated arm of these settings, or None for a real one."""
-    if settings.robot != "sim":
-        return None
-    from sims.franky_panda import Bench  # needs MuJoCo, which a real robot does not
-
-    return Bench(settings.task, settings.seed, **options)
-
-
 # ------------------------------------------------------------------------------------------------------------------ record
-@dataclass
-class Record:
-    run: Path = Path("runs/demo")
-    """Folder of the run; the demonstration goes to <run>/episodes/<task>."""
-    robot: str = "sim"
-    """Host name or address of the robot; sim: simulated, and a script does the task."""
-    arm: Literal["fr3", "panda"] = "fr3"
-    """Which arm it is."""
-    task: str = "pick_and_lift"
-    """The task's name; in the simulator one of sims/mujoco_panda.py."""
-    instruction: str = ""
-    """What is done; empty: the simulated scene's own, or asked for."""
-    calibration: Path | None = None
-    """JSON or YAML file of the cameras."""
-    cameras: tuple[str, ...] = ()
-    """RealSense cameras as name=serial; in the simulator the cameras to draw, all four if none is named."""
-    size: int = 0
-    """Keep the middle square of the pictures at so many pixels; 0: as they are, 480x640. Train with one size."""
-    seconds: float = 0.0
-    """Stop by itself after so long; 0: at Enter (in the simulator, when the script is done)."""
-    seed: int = 500_000
-    """In the simulator: the scene."""
-    yes: bool = False
-    """Ask nothing: begin at once, and call it a success (in the simulator the scene knows)."""
-
-
-def record(settings, bench=None):
+def record(settings):
     """One demonstration. Returns its path, and how many frames held a picture that the frame before had held."""
     recover(settings.run)
     # The simulated cameras take 26 ms for a picture of 480x640, 2 ms for one of 64x64.
     options = dict(size=(settings.size,) * 2) if settings.size else dict(size=(480, 640), fps=HZ)
-    bench = bench or simulate(settings, guided=True, cameras=settings.cameras or CAMERAS, **options)
-    error, repeated, safety = None, 0, Safety(settings.arm, stale=1.0)  # nothing is sent: a camera may pause, and that is counted
-    try:
-        attributes = about(settings, bench, False)
-        robot, cameras, calibration = connect(settings, safety, bench)
-        history = History(robot)
-        wake(cameras, history, safety)
-        size = 0 if bench else settings.size
-        pictures, calibration = fit(cameras.read()[1], calibration, size)
-        if not (settings.yes or bench):
-            input("Hold the arm by the buttons at its wrist. Enter starts the recording, and Enter stops it.")
-        names = (settings.run / "episodes" / settings.task / f"real_{time.strftime('%Y%m%d-%H%M%S')}_{i:02d}.hdf5" for i in range(100))
-        path = next(name for name in names if not name.exists() and not name.with_suffix(".recording").exists())
-        log = Recording(path, attributes, calibration, {camera: picture.shape[:2] for camera, picture in pictures.items()})
-        try:
-            if bench:
+    safety = Safety(settings.arm, stale=1.0)  # nothing is sent: a camera may pause, and that is counted
+    path, repeated = settings.run / "episodes" / settings.task / f"real_{time.strftime(STAMP)}.hdf5", 0
+    with closing(station(settings, guided=True, cameras=settings.cameras or CAMERAS, **options)) as bench:
+        with held(settings, bench, safety, path, settings.size) as (robot, log, _):
+            if not (settings.yes or bench.sim):
+                ask("Hold the arm by the buttons at its wrist. Enter starts the recording, and Enter stops it.")
+            history = History(robot, bench, safety)
+            if bench.sim:
                 bench.demonstrate()
-            before = cameras.read()[0]
-            while (stamps := cameras.read()[0]) == before:  # frames are taken midway between two pictures: each of them once
+            before = bench.read()[0]
+            while (stamps := bench.read()[0]) == before:  # frames are taken midway between two pictures: each of them once
                 history.sample()
+                safety.check_fresh(stamps, time.monotonic())
                 time.sleep(0.005)
             start = time.monotonic() + 0.5 / HZ
             while settings.seconds == 0 or log.count < settings.seconds * HZ:
                 sleep_until(start + log.count / HZ, history.sample)
-                before, (stamps, pictures) = stamps, cameras.read()
-                now = time.monotonic()
-                safety.check_fresh(stamps, now)
+                before, now = stamps, time.monotonic()
+                pictures, stamps, frame, qpos, qvel = history.look(list(stamps), settings.size)
                 repeated += log.count > 0 and any(stamps[camera] == before[camera] for camera in stamps)
-                frame = float(np.mean(list(stamps.values())))
-                qpos, qvel = history.at(frame)
-                log.add(fit(pictures, None, size)[0], time=now, frame=frame, late=now - start - log.count / HZ, qpos=qpos, qvel=qvel)
+                log.add(pictures, time=now, frame=frame, late=now - start - log.count / HZ, qpos=qpos, qvel=qvel)
                 if log.count % HZ == 0:
                     print(f"\rrecording, {log.count // HZ} s ", end="", flush=True)
-                if settings.seconds == 0 and (log.count > HZ and not bench.get("guided") if bench else line_was_typed()):
+                if settings.seconds == 0 and (log.count > HZ and not bench.get("guided") if bench.sim else bench.over()):
                     break
-        except BaseException as problem:
-            error = problem
-        print()
-        close(log, robot, error, lambda: settings.yes and not bench or succeeded(settings, bench))
-    finally:
-        bench and bench.close()
-    print(f"{log.count} frames are in {path}" + (f"; in {repeated} a camera had no new picture." if repeated else "."))
+    print(f"\n{log.count} frames are in {path}" + (f"; in {repeated} a camera had no new picture." if repeated else "."))
     return path, repeated
-
-
-# ------------------------------------------------------------------------------------------------------------------ replay
-@dataclass
-class Replay:
-    log: Annotated[Path, tyro.conf.Positional]
-    """Folder of a run, or its log.hdf5."""
-    keep: bool = False
-    """Add the run to the demonstrations, <run>/episodes/<task>, for the next policy."""
-
-
-def replay(settings):
-    """Observation, painted target and motion side by side."""
-    from evaluate import PANEL, tile, write_film
-
-    path = settings.log / "log.hdf5" if settings.log.is_dir() else settings.log
-    episode = read_episode(path)
-    painted = {name.removeprefix("painted_"): data for name, data in episode.extras.items() if name.startswith("painted_")}
-    if not painted:
-        raise UserError(f"{path} has no painted targets: it is a demonstration, not the log of a run.")
-    front = "front" if "front" in painted else next(iter(painted))
-    frames, seen = [], 0
-    for t in range(len(episode.qpos)):
-        if t and any((painted[camera][t] != painted[camera][t - 1]).any() for camera in painted):
-            seen = t - 1  # the target came from this picture, or one just before
-        large = [np.array(Image.fromarray(episode.images[front][moment]).resize((PANEL, PANEL), Image.BICUBIC)) for moment in (seen, t)]
-        frames.append(np.concatenate([large[0], tile({camera: painted[camera][t] for camera in painted}), large[1]], axis=1))
-    outcome = {"success": episode.success, "instruction": episode.instruction}
-    write_film(path.parent, "film", [(outcome, frames)], "painted target")
-    print(f"The film is {path.parent / 'film.mp4'}.")
-    for line in bytes(episode.extras["events"]).decode().splitlines():
-        event = json.loads(line)
-        print(f"{event['time'] - episode.extras['time'][0]:8.2f} s  {event['event']}")
-    if settings.keep:
-        if not episode.success:
-            raise UserError(f"{path} was not successful: a policy learns from successes, so it was not added.")
-        target = path.parent.parent.parent / "episodes" / episode.task / f"real_{path.parent.name}.hdf5"
-        if target.exists():
-            raise UserError(f"{target} exists already: this run was added before.")
-        with write_whole(target) as temporary:
-            shutil.copyfile(path, temporary)
-        print(f"Added as {target}.")
 
 
 def main():
@@ -536,10 +392,9 @@ def main():
     from calibrate import Settings as Calibrate  # imported late: the policy's process has no use for OpenCV
     from calibrate import calibrate
 
-    commands = {"run": (Run, run), "record": (Record, record), "replay": (Replay, replay),
-                "calibrate": (Calibrate, calibrate)}
+    commands = {"run": (Run, run), "record": (Record, record), "replay": (Replay, replay), "calibrate": (Calibrate, calibrate)}
     settings = tyro.extras.subcommand_cli_from_dict({name: kind for name, (kind, _) in commands.items()}, description=__doc__)
-    next(command for kind, command in commands.values() if isinstance(settings, kind))(settings)
+    next(command for kind, command in commands.values() if type(settings) is kind)(settings)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The simulated arm behind the robot's own network protocol: what real_robot.py drives where there is no robot.
 
-    bench = Bench("pick_and_lift", seed=0);  franky.Robot(bench.host);  bench.pictures();  bench.close()
+    bench = Bench("pick_and_lift", seed=0);  franky.Robot(bench.host);  bench.read();  bench.close()
 
 Two processes share the scene of sims/mujoco_panda.py (same task, same seed: same objects, same physics, same servo):
   the arm      a `franky-sim` server on a loopback address; MuJoCo steps behind it, 1,000 times a second, in real time;
@@ -12,6 +12,8 @@ import multiprocessing
 import os
 import signal
 import time
+from contextlib import suppress
+from functools import partial
 
 import franky_sim
 import mujoco
@@ -72,10 +74,8 @@ def scene(task, seed, variation, size, cameras):
 
 def first_of_all():
     """What others do on this machine is not to slow the arm and its cameras down: root may ask for that."""
-    try:
+    with suppress(OSError):
         os.nice(-10)
-    except OSError:
-        pass
 
 
 def serve(task, seed, variation, size, cameras, guided, prepare, state, pipe):
@@ -88,15 +88,13 @@ def serve(task, seed, variation, size, cameras, guided, prepare, state, pipe):
         prepare()
     first_of_all()
     with simulation, franky_sim.SimulationServer(simulation) as server:
-        joints = env.joint_poses()
-        calibration = {}
+        calibration, last = {}, env.joint_poses()[-2]
         for camera in cameras:
             intrinsics, pose = env.camera(camera)
-            on_arm = camera == "wrist"
-            pose = np.linalg.inv(joints[-2]) @ pose if on_arm else pose
-            calibration[camera] = {"intrinsics": intrinsics, "last_joint_from_camera" if on_arm else "world_from_camera": pose}
-        pipe.send({"host": simulation.arm.hostname, "calibration": calibration, "variation": info["variation"],
-                   "max_steps": env.task.max_steps, "instruction": info["instruction"], "instructions": info["instructions"]})
+            seen = {"last_joint_from_camera": np.linalg.inv(last) @ pose} if camera == "wrist" else {"world_from_camera": pose}
+            calibration[camera] = {"intrinsics": intrinsics} | seen
+        about = {"max_steps": env.task.max_steps} | {key: info[key] for key in ("variation", "instruction")}
+        pipe.send({"host": simulation.arm.hostname, "calibration": calibration} | about)
         demonstration, tick, begin = None, 0, time.monotonic()
         while os.getppid() == parent:
             if tick % 100 == 0:  # ten times a second, as in PandaEnv.step
@@ -161,9 +159,14 @@ class Bench:
     guided: the scripted demonstrator moves the arm, once `demonstrate` is called; prepare: called first in the arm's process (tests
     break things there)."""
 
+    sim = True
+
     def __init__(self, task, seed=0, variation=None, size=(64, 64), cameras=CAMERAS, fps=20, guided=False, prepare=None):
+        if unknown := set(cameras) - set(CAMERAS):
+            raise UserError(f"There is no simulated camera '{unknown.pop()}', only {', '.join(CAMERAS)}; a robot's need --robot too.")
         env, info = scene(task, seed, variation, size, cameras)
-        variation, self.cameras, self.size = info["variation"], cameras, size
+        variation, self.cameras, self.size, self.seed = info["variation"], cameras, size, seed
+        self.policy = partial(demonstrator, task, seed, variation)
         context = multiprocessing.get_context("spawn")
         self.state = context.RawArray(ctypes.c_double, len(STATE) + env.model.nq + 7 * env.model.nmocap)
         self.stamps = context.RawArray(ctypes.c_double, ROUNDS)
@@ -176,7 +179,7 @@ class Bench:
             process.start()
         there.close()
         try:
-            self.__dict__.update(self.pipe.recv())  # host, calibration, variation, max_steps, instruction, instructions
+            self.__dict__.update(self.pipe.recv())  # host, calibration, variation, max_steps, instruction
         except EOFError:
             self.close()
             raise UserError("The simulated robot did not start: its own message is above.") from None
@@ -184,24 +187,23 @@ class Bench:
     def __getstate__(self):  # what another process can be given: the shared memory and where the arm listens
         return {name: value for name, value in self.__dict__.items() if name not in ("pipe", "processes")} | {"processes": []}
 
-    def pictures(self):
-        """The newest whole round of pictures -> stamp (s, time.monotonic()), {camera: (H, W, 3) uint8}; stamp 0 before the first."""
+    def read(self):
+        """The newest whole round of pictures -> {camera: stamp (s, time.monotonic()), 0 before the first}, {camera: (H, W, 3) uint8}."""
         stamps = np.frombuffer(self.stamps)
         pixels = np.frombuffer(self.pixels, np.uint8).reshape(ROUNDS, len(self.cameras), *self.size, 3)
         newest = int(stamps.argmax())
-        stamp, pictures = stamps[newest], pixels[newest].copy()
-        return float(stamp), dict(zip(self.cameras, pictures))
-
-    def read(self):
-        """The same as real_robot.py wants it from cameras: {camera: stamp}, {camera: picture}."""
-        stamp, pictures = self.pictures()
-        return dict.fromkeys(pictures, stamp), pictures
+        stamp, pictures = float(stamps[newest]), pixels[newest].copy()
+        return dict.fromkeys(self.cameras, stamp), dict(zip(self.cameras, pictures))
 
     def get(self, name):
         return np.frombuffer(self.state)[STATE.index(name)]
 
-    def set(self, name, value):
-        np.frombuffer(self.state)[STATE.index(name)] = value
+    def success(self):
+        return bool(self.get("success"))
+
+    def over(self):
+        """Whether there is nothing left to do."""
+        return self.get("success") or self.get("failed")
 
     def demonstrate(self):
         self.pipe.send("go")
@@ -211,3 +213,18 @@ class Bench:
             process.kill()
         for process in self.processes:
             process.join()
+
+
+def demonstrator(task, seed, variation, size=64, horizon=8):
+    """A policy as `trained` in robot_io.py makes one, without networks: a scripted demonstration. For trying out everything else."""
+    from evaluate import Oracle, environment
+
+    oracle, env = Oracle(task, seed, variation, horizon), environment(task, (size, size), CAMERAS)
+
+    def policy(pictures, qpos, instruction, step):
+        env.data.qpos[:7] = qpos[:7]  # the wrist's camera is where the arm is
+        mujoco.mj_forward(env.model, env.data)
+        steps = np.minimum(max(round(step) - 1, 0) + np.arange(horizon), len(oracle.demo.action) - 1)
+        return oracle.paint(env, pictures, steps[0]), oracle.demo.action[steps]
+
+    return {"cameras": CAMERAS, "image_size": (size, size), "horizon": horizon}, policy

@@ -12,14 +12,15 @@ from PIL import Image
 from test_episodes import stage
 
 import calibrate
-from calibrate import Settings, arm_chain, find_corners, fit_camera, make_board
+from calibrate import Settings, find_corners, fit_camera, make_board
 from episodes import UserError, write_episode
 from render_spheres import load_calibration
+from robot_io import franka_chain
 
 INTRINSICS = np.array([[615.0, 0, 322], [0, 613, 237], [0, 0, 1]])
 SIZE = (480, 640)
 REST = np.array([0.0, -0.3, 0.0, -2.2, 0.0, 1.9, 0.7853])
-CHAIN = arm_chain()
+CHAIN = franka_chain()
 POINTS = make_board(Settings()).getChessboardCorners().astype(float)  # (M, 3)
 
 

@@ -20,7 +20,8 @@ import real_robot
 import robot_io
 from episodes import JOINT_LIMITS, UserError, read_episode, run_stage
 from real_robot import Fault, Record, Replay, Run, Safety
-from robot_io import Recording, fit, franka_chain, recover
+from recording import Recording, recover
+from robot_io import fit, franka_chain
 
 HOME = np.array([0.0, -0.3, 0.0, -2.2, 0.0, 1.9, 0.7853])
 CAMERA = {"intrinsics": np.array([[500.0, 0, 320], [0, 500, 240], [0, 0, 1]]), "world_from_camera": np.eye(4)}
@@ -97,8 +98,12 @@ def test_other_checks():
         safety.check_waiting(0.51)
     with pytest.raises(Fault, match="Joint 2 moves"):
         safety.check_motion(np.array([0, -2.1, 0, 0, 0, 0, 0, 0]))
-    with pytest.raises(UserError, match="--speed"):
-        Safety(speed=1.5)
+    for speed in (0, 1.5):
+        with pytest.raises(UserError, match="--speed"):
+            Safety(speed=speed)
+    for wrong in (dict(workspace=(0.8, -0.5, 0, 0.2, 0.5, 1)), dict(workspace=(np.nan, 0, 0, 1, 1, 1)), dict(watchdog=np.nan)):
+        with pytest.raises(UserError, match="--workspace .* --watchdog"):
+            Safety(**wrong)
 
 
 def test_nothing_moves_unless_a_person_confirms(tmp_path, monkeypatch, capsys):
@@ -336,13 +341,41 @@ def test_the_newest_picture_is_read_and_a_failing_camera_is_a_fault(monkeypatch)
         cameras.read()
 
 
+@pytest.mark.parametrize("typed, words", [("", "Not confirmed"), ("y", "before its first step")])
+def test_a_run_that_ends_at_once_is_one_sentence(tmp_path, monkeypatch, capsys, typed, words):
+    """Nobody at the keyboard, or Enter typed too early: nothing was sent, nothing is left, nothing is a traceback."""
+    def answer(_):
+        if not typed:
+            raise EOFError
+        return typed
+
+    monkeypatch.setattr("builtins.input", answer)
+    monkeypatch.setattr("real_robot.Franka", lambda host, safety: arm)
+    arm, eyes = Arm(), Eyes()
+    arm.hold = lambda: arm.sent.append("held")
+    vars(eyes).update(sim=False, calibration={"front": CAMERA}, host="", variation=0, seed=0, max_steps=9, over=lambda: True, instruction="wipe")
+    with pytest.raises(Fault, match=words):
+        real_robot.run_once(Run(run=tmp_path, robot="10.0.0.1"), Ramp(0.03), eyes)
+    assert arm.sent == ["held"] and [path.name for path in tmp_path.glob("robot/*/*")] == ["first_target.png"]
+
+
+def test_a_policy_that_does_not_load_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(robot_io, "LOADING", 0.01)
+    with pytest.raises(Fault, match="not loaded within"):
+        robot_io.Policy(partial(time.sleep, 60))
+
+
 def test_bad_input_is_one_sentence(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no checkpoint .*demonstrator"):
         real_robot.run(Run(run=tmp_path))
     with pytest.raises(UserError, match="simulated scene alone"):
         real_robot.run(Run(run=tmp_path, robot="10.0.0.1", policy="demonstrator"))
+    with pytest.raises(UserError, match="--episodes"):
+        real_robot.run(Run(run=tmp_path, robot="10.0.0.1", episodes=2))
+    with pytest.raises(UserError, match="no simulated camera 'nose'"):
+        real_robot.record(Record(run=tmp_path, cameras=("nose",)))
     with pytest.raises(UserError, match="--cameras name=serial"):
-        real_robot.connect(Run(robot="10.0.0.1"), Safety(), None)
+        robot_io.Station(Run(robot="10.0.0.1"))
     with pytest.raises(UserError, match="No connection to the robot at 127.0.0.99"):
         robot_io.Franka("127.0.0.99", Safety())
     log = recording(tmp_path / "demo.hdf5", 2).finish(True)
