@@ -181,7 +181,7 @@ def step(turns: int = 5, run: Path = Path("runs/demo")):
     settings = TrainSettings(run=run, picture=2 * size)
     instructions = sorted({sentence for frame in training for sentence in frame[3]})
     config = {"size": "tiny", "objective": "noise", "steps": 1, "image_size": size, "picture": 2 * size, "horizon": horizon, "cameras": CAMERAS}
-    painter = Painter(build_tiny(instructions, size, "noise"), config).train()
+    painter = Painter(build_tiny(instructions, size), config).train()
     optimizer = torch.optim.AdamW(painter.parameters(), lr=1e-4)
     launches = {"one process": [sys.executable], "two processes": [
         sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
@@ -244,7 +244,7 @@ def their_step(painter, optimizer, files, batch, random=np.random.default_rng(0)
     words, sentence, hint = text.last_hidden_state, text.pooler_output, painter.encode(condition)
     down, middle = painter.controlnet(noisy, timesteps, words, class_labels=sentence, controlnet_cond=hint, return_dict=False)
     predicted = painter.unet(noisy, timesteps, words, class_labels=sentence, down_block_additional_residuals=down,
-                             mid_block_additional_residual=middle, return_dict=False)[0]
+                             mid_block_additional_residual=middle, return_dict=False)[0][:, :latents.shape[1]]  # of a layer's 4/3 as many
     torch.nn.functional.mse_loss(predicted.float(), noise.float(), reduction="mean").backward()
     torch.nn.utils.clip_grad_norm_(painter.parameters(), 1.0)
     optimizer.step()

@@ -56,7 +56,7 @@ def compose(layer, picture):
 
 
 # ------------------------------------------------------------------------------------------------------------ parts
-def build_tiny(instructions, image_size, objective="one-step"):
+def build_tiny(instructions, image_size):
     """The parts of StableDiffusionControlNetPipeline, small and untrained."""
     tokenizer = train_tokenizer([PROMPT.format(instruction) for instruction in instructions])
     width = 64
@@ -70,7 +70,7 @@ def build_tiny(instructions, image_size, objective="one-step"):
     unet = UNet2DConditionModel(
         sample_size=2 * image_size // PATCH,
         in_channels=3 * PATCH**2,
-        out_channels={"one-step": 4, "noise": 3}[objective] * PATCH**2,  # an RGBA layer, or the noise in an RGB picture
+        out_channels=4 * PATCH**2,  # an RGBA layer
         # Text enters where objects are still visible: at 8 cells a view (and 4), not at the coarsest level alone.
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
@@ -89,7 +89,7 @@ def build_tiny(instructions, image_size, objective="one-step"):
         unet, conditioning_channels=3 * PATCH**2, conditioning_embedding_out_channels=(48,)
     )
     scheduler = EulerDiscreteScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="trailing"
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="trailing", prediction_type="sample"
     )
     return dict(tokenizer=tokenizer, text_encoder=text_encoder, unet=unet, controlnet=controlnet, scheduler=scheduler)
 
@@ -245,8 +245,8 @@ class Painter(torch.nn.Module):
     def forward(self, condition, prompts, latent=None, timestep=TIMESTEP):
         """What the UNet, steered by the ControlNet, makes of a noisy latent (none: of the condition's own).
 
-        condition (B, 3, H, W) in 0..1: the views, tiled. Returns the noise in the latent, in its shape; for tiny and one-step
-        the layer's logits (B, 4, H, W): red, green, blue, alpha.
+        condition (B, 3, H, W) in 0..1: the views, tiled. Returns the noise in the latent, in its shape; for tiny the logits of
+        the layer over the condition (B, 4, H, W): red, green, blue, alpha.
         """
         words, sentence = self.read(prompts)
         # SD's ControlNet has a small convolutional network for pixels; tiny's looks at patches
@@ -257,16 +257,12 @@ class Painter(torch.nn.Module):
             latent, timestep, words, class_labels=sentence,
             down_block_additional_residuals=down, mid_block_additional_residual=middle,
         ).sample  # fmt: skip
-        return F.pixel_shuffle(output, PATCH) if self.paints_layers else output
-
-    @property
-    def paints_layers(self):
-        return self.vae is None and self.config["objective"] == "one-step"
+        return output if self.vae else F.pixel_shuffle(output, PATCH)
 
     @torch.no_grad()
     def paint_tiles(self, condition, prompts, seed=0):
         """The views (B, 3, H, W) in 0..1, tiled, and B prompts -> the same picture with spheres. Same seed, same picture."""
-        if self.paints_layers:
+        if self.vae is None and self.config["objective"] == "one-step":
             return compose(self(condition, prompts).sigmoid(), condition)
         self.scheduler.set_timesteps(self.config["steps"], device=condition.device)
         scale = PATCH if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
@@ -274,8 +270,10 @@ class Painter(torch.nn.Module):
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))  # on the CPU: the same on every device
         latent = noise.to(condition.device).expand(len(condition), -1, -1, -1) * self.scheduler.init_noise_sigma
         for t in self.scheduler.timesteps:  # Euler's steps along the ODE from noise to picture; with one, straight to its end
-            noise = self(condition, prompts, self.scheduler.scale_model_input(latent, t), t)
-            latent = self.scheduler.step(noise.float(), t, latent).prev_sample
+            predicted = self(condition, prompts, self.scheduler.scale_model_input(latent, t), t)
+            if self.vae is None:  # the layer gives the picture without its noise
+                predicted = self.encode(compose(predicted.sigmoid(), condition))
+            latent = self.scheduler.step(predicted.float(), t, latent).prev_sample
         return self.decode(latent)
 
     def paint(self, images, instructions):

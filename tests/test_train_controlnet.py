@@ -24,7 +24,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 import train_controlnet
 from episodes import CAMERAS, UserError, run_stage
-from painter import PROMPT, TOKENS, Painter, build_tiny, tile, train_tokenizer, untile
+from painter import PROMPT, TOKENS, Painter, build_tiny, compose, tile, train_tokenizer, untile
 from train_controlnet import Batches, Settings, find_frames, load, painting_loss
 
 SIZE = 16  # pixels a view
@@ -202,6 +202,17 @@ def recorded(tmp_path_factory):
         done = subprocess.run([sys.executable, *command, "--run", run], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     return run
+
+
+def test_noise_becomes_the_picture_with_the_layer_in_any_number_of_steps(monkeypatch):
+    painter = Painter(build_tiny(["push the blue button"], SIZE), CONFIG | {"objective": "noise", "steps": 4}).eval()
+    condition, layer, seen = torch.rand(2, 3, 2 * SIZE, 2 * SIZE), torch.rand(2, 4, 2 * SIZE, 2 * SIZE), []
+    monkeypatch.setattr(painter, "forward", lambda condition, prompts, latent, t: seen.append((t.item(), latent)) or layer.logit())
+    painted = painter.paint_tiles(condition, ["", ""])
+    torch.testing.assert_close(painted, compose(layer, condition), atol=1e-4, rtol=0)
+    assert [t for t, _ in seen] == [999, 749, 499, 249]
+    assert 0.9 < seen[0][1].std() < 1.1 and not torch.equal(seen[0][1], seen[1][1])  # from noise of unit strength
+    assert (painter.decode(seen[3][1]) - painted).abs().mean() < (painter.decode(seen[1][1]) - painted).abs().mean() / 2
 
 
 def test_batches_depend_on_seed_and_step_alone(recorded):
