@@ -212,7 +212,8 @@ def test_noise_becomes_the_picture_with_the_layer_in_any_number_of_steps(monkeyp
     torch.testing.assert_close(painted, compose(layer, condition), atol=1e-4, rtol=0)
     assert [t for t, _ in seen] == [999, 749, 499, 249]
     assert 0.9 < seen[0][1].std() < 1.1 and not torch.equal(seen[0][1], seen[1][1])  # from noise of unit strength
-    assert (painter.decode(seen[3][1]) - painted).abs().mean() < (painter.decode(seen[1][1]) - painted).abs().mean() / 2
+    far, near = ((painter.decode(seen[i][1]) - painted).abs().mean() for i in (1, 3))
+    assert near < 0.7 * far  # step by step, it clears up
 
 
 def test_batches_depend_on_seed_and_step_alone(recorded):
