@@ -15,6 +15,7 @@ the path never comes back to it. Stopped in the middle, the script goes on where
 
 import os
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -24,7 +25,7 @@ import numpy as np
 import tyro
 
 from episodes import CAMERAS, Episode, UserError, find_episodes, read_episode, run_stage, write_episode
-from sims.mujoco_panda import CONTROL_HZ, TASKS, PandaEnv, rotation_from, rotation_vector
+from sims.mujoco_panda import CONTROL_HZ, PandaEnv, check_task, rotation_from, rotation_vector
 from sims.parallel import in_parallel
 from sims.rlbench_dataset import find_demonstrations, name_of, read_demonstration
 from sims.rlbench_panda import NoSceneError, RLBenchEnv, import_rlbench, task_class
@@ -114,18 +115,19 @@ def record(env, task, seed, variation, start):
     )  # fmt: skip
 
 
-_env = {}  # one environment per task and process
+@cache
+def environment(task, image_size, cameras, sim=None, images=False):
+    """One environment per task and process. Without images, pictures are taken when they are looked at."""
+    return (RLBenchEnv if sim == "rlbench" else PandaEnv)(task, image_size, cameras, images)
 
 
 def record_rlbench(folder, task, seeds, image_size, cameras):
     """One demonstration by RLBench's planner, of the first of these seeds for which there is one. Returns as record_scene does."""
     if any(list((folder / task).glob(f"{seed:07d}_*.hdf5")) for seed in seeds):
         return task, 0, 0
-    if task not in _env:
-        _env[task] = RLBenchEnv(task, image_size, cameras)
     for attempts, seed in enumerate(seeds, 1):
         try:
-            episode = _env[task].demonstrate(seed)
+            episode = environment(task, image_size, cameras, "rlbench", True).demonstrate(seed)
         except NoSceneError:  # no place for the task, or no path: a failed attempt, not a broken program
             continue
         write_episode(folder / task / f"{seed:07d}_{episode.variation:02d}.hdf5", episode)
@@ -135,17 +137,15 @@ def record_rlbench(folder, task, seeds, image_size, cameras):
 
 def record_scene(folder, task, seed, image_size):
     """All variations of one scene that are not on disk yet. Returns (task, attempts, successes)."""
-    if task not in _env:
-        _env[task] = PandaEnv(task, image_size, CAMERAS)
-        _env[task].render()  # a machine that cannot draw says so here, instead of failing in every attempt
-    attempts = successes = 0
-    for variation in range(_env[task].task.candidates):
+    env, attempts, successes = environment(task, image_size, CAMERAS, images=True), 0, 0
+    env.render()  # a machine that cannot draw says so here, instead of failing in every attempt
+    for variation in range(env.task.candidates):
         path = folder / task / f"{seed:07d}_{variation:02d}.hdf5"
         if path.exists():
             continue
         attempts += 1
         try:
-            episode = record(_env[task], task, seed, variation, ("anywhere", "near")[(seed + variation) % 2])
+            episode = record(env, task, seed, variation, ("anywhere", "near")[(seed + variation) % 2])
         except UserError:  # a waypoint out of reach: a failed attempt, not a broken program
             continue
         if episode.success:
@@ -185,8 +185,8 @@ def import_dataset(settings, folder, size):
 def main():
     settings = tyro.cli(Settings, description=__doc__)
     rlbench, scenes = settings.sim == "rlbench", settings.scenes
-    if min(1 if scenes is None else scenes, 1 if settings.image_size is None else settings.image_size, settings.workers) < 1:
-        raise UserError("--scenes, --image-size and --workers must be 1 or more.")
+    if min(number for number in (scenes, settings.image_size, settings.workers, settings.seed + 1) if number is not None) < 1:
+        raise UserError("--scenes, --image-size and --workers must be 1 or more, and --seed 0 or more.")
     folder, size = settings.run / "episodes", settings.image_size or (None if settings.from_rlbench else 128 if rlbench else 64)
     for path in find_episodes(folder)[:1] if any(folder.glob("*/*.hdf5")) else ():
         if size and set(sizes := read_episode(path, images=False).image_sizes.values()) != {(size, size)}:
@@ -202,8 +202,7 @@ def main():
         jobs = [(record_rlbench, folder, task, seeds(i), size, settings.cameras) for task in tasks for i in range(count)]
     else:
         for task in tasks:
-            if task not in TASKS:
-                raise UserError(f"There is no task '{task}'; choose from {', '.join(TASKS)}.")
+            check_task(task)
         jobs = [(record_scene, folder, task, settings.seed + i, size) for i in range(scenes or 300) for task in tasks]
     for task in tasks:
         (folder / task).mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,6 @@ positions, run the beginning of the chunk, look again.
 """
 
 import csv
-import difflib
 import json
 import os
 import platform
@@ -30,7 +29,7 @@ from typing import Literal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # one process per core does the work; threads would fight
 
-import imageio_ffmpeg
+import imageio.v2 as imageio
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
@@ -39,14 +38,14 @@ import tyro
 from PIL import Image, ImageDraw, ImageFont
 
 from act import Controller
-from collect_demos import record
+from collect_demos import environment, record
 from episodes import UserError, find_episodes, run_stage, write_whole
 from painter import Painter
-from render_spheres import draw_spheres, over, target_spheres
-from sims.mujoco_panda import CONTROL_HZ, TASKS, PandaEnv
+from render_spheres import draw_spheres, over, target_spheres, two_columns
+from sims.mujoco_panda import CONTROL_HZ, check_task
 from sims.parallel import in_parallel
 from sims.rlbench_dataset import HZ, find_demonstrations
-from sims.rlbench_panda import PAPER_TASKS, NoSceneError, RLBenchEnv, import_rlbench, task_class
+from sims.rlbench_panda import PAPER_TASKS, NoSceneError, import_rlbench, task_class
 
 matplotlib.use("Agg")
 
@@ -158,36 +157,34 @@ def load_networks(settings):
     return networks(settings.policy, settings.run, settings.painter, settings.controller, settings.device, settings.size, settings.taesd, settings.compile)
 
 
-@cache
-def environment(task, image_size, cameras, sim=None):
-    """One environment per task and process."""
-    kind = RLBenchEnv if sim == "rlbench" else PandaEnv
-    return kind(task, image_size, cameras, images=False)  # pictures are taken when they are looked at
-
-
 def look(env):
-    return {camera: env.picture(camera, env.height, env.width) for camera in env.cameras}
+    return env.look()
+
+
+def nothing(seed):
+    """Outcome and log of an episode that has not begun."""
+    return ({"seed": seed, "variation": None, "instruction": None, "success": False, "steps": 0},
+            {"paint": [], "control": [], "trace": [], "frames": []})  # fmt: skip
 
 
 def drive(task, seed, settings):
     """One episode in closed loop. Returns its outcome, and a log: seconds, a row per step, frames of a film if one is wanted."""
     painter, controller = load_networks(settings)
     env = environment(task, tuple(controller.config["image_size"]), tuple(controller.config["cameras"]), settings.sim)
-    film, log = seed < settings.seed + settings.videos, {"paint": [], "control": [], "trace": [], "frames": []}
+    film, (outcome, log) = seed < settings.seed + settings.videos, nothing(seed)
     options, attempts = {}, range(ATTEMPTS)
     if settings.demos:  # spread over all variations; a recorded scene has no other to try instead
         scenes = find_demonstrations(settings.demos, (task,))
         options["demonstration"], attempts = scenes[(seed - settings.seed) * len(scenes) // settings.episodes], range(1)
     for attempt in attempts:
-        outcome = {"seed": seed, "variation": None, "instruction": None, "success": False, "steps": 0}
-        outcome |= {"failed_resets": attempt} if attempt else {}
         try:
-            observation, info = env.reset(seed=outcome["seed"] + attempt * settings.episodes, options=options)
+            observation, info = env.reset(seed=seed + attempt * settings.episodes, options=options)
             break
         except NoSceneError as error:
             outcome |= {"failed_resets": attempt + 1, "error": str(error)}
     else:
         return outcome, log
+    outcome.pop("error", None)
     outcome |= {"seed": env.seed, "variation": info["variation"], "instruction": info["instruction"]}
     try:
         oracle = Oracle(task, seed, info["variation"], controller.config["horizon"]) if settings.policy == "oracle" else None
@@ -215,13 +212,11 @@ def drive(task, seed, settings):
                 log["frames"].append(np.concatenate([panels, env.picture("front", PANEL, PANEL)], axis=1))
             log["trace"].append([env.steps, *env.tool()[:3, 3], *env.task.focus(env), action[-1], int(i == 0)])
             observation, _, terminated, truncated, info = env.step(action)
-            done = terminated or truncated
-            if done:
+            if done := terminated or truncated:
                 break
     if film:
         log["frames"].append(np.concatenate([panels, env.picture("front", PANEL, PANEL)], axis=1))
-    outcome.update(success=info["success"], steps=env.steps)
-    outcome |= {"error": info["error"]} if "error" in info else {}
+    outcome |= {"steps": env.steps} | {key: info[key] for key in ("success", "error") if key in info}
     return outcome, log
 
 
@@ -301,10 +296,8 @@ def machine(device):
 
 def tile(images):
     """Pictures of all cameras in two columns, as the painter sees them, enlarged to a panel with the pixels left visible."""
-    pictures = list(images.values())
-    pictures += [np.zeros_like(pictures[0])] * (len(pictures) % 2)
-    rows = [np.concatenate(pictures[i : i + 2], axis=1) for i in range(0, len(pictures), 2)]
-    return np.array(Image.fromarray(np.concatenate(rows)).resize((PANEL, PANEL), Image.NEAREST))
+    picture = two_columns(list(images.values()))
+    return np.array(Image.fromarray(picture).resize((PANEL, PANEL), Image.NEAREST))
 
 
 def caption(frame, text, what):
@@ -330,25 +323,19 @@ def write_film(out, name, films, what, fps=CONTROL_HZ):
         verdict = f"{outcome['instruction']}: {'done' if outcome['success'] else 'not done'}"
         shown += [caption(frames[-1], verdict, what)] * fps  # a second to read it
     with write_whole(out / f"{name}.mp4") as path:
-        writer = imageio_ffmpeg.write_frames(str(path), shown[0].shape[1::-1], fps=fps, codec="libx264",
-                                             pix_fmt_out="yuv420p", macro_block_size=2, output_params=["-f", "mp4"])  # fmt: skip
-        for frame in [None, *shown]:  # None starts it
-            writer.send(frame)
-        writer.close()
+        imageio.mimwrite(path, shown, fps=fps, codec="libx264", macro_block_size=2)
 
 
 def write_bars(path, report):
     """Success per task with its interval, as a picture."""
     tasks = report["tasks"]
+    rates, ends = np.array([100 * task["rate"] for task in tasks.values()]), np.array([task["wilson_95"] for task in tasks.values()])
+    whiskers = np.maximum([rates - 100 * ends[:, 0], 100 * ends[:, 1] - rates], 0)  # (2, tasks)
     figure, axes = plt.subplots(figsize=(2 + 1.4 * len(tasks), 4), layout="constrained")
-    rates = np.array([100 * task["rate"] for task in tasks.values()])
-    ends = 100 * np.array([task["wilson_95"] for task in tasks.values()]).T  # (2, tasks)
-    axes.bar(range(len(tasks)), rates, 0.6, color="#4c78a8")
-    axes.errorbar(range(len(tasks)), rates, np.maximum([rates - ends[0], ends[1] - rates], 0), fmt="none", color="black", capsize=6)
+    axes.bar([name.replace("_", "\n") for name in tasks], rates, 0.6, color="#4c78a8", yerr=whiskers, capsize=6)
     for i, task in enumerate(tasks.values()):
         axes.text(i, 3, f"{task['successes']} of {task['episodes']}", ha="center", color="white" if rates[i] > 10 else "black")
     axes.set(ylim=(0, 102), ylabel="success in unseen scenes, %", title=f"policy: {report['policy']} (whiskers: 95 % interval)")
-    axes.set_xticks(range(len(tasks)), [name.replace("_", "\n") for name in tasks])
     axes.spines[["top", "right"]].set_visible(False)
     with write_whole(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
@@ -381,17 +368,18 @@ def check_settings(settings):
     for name, least in {"episodes": 1, "execute": 1, "workers": 1, "seed": 0, "language": 0, "videos": 0, "checkpoints": 1}.items():
         if getattr(settings, name) < least:
             raise UserError(f"--{name} must be {least} or more.")
-    rlbench = settings.sim == "rlbench" or settings.sim is None and settings.protocol == "paper"
-    settings.sim = "rlbench" if rlbench else "mujoco"
-    folder = settings.run / "episodes"
+    settings.sim = settings.sim or ("rlbench" if settings.protocol else "mujoco")
+    rlbench, folder = settings.sim == "rlbench", settings.run / "episodes"
     if rlbench and settings.protocol:
         settings.tasks = settings.tasks or PAPER_TASKS
     recorded = find_episodes(folder) if folder.is_dir() or not settings.tasks else []
     settings.tasks = settings.tasks or tuple(dict.fromkeys(path.parent.name for path in recorded))
     for task in settings.tasks:
-        if not rlbench and task not in TASKS:
-            near = difflib.get_close_matches(task, TASKS, 1)
-            raise UserError(f"There is no task '{task}'; " + (f"is it '{near[0]}'?" if near else f"choose from {', '.join(TASKS)}."))
+        task_class(import_rlbench().tasks, task) if rlbench else check_task(task)
+    if settings.demos and not rlbench or settings.policy == "oracle" and rlbench:
+        raise UserError("--demos is for --sim rlbench, and --policy oracle for the embedded simulator.")
+    if settings.demos:
+        find_demonstrations(settings.demos, settings.tasks)
     seeds = range(settings.seed, settings.seed + max(settings.episodes, settings.language))
     for path in recorded:
         seed = path.name.split("_")[0]
@@ -399,37 +387,29 @@ def check_settings(settings):
             raise UserError(f"Seed {int(seed)} was recorded in {path}, so its scene is not unseen: choose another --seed.")
     if settings.device == "auto":
         settings.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    settings.controller = settings.controller or settings.run / ("act_rgb" if settings.policy == "act" else "act")
-    painters = [] if settings.painter else [settings.run / "controlnet"]  # one named by hand may be on the Hub: Painter.load will see
-    settings.painter = settings.painter or settings.run / "controlnet"
     settings.out = settings.out or settings.run / "evaluation"
-    for needed in [settings.controller] + painters * (settings.policy == "genima"):
-        if not needed.is_dir():
-            raise UserError(f"There is no checkpoint {needed}: train it first.")
+    settings.controller = settings.controller or settings.run / ("act_rgb" if settings.policy == "act" else "act")
+    needed = [settings.controller]
+    if settings.policy == "genima" and not settings.painter:  # one named by hand may be on the Hub: Painter.load will see
+        needed.append(settings.run / "controlnet")
+    settings.painter = settings.painter or settings.run / "controlnet"
+    for checkpoint in needed:
+        if not checkpoint.is_dir():
+            raise UserError(f"There is no checkpoint {checkpoint}: train it first.")
     checkpoints(settings)
-    if settings.demos and not rlbench or settings.policy == "oracle" and rlbench:
-        raise UserError("--demos is for --sim rlbench, and --policy oracle for the embedded simulator.")
-    if rlbench:
-        tasks = import_rlbench().tasks
-        for task in settings.tasks:
-            task_class(tasks, task)
-        if settings.demos:
-            find_demonstrations(settings.demos, settings.tasks)
 
 
 def checkpoints(settings):
     """The settings of each checkpoint to average over, the last one first: painter and controller are paired from there backwards."""
-    painters, controllers = (
-        [path for _, path in sorted(((int(path.name[5:]), path) for path in folder.glob("step-*")), reverse=True)][: settings.checkpoints]
-        if settings.checkpoints > 1 else [folder]
-        for folder in (settings.painter, settings.controller))  # fmt: skip
-    for folder, found in [(settings.controller, controllers)] + [(settings.painter, painters)] * (settings.policy == "genima"):
-        if len(found) < settings.checkpoints:
-            raise UserError(f"{folder} holds {len(found)} of the {settings.checkpoints} checkpoints to average over: train it with "
-                            f"--keep {settings.checkpoints}, or give --checkpoints 1.")
-    painters += [settings.painter] * len(controllers)  # where nothing is painted
-    return [replace(settings, painter=painters[i], controller=controllers[i], videos=0 if i else settings.videos)
-            for i in range(settings.checkpoints)]
+    each = [replace(settings, videos=0 if i else settings.videos) for i in range(settings.checkpoints)]
+    for what in ("controller", "painter")[: 1 + (settings.policy == "genima")] if len(each) > 1 else ():
+        folder = getattr(settings, what)
+        found = sorted(folder.glob("step-*"), key=lambda path: int(path.name[5:]), reverse=True)
+        if len(found) < len(each):
+            raise UserError(f"{folder} holds {len(found)} of the {len(each)} checkpoints to average over: train it with "
+                            f"--keep {len(each)}, or give --checkpoints 1.")
+        each = [replace(one, **{what: path}) for one, path in zip(each, found)]
+    return each
 
 
 def evaluate(settings):
@@ -448,16 +428,10 @@ def evaluate(settings):
         if what is listen:
             heard[task, seed] = result or []
             continue
-        crashed = {"seed": seed, "variation": None, "instruction": None, "success": False, "steps": 0, "error": "the simulator crashed"}
-        driven[each.index(checkpoint)][task, seed] = result or (crashed, {"paint": [], "control": [], "trace": [], "frames": []})
+        outcome, log = nothing(seed)
+        driven[each.index(checkpoint)][task, seed] = result or (outcome | {"error": "the simulator crashed"}, log)
     runs = [{task: [found[key] for key in sorted(found) if key[0] == task] for task in settings.tasks} for found in driven]
     return runs, sum(heard.values(), [])
-
-
-def main():
-    settings = tyro.cli(Settings, description=__doc__)
-    check_settings(settings)
-    write_report(settings)
 
 
 def write_report(settings):
@@ -495,6 +469,12 @@ def write_report(settings):
     if settings.protocol:
         print(PAPER)
     print(f"Everything is in {settings.out}.")
+
+
+def main():
+    settings = tyro.cli(Settings, description=__doc__)
+    check_settings(settings)
+    write_report(settings)
 
 
 if __name__ == "__main__":

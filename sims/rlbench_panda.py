@@ -19,11 +19,11 @@ from multiprocessing.util import Finalize
 from pathlib import Path
 from types import SimpleNamespace
 
-import gymnasium
 import numpy as np
 from PIL import Image
 
 from episodes import CAMERAS, JOINT_LIMITS, UserError
+from sims.mujoco_panda import ArmEnv
 from sims.rlbench_dataset import HZ, Observation, arm, camera_matrices, convert, load
 
 # What the paper evaluates: 25 tasks of RLBench. It does not list them with its code; these are the 23 that the authors' laboratory
@@ -134,8 +134,8 @@ class Simulator:
 
 
 # -------------------------------------------------------------------------------------------------------- environment
-class RLBenchEnv(gymnasium.Env):
-    """One task of RLBench. Observation and action as in sims/mujoco_panda.PandaEnv.
+class RLBenchEnv(ArmEnv):
+    """One task of RLBench.
 
     reset(options=...): "variation" (drawn if absent), or "demonstration", a folder episode<M> of a dataset whose scene is laid out
     again. Raises NoSceneError where RLBench finds no place for the task. An action that RLBench refuses ends the episode, and
@@ -143,21 +143,12 @@ class RLBenchEnv(gymnasium.Env):
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": HZ}
-    render_mode = "rgb_array"
 
     def __init__(self, task="reach_target", image_size=128, cameras=CAMERAS, images=True, max_steps=MAX_STEPS):
-        self.height, self.width = (image_size, image_size) if np.isscalar(image_size) else image_size
-        self.name, self.cameras, self.images, self.max_steps = task, tuple(cameras), images, max_steps
-        self.task = SimpleNamespace(candidates=0, focus=lambda env: np.full(3, np.nan))  # RLBench does not say what a task is about
         task_class(import_rlbench().tasks, task)
-        low, high = np.array(JOINT_LIMITS["panda"])
-        self.action_space = gymnasium.spaces.Box(np.append(low, 0).astype(np.float32), np.append(high, 1).astype(np.float32))
-        unbounded = gymnasium.spaces.Box(-np.inf, np.inf, (8,), np.float32)
-        picture = gymnasium.spaces.Box(0, 255, (self.height, self.width, 3), np.uint8)
-        spaces = {"qpos": unbounded, "qvel": unbounded}
-        if images:
-            spaces["images"] = gymnasium.spaces.Dict({camera: picture for camera in self.cameras})
-        self.observation_space = gymnasium.spaces.Dict(spaces)
+        super().__init__(image_size, cameras, images, *JOINT_LIMITS["panda"])
+        self.name, self.max_steps = task, max_steps
+        self.task = SimpleNamespace(candidates=0, focus=lambda env: np.full(3, np.nan))  # RLBench does not say what a task is about
 
     def attempt(self, what, *arguments, **named):
         """Call one of RLBench's methods that lay out a scene or plan in it."""
@@ -182,7 +173,6 @@ class RLBenchEnv(gymnasium.Env):
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         options = options or {}
-        self.seed = int(self.np_random.integers(2**31)) if seed is None else seed
         self.live = self.begin(self.seed, options.get("variation"))
         if options.get("demonstration"):
             demo, self.variation = recorded(options["demonstration"])
@@ -190,16 +180,12 @@ class RLBenchEnv(gymnasium.Env):
         else:
             self.instructions, self.last = self.attempt(self.live.reset)
         self.instruction = self.instructions[self.seed % len(self.instructions)]
-        self.steps, self.succeeded, self.error = 0, False, None
+        self.succeeded, self.error = False, None
         self.chain, self.base_from_world = arm(self.joints()[None], [self.last], f"RLBench's task {self.name}")
         return self.observe(), self.info()
 
     def step(self, action):
-        action = np.asarray(action, dtype=np.float64)
-        if action.shape != (8,) or not np.isfinite(action).all():
-            raise UserError(f"The action must be 8 finite numbers (7 joints in rad and the gripper), not {action}.")
-        if not self.action_space.contains(action.astype(np.float32)):
-            raise UserError(f"The action {action.round(3)} is outside the joint limits; clip it to env.action_space first.")
+        action = self.checked(action)
         self.steps += 1
         try:
             self.last, reward, terminated = self.live.step(action)
@@ -207,9 +193,6 @@ class RLBenchEnv(gymnasium.Env):
             reward, terminated, self.error = 0.0, True, str(error)
         self.succeeded = reward > 0
         return self.observe(), float(self.succeeded), bool(terminated or self.succeeded), self.steps >= self.max_steps, self.info()
-
-    def render(self):
-        return self.picture("front", self.height, self.width)
 
     def close(self):
         Simulator.stop()
@@ -222,13 +205,7 @@ class RLBenchEnv(gymnasium.Env):
         return np.array(self.last.joint_positions, np.float64)
 
     def observe(self):
-        observation = {
-            "qpos": np.append(self.joints(), self.last.gripper_open).astype(np.float32),
-            "qvel": np.append(self.last.joint_velocities, 0).astype(np.float32),
-        }
-        if self.images:
-            observation["images"] = {camera: self.picture(camera, self.height, self.width) for camera in self.cameras}
-        return observation
+        return self.observation(self.joints(), self.last.gripper_open, self.last.joint_velocities, 0)
 
     def picture(self, camera, height, width):
         """What the camera sees now: (height, width, 3) uint8."""
