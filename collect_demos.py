@@ -27,7 +27,7 @@ import tyro
 from episodes import CAMERAS, Episode, UserError, find_episodes, read_episode, run_stage, write_episode
 from sims.mujoco_panda import CONTROL_HZ, PandaEnv, check_task, rotation_from, rotation_vector
 from sims.parallel import in_parallel
-from sims.rlbench_dataset import find_demonstrations, name_of, read_demonstration
+from sims.rlbench_dataset import find_demonstrations, read_demonstration
 from sims.rlbench_panda import NoSceneError, RLBenchEnv, import_rlbench, task_class
 
 JOINT_SPEED = 1.2  # rad/s, about half of what the arm can do (Franka's data sheet: 2.2 to 2.6)
@@ -170,8 +170,9 @@ def import_dataset(settings, folder, size):
     """Turn a dataset of RLBench into episodes."""
     jobs, counts, broken = [], {}, set()
     for source in find_demonstrations(settings.from_rlbench, settings.tasks, settings.variations, settings.scenes):
-        task = source.parents[2].name
-        jobs.append((import_episode, source, folder / task / name_of(source), settings.cameras, size))
+        variation, number = int(source.parents[1].name[9:]), int(source.name[7:])
+        path = folder / source.parents[2].name / f"episode{number:03d}_variation{variation:02d}.hdf5"
+        jobs.append((import_episode, source, path, settings.cameras, size))
     for _, result in in_parallel(jobs, settings.workers, "importing", "demonstration"):
         task, new, error = result or (task, False, "A process of the import died: run the same command again.")
         counts[task] = counts.get(task, 0) + new

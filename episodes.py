@@ -98,11 +98,19 @@ def keep_last(folder, names, step, keep):
 
 
 @contextmanager
-def write_hdf5(path):
-    """Yield an HDF5 file to fill, which is written to `path` when the block succeeds.
+def write_hdf5(path, size=0):
+    """Yield an HDF5 file to fill, which is written to `path` when the block succeeds. size: bytes of pictures, if they are many.
 
-    It grows in memory: HDF5 cannot close a file whose disk is full, a plain write can fail cleanly.
+    It grows in memory: HDF5 cannot close a file whose disk is full, a plain write can fail cleanly. A large one grows on the disk,
+    which must have room for it.
     """
+    if size >= LARGE:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(path.parent).free < size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        with write_whole(path) as temporary, h5py.File(temporary, "w") as root:
+            yield root
+        return
     with h5py.File(str(path), "w", driver="core", backing_store=False) as root:
         yield root
         root.flush()
@@ -115,16 +123,6 @@ def write_hdf5(path):
 
 
 @contextmanager
-def write_large_hdf5(path, size):
-    """As write_hdf5, for what does not fit into memory: `size` bytes at most. It grows on the disk, which must have room for it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if shutil.disk_usage(path.parent).free < size:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-    with write_whole(path) as temporary, h5py.File(temporary, "w") as root:
-        yield root
-
-
-@contextmanager
 def read_hdf5(path, file_format):
     """Yield the HDF5 file at `path`; whatever is wrong with it becomes a UserError that names it."""
     try:
@@ -132,7 +130,7 @@ def read_hdf5(path, file_format):
             if root.attrs.get("format") != file_format:
                 raise UserError(f"{path}: attribute 'format' is not '{file_format}': another program or version wrote this file.")
             yield root
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except FileNotFoundError:
         raise UserError(f"{path} does not exist.") from None
@@ -202,10 +200,10 @@ def check_array(array, shape, kind, where):
 def check_episode(episode):
     """Raise a UserError that names file and dataset unless the episode is whole. Fills in image_sizes."""
     at = lambda dataset: f"{episode.path}: {dataset}"  # noqa: E731
-    check_array(episode.qpos, (None, None), np.floating, at(ARRAYS["qpos"]))
-    frames, columns = episode.qpos.shape
-    check_array(episode.qvel, (frames, columns), np.floating, at(ARRAYS["qvel"]))
-    check_array(episode.action, (frames, columns), np.floating, at(ARRAYS["action"]))
+    shape = (None, None)
+    for name in ("qpos", "qvel", "action"):
+        check_array(getattr(episode, name), shape, np.floating, at(ARRAYS[name]))
+        shape = frames, columns = episode.qpos.shape
     check_array(episode.joint_poses, (frames, columns, 4, 4), np.floating, at(ARRAYS["joint_poses"]))
     check_poses(episode.joint_poses, at(ARRAYS["joint_poses"]))
     if episode.action[:, -1].min() < 0 or episode.action[:, -1].max() > 1:
@@ -231,7 +229,7 @@ def write_episode(path, episode):
     pictures = {f"observations/images/{camera}": images for camera, images in episode.images.items()}
     pictures |= {f"extras/{name}": data for name, data in episode.extras.items() if data.ndim == 4}
     size = sum(int(np.prod(images.shape)) for images in pictures.values())
-    with write_hdf5(path) if size < LARGE else write_large_hdf5(path, size) as root:
+    with write_hdf5(path, size) as root:
         root.attrs["format"] = FORMAT
         for name, kind in ATTRIBUTES.items():
             root.attrs[name] = kind(getattr(episode, name))

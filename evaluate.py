@@ -29,29 +29,24 @@ from typing import Literal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # one process per core does the work; threads would fight
 
-import imageio.v2 as imageio
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import tyro
-from PIL import Image, ImageDraw, ImageFont
 
 from act import Controller
 from collect_demos import environment, record
 from episodes import UserError, find_episodes, run_stage, write_whole
+from films import PANEL, tile, write_bars, write_film
 from painter import Painter
-from render_spheres import draw_spheres, over, target_spheres, two_columns
-from sims.mujoco_panda import CONTROL_HZ, check_task
+from render_spheres import draw_spheres, over, target_spheres
+from sims.mujoco_panda import CONTROL_HZ, check_task, look
 from sims.parallel import in_parallel
 from sims.rlbench_dataset import HZ, find_demonstrations
 from sims.rlbench_panda import PAPER_TASKS, NoSceneError, import_rlbench, task_class
 
-matplotlib.use("Agg")
-
 LANGUAGE_TASKS = ("push_button", "pick_and_lift")  # where several objects differ in nothing but colour
-PANEL = 256  # height and width of a video's three panels, pixels
 ATTEMPTS = 10  # scenes to try in RLBench before an episode counts as failed: not every one has room for its task
+TRACE = ("step", "tool x", "tool y", "tool z", "object x", "object y", "object z", "gripper", "painted")  # columns of a trace
 PAPER = """The paper (arXiv 2407.07875): GENIMA is better than ACT on 16 of 25 tasks and than Diffusion Policy on all 25, and
 succeeds in 64 % of the episodes of 9 tasks of a real robot. Its 25 tasks may not all be these."""
 
@@ -145,7 +140,8 @@ def networks(policy, run, painting, folder, device, size=None, taesd=None, compi
         return None, controller
     painter = Painter.load(painting, device, taesd, compile)
     if size and size != painter.config["size"]:
-        raise UserError(f"{painting} holds a painter of size {painter.config['size']}, not {size}: train one with --size {size}, or name it by --painter.")
+        raise UserError(f"{painting} holds a painter of size {painter.config['size']}, not {size}: "
+                        f"train one with --size {size}, or name it by --painter.")
     ours, theirs = controller.config, painter.config | {"image_size": [painter.config["image_size"]] * 2}
     for what in ("cameras", "horizon", "image_size"):
         if theirs[what] != ours[what]:
@@ -154,11 +150,8 @@ def networks(policy, run, painting, folder, device, size=None, taesd=None, compi
 
 
 def load_networks(settings):
-    return networks(settings.policy, settings.run, settings.painter, settings.controller, settings.device, settings.size, settings.taesd, settings.compile)
-
-
-def look(env):
-    return env.look()
+    names = ("policy", "run", "painter", "controller", "device", "size", "taesd", "compile")
+    return networks(*(getattr(settings, name) for name in names))
 
 
 def nothing(seed):
@@ -274,8 +267,7 @@ def rate(successes, episodes):
 
 def summary(outcomes, logs):
     """What evaluation.json says about one task."""
-    failed = sum(outcome.get("failed_resets", 0) for outcome in outcomes)
-    errors = sum("error" in outcome for outcome in outcomes)
+    failed, errors = sum(outcome.get("failed_resets", 0) for outcome in outcomes), sum("error" in outcome for outcome in outcomes)
     trouble = {"failed_resets": failed, "episodes_with_errors": errors} if failed or errors else {}
     steps = [outcome["steps"] for outcome in outcomes if outcome["success"]]
     milliseconds = lambda name: round(1000 * float(np.median(sum((log[name] for log in logs), []) or [0])), 2)  # noqa: E731
@@ -292,54 +284,6 @@ def machine(device):
     names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
     gpu = {"gpu": torch.cuda.get_device_name()} if device == "cuda" else {}
     return {"cpu": (names or [platform.processor()])[0], "cores": os.cpu_count()} | gpu
-
-
-def tile(images):
-    """Pictures of all cameras in two columns, as the painter sees them, enlarged to a panel with the pixels left visible."""
-    picture = two_columns(list(images.values()))
-    return np.array(Image.fromarray(picture).resize((PANEL, PANEL), Image.NEAREST))
-
-
-def caption(frame, text, what):
-    """A frame (H, 3 W, 3) with the instruction above it and the panels' names below."""
-    height, width, _ = frame.shape
-    sheet = Image.new("RGB", (width, height + 48), "white")
-    sheet.paste(Image.fromarray(frame), (0, 28))
-    draw, names = ImageDraw.Draw(sheet), ("observation", what, "motion")
-    for name, x, y, size in [(text, width // 2, 14, 16)] + [(names[i], (2 * i + 1) * PANEL // 2, height + 38, 13) for i in range(3)]:
-        draw.text((x, y), name, "black", ImageFont.load_default(size), anchor="mm")
-    return np.array(sheet)
-
-
-def write_film(out, name, films, what, fps=CONTROL_HZ):
-    """<name>.mp4 of (outcome, frames) pairs one after the other, and <name>.png: how the first successful one began and ended."""
-    outcome, frames = next((film for film in films if film[0]["success"]), films[0])
-    still = np.concatenate([frames[0][:, : 2 * PANEL], frames[-1][:, 2 * PANEL :]], axis=1)
-    with write_whole(out / f"{name}.png") as path:
-        Image.fromarray(caption(still, outcome["instruction"], what)).save(path, format="png")
-    shown = []
-    for outcome, frames in films:
-        shown += [caption(frame, outcome["instruction"], what) for frame in frames]
-        verdict = f"{outcome['instruction']}: {'done' if outcome['success'] else 'not done'}"
-        shown += [caption(frames[-1], verdict, what)] * fps  # a second to read it
-    with write_whole(out / f"{name}.mp4") as path:
-        imageio.mimwrite(path, shown, fps=fps, codec="libx264", macro_block_size=2)
-
-
-def write_bars(path, report):
-    """Success per task with its interval, as a picture."""
-    tasks = report["tasks"]
-    rates, ends = np.array([100 * task["rate"] for task in tasks.values()]), np.array([task["wilson_95"] for task in tasks.values()])
-    whiskers = np.maximum([rates - 100 * ends[:, 0], 100 * ends[:, 1] - rates], 0)  # (2, tasks)
-    figure, axes = plt.subplots(figsize=(2 + 1.4 * len(tasks), 4), layout="constrained")
-    axes.bar([name.replace("_", "\n") for name in tasks], rates, 0.6, color="#4c78a8", yerr=whiskers, capsize=6)
-    for i, task in enumerate(tasks.values()):
-        axes.text(i, 3, f"{task['successes']} of {task['episodes']}", ha="center", color="white" if rates[i] > 10 else "black")
-    axes.set(ylim=(0, 102), ylabel="success in unseen scenes, %", title=f"policy: {report['policy']} (whiskers: 95 % interval)")
-    axes.spines[["top", "right"]].set_visible(False)
-    with write_whole(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
-    plt.close(figure)
 
 
 def print_table(report):
@@ -370,10 +314,9 @@ def check_settings(settings):
             raise UserError(f"--{name} must be {least} or more.")
     settings.sim = settings.sim or ("rlbench" if settings.protocol else "mujoco")
     rlbench, folder = settings.sim == "rlbench", settings.run / "episodes"
-    if rlbench and settings.protocol:
-        settings.tasks = settings.tasks or PAPER_TASKS
+    settings.tasks = settings.tasks or (PAPER_TASKS if rlbench and settings.protocol else ())
     recorded = find_episodes(folder) if folder.is_dir() or not settings.tasks else []
-    settings.tasks = settings.tasks or tuple(dict.fromkeys(path.parent.name for path in recorded))
+    settings.tasks = tuple(dict.fromkeys(settings.tasks or [path.parent.name for path in recorded]))
     for task in settings.tasks:
         task_class(import_rlbench().tasks, task) if rlbench else check_task(task)
     if settings.demos and not rlbench or settings.policy == "oracle" and rlbench:
@@ -389,13 +332,12 @@ def check_settings(settings):
         settings.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     settings.out = settings.out or settings.run / "evaluation"
     settings.controller = settings.controller or settings.run / ("act_rgb" if settings.policy == "act" else "act")
-    needed = [settings.controller]
-    if settings.policy == "genima" and not settings.painter:  # one named by hand may be on the Hub: Painter.load will see
-        needed.append(settings.run / "controlnet")
     settings.painter = settings.painter or settings.run / "controlnet"
-    for checkpoint in needed:
-        if not checkpoint.is_dir():
-            raise UserError(f"There is no checkpoint {checkpoint}: train it first.")
+    # a painter that lies elsewhere may be on the Hub: Painter.load will see
+    paints_here = settings.policy == "genima" and settings.painter.parent == settings.run
+    for folder in (settings.controller, settings.painter)[: 1 + paints_here]:
+        if not folder.is_dir():
+            raise UserError(f"There is no checkpoint {folder}: train it first.")
     checkpoints(settings)
 
 
@@ -421,17 +363,17 @@ def evaluate(settings):
     if settings.policy == "genima" and settings.sim == "mujoco":
         jobs += [(listen, task, settings.seed + i, each[0])
                  for i in range(settings.language) for task in LANGUAGE_TASKS if task in settings.tasks]  # fmt: skip
-    driven, heard = [{} for _ in each], {}
     # CUDA does not survive a fork, and CoppeliaSim's libraries had better not be asked to
     start = None if settings.device == "cpu" and settings.sim == "mujoco" else "spawn"
-    for (what, task, seed, checkpoint), result in in_parallel(jobs, settings.workers, "evaluating", "episode", start):
+    runs, heard = [{task: [] for task in settings.tasks} for _ in each], []
+    done = in_parallel(jobs, settings.workers, "evaluating", "episode", start)
+    for (what, task, seed, checkpoint), result in sorted(done, key=lambda pair: pair[0][2]):  # by seed
         if what is listen:
-            heard[task, seed] = result or []
-            continue
-        outcome, log = nothing(seed)
-        driven[each.index(checkpoint)][task, seed] = result or (outcome | {"error": "the simulator crashed"}, log)
-    runs = [{task: [found[key] for key in sorted(found) if key[0] == task] for task in settings.tasks} for found in driven]
-    return runs, sum(heard.values(), [])
+            heard += result or []
+        else:
+            outcome, log = nothing(seed)
+            runs[each.index(checkpoint)][task].append(result or (outcome | {"error": "the simulator crashed"}, log))
+    return runs, heard
 
 
 def write_report(settings):
@@ -460,10 +402,10 @@ def write_report(settings):
     for task, runs in results.items():
         if films := [(outcome, log["frames"]) for outcome, log in runs if log["frames"]]:
             write_film(settings.out, f"{task}{suffix}", films, what, HZ if settings.sim == "rlbench" else CONTROL_HZ)
-        for outcome, log in runs:
-            if settings.trace and not outcome["success"]:
+        for outcome, log in runs if settings.trace else ():
+            if not outcome["success"]:
                 with write_whole(settings.out / f"trace{suffix}_{task}_{outcome['seed']}.csv") as path, open(path, "w", newline="") as file:
-                    csv.writer(file).writerows(["step,tool x,tool y,tool z,object x,object y,object z,gripper,painted".split(","), *log["trace"]])
+                    csv.writer(file).writerows([TRACE, *log["trace"]])
     write_bars(settings.out / f"success{suffix}.png", report)
     print_table(report)
     if settings.protocol:

@@ -20,7 +20,6 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import imageio.v2 as imageio
 import numpy as np
 import tyro
 import yaml
@@ -28,6 +27,7 @@ from PIL import Image
 
 from episodes import CAMERAS, UserError, check_alike, check_array, check_intrinsics, check_poses, find_episodes, read_episode, read_hdf5
 from episodes import run_stage, write_hdf5, write_whole
+from films import two_columns, write_video
 from sims.parallel import in_parallel
 
 FORMAT = "nanogenima-spheres-1"
@@ -150,12 +150,6 @@ def over(layer, picture):
     """Lay RGBA layers (..., H, W, 4) over RGB pictures (..., H, W, 3), both uint8."""
     alpha = layer[..., 3:].astype(np.uint16)
     return ((layer[..., :3] * alpha + picture * (255 - alpha) + 127) // 255).astype(np.uint8)
-
-
-def two_columns(pictures):
-    """A list of pictures (..., H, W, 3) as one, two in a row; an odd one's neighbour is black."""
-    pictures = pictures + [np.zeros_like(pictures[0])] * (len(pictures) % 2 if len(pictures) > 1 else 0)
-    return np.concatenate([np.concatenate(pictures[i : i + 2], axis=-2) for i in range(0, len(pictures), 2)], axis=-3)
 
 
 @dataclass
@@ -318,8 +312,7 @@ def preview(source, target, folder):
     rows = [np.concatenate([cell[t] for cell in cells], axis=1) for t in np.linspace(0, frames - 1, min(5, frames)).round().astype(int)]
     with write_whole(folder / "preview.png") as path:
         Image.fromarray(np.concatenate(rows)).save(path)
-    with write_whole(folder / "preview.mp4") as path:
-        imageio.mimwrite(path, two_columns(cells[1::2]), fps=episode.fps, codec="libx264", macro_block_size=2)
+    write_video(folder / "preview.mp4", two_columns(cells[1::2]), episode.fps)
 
 
 def main():

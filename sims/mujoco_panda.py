@@ -16,35 +16,19 @@ To add a task, write a class like `ReachTarget` below (about thirty lines) and l
   success  says whether the task is done.
 """
 
-import ctypes
 import difflib
 import os
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-
-def _egl_works():
-    """True when some EGL device initialises (asked of EGL itself: PyOpenGL cannot change its mind in one process)."""
-    try:
-        egl = ctypes.CDLL("libEGL.so.1")
-    except OSError:
-        return False
-    pointer, count = ctypes.c_void_p, ctypes.c_int(0)
-    egl.eglGetProcAddress.restype = pointer
-    query, display = (egl.eglGetProcAddress(name) for name in (b"eglQueryDevicesEXT", b"eglGetPlatformDisplayEXT"))
-    if not query or not display:
-        return False
-    devices = (pointer * 16)()
-    ctypes.CFUNCTYPE(ctypes.c_uint, ctypes.c_int, pointer, pointer)(query)(16, devices, ctypes.byref(count))
-    get_display = ctypes.CFUNCTYPE(pointer, ctypes.c_uint, pointer, pointer)(display)
-    displays = [get_display(0x313F, device, None) for device in devices[: count.value]]  # EGL_PLATFORM_DEVICE_EXT
-    return any(d and egl.eglInitialize(pointer(d), None, None) for d in displays)
-
-
-# EGL where it works, else OSMesa. MuJoCo reads this variable when it is imported, so import this file first.
+# EGL where it works, else OSMesa. MuJoCo reads this variable when it is imported (so import this file first) and cannot change its
+# mind in one process: another one tries.
 if "MUJOCO_GL" not in os.environ and sys.platform == "linux":
-    os.environ["MUJOCO_GL"] = "egl" if _egl_works() else "osmesa"
+    attempt = [sys.executable, "-c", "import mujoco; mujoco.GLContext(8, 8)"]
+    works = subprocess.run(attempt, env=os.environ | {"MUJOCO_GL": "egl"}, capture_output=True).returncode == 0
+    os.environ["MUJOCO_GL"] = "egl" if works else "osmesa"
 CANNOT_DRAW = ("Neither EGL nor OSMesa can draw on this machine: install one of them "
                "(Debian, Ubuntu: apt-get install libegl1 libgl1 libosmesa6). MuJoCo said: ")  # fmt: skip
 try:
@@ -73,7 +57,6 @@ COLOURS = {
     "black": (0.05, 0.05, 0.05),
     "rose": (1.0, 0.35, 0.6),
 }
-
 
 ELBOW_UP = np.array([0, 0, 1, 0, 0, 0, 0])  # a Task.posture that leaves the hand free to turn
 # Geom attributes of what is grasped: rough, and with stiff contacts, so that it does not creep between the fingers.
@@ -580,14 +563,16 @@ class ArmEnv(gymnasium.Env):
         return action
 
     def observation(self, qpos, opening, qvel, speed):
-        seen = {"images": self.look()} if self.images else {}
+        seen = {"images": look(self)} if self.images else {}
         return {"qpos": np.append(qpos, opening).astype(np.float32), "qvel": np.append(qvel, speed).astype(np.float32), **seen}
-
-    def look(self):
-        return {camera: self.picture(camera, self.height, self.width) for camera in self.cameras}
 
     def render(self):
         return self.picture("front", self.height, self.width)
+
+
+def look(env):
+    """What all cameras see now: {camera: (H, W, 3) uint8}."""
+    return {camera: env.picture(camera, env.height, env.width) for camera in env.cameras}
 
 
 class PandaEnv(ArmEnv):

@@ -54,31 +54,22 @@ def _array(kind, shape, dtype):
     return np.ndarray((0,), "b")
 
 
-def _array_of_bytes(data, dtype, shape, order):
-    """What NumPy's _frombuffer does (protocol 5)."""
-    return np.frombuffer(data, np.dtype(dtype)).reshape(shape, order=order)
-
-
-def _scalar(dtype, data):
-    """What NumPy's scalar does, for numbers."""
-    return np.frombuffer(data, dtype)[0]
-
-
-def _bytes(text, encoding):
-    """Protocol 2 has no bytes, and writes them as text."""
-    return text.encode("latin1")
-
-
 class Unpickler(pickle.Unpickler):
     def __init__(self, file, path):
         super().__init__(file)
-        self.path, self.allowed = path, {("_codecs", "encode"): _bytes, ("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype}
-        # Classes of their own for each file: a file can set attributes of a class, and shall not meddle with the next one's.
-        self.allowed["rlbench.demo", "Demo"] = type("Demo", (Demo,), {})
-        self.allowed["rlbench.backend.observation", "Observation"] = type("Observation", (Observation,), {})
-        for core in ("numpy.core", "numpy._core"):  # NumPy 1 and 2
-            self.allowed |= {(f"{core}.multiarray", "_reconstruct"): _array, (f"{core}.multiarray", "scalar"): _scalar,
-                             (f"{core}.numeric", "_frombuffer"): _array_of_bytes}  # fmt: skip
+        self.path, self.allowed = path, {
+            ("_codecs", "encode"): lambda text, encoding: text.encode("latin1"),  # protocol 2 writes bytes as text
+            ("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype,
+            # Classes of their own for each file: a file can set attributes of a class, and shall not meddle with the next one's.
+            ("rlbench.demo", "Demo"): type("Demo", (Demo,), {}),
+            ("rlbench.backend.observation", "Observation"): type("Observation", (Observation,), {}),
+        }  # fmt: skip
+        for core in ("numpy.core", "numpy._core"):  # NumPy 1 and 2; what their functions of these names do, for arrays of numbers
+            self.allowed |= {
+                (f"{core}.multiarray", "_reconstruct"): _array,
+                (f"{core}.multiarray", "scalar"): lambda dtype, data: np.frombuffer(data, dtype)[0],
+                (f"{core}.numeric", "_frombuffer"): lambda data, dtype, shape, order: np.frombuffer(data, dtype).reshape(shape, order=order),
+            }
 
     def find_class(self, module, name):
         module = IMPORT_MAPPING.get(module, module)  # protocol 2 has Python 2's names
@@ -120,11 +111,13 @@ def nearest_rotation(matrices):
     return u @ np.diag([1, 1, np.linalg.det(u @ v)]) @ v
 
 
+def pose_of(rotation, position):
+    return np.vstack([np.column_stack([rotation, position]), [0, 0, 0, 1]])
+
+
 def mean_pose(poses):
     """The pose (4, 4) in the middle of poses (T, 4, 4) that hardly differ."""
-    pose = np.eye(4)
-    pose[:3, :3], pose[:3, 3] = nearest_rotation(poses[:, :3, :3]), poses[:, :3, 3].mean(axis=0)
-    return pose
+    return pose_of(nearest_rotation(poses[:, :3, :3]), poses[:, :3, 3].mean(axis=0))
 
 
 def fit_base(q, joint_poses):
@@ -136,16 +129,11 @@ def fit_base(q, joint_poses):
     rotation = nearest_rotation(joint_poses[..., :3, 2:3] @ ours[..., None, :3, 2])
     axes, origins = ours[..., :3, 2] @ rotation.T, ours[..., :3, 3] @ rotation.T  # (T, 7, 3)
     # joint_poses' origins = base + origins + axes * offsets: linear in base and offsets
-    system = np.zeros((*axes.shape, 10))
-    system[..., :3] = np.eye(3)
-    for i in range(7):
-        system[:, i, :, 3 + i] = axes[:, i]
+    system = np.concatenate([np.broadcast_to(np.eye(3), (*axes.shape, 3)), axes[..., None] * np.eye(7)[:, None]], axis=-1)  # (T, 7, 3, 10)
     wanted = joint_poses[..., :3, 3] - origins
     solution = np.linalg.lstsq(system.reshape(-1, 10), wanted.ravel(), rcond=None)[0]
     error = max(np.abs(system @ solution - wanted).max(), np.abs(axes - joint_poses[..., :3, 2]).max())
-    base = np.eye(4)
-    base[:3, :3], base[:3, 3] = rotation, solution[:3]
-    return base, solution[3:], error
+    return pose_of(rotation, solution[:3]), solution[3:], error
 
 
 def fit_base_to_tool(q, tool):
@@ -166,9 +154,7 @@ def fit_base_to_tool(q, tool):
     system = np.concatenate([np.broadcast_to(np.eye(3), (len(q), 3, 3)), rotation @ last[:, :3, :3]], axis=2)  # (T, 3, 6)
     ridge = np.hstack([np.zeros((3, 3)), 0.1 * np.eye(3)])
     solution = np.linalg.lstsq(np.vstack([*system, ridge]), np.append(wanted, np.zeros(3)), rcond=None)[0]
-    base = np.eye(4)
-    base[:3, :3], base[:3, 3] = rotation, solution[:3]
-    return base, np.zeros(7), max(error, np.abs(system @ solution - wanted).max())
+    return pose_of(rotation, solution[:3]), np.zeros(7), max(error, np.abs(system @ solution - wanted).max())
 
 
 def matrices(poses):
@@ -345,8 +331,3 @@ def read_demonstration(folder, cameras, size=None):
         new_height, new_width = images[camera].shape[1:3]
         episode.intrinsics[camera] = np.diag([new_width / width, new_height / height, 1]) @ episode.intrinsics[camera]
     return episode
-
-
-def name_of(folder):
-    """The file name of an imported demonstration."""
-    return f"episode{int(folder.name[7:]):03d}_variation{int(folder.parent.parent.name[9:]):02d}.hdf5"

@@ -94,16 +94,16 @@ class Simulator:
     running = None
 
     def __init__(self, size, cameras):
-        self.settings, self.rlbench, self.active = (size, cameras), import_rlbench(), None
+        self.settings, self.rlbench, self.name = (size, cameras), import_rlbench(), None
         config = self.rlbench.ObservationConfig()
         config.set_all(False)
-        config.joint_positions = config.joint_velocities = True
-        config.gripper_open = config.gripper_pose = config.gripper_matrix = True
-        for camera in cameras:
-            if not hasattr(config, f"{camera}_camera"):
-                raise UserError(f"RLBench has no camera '{camera}'; choose from wrist, front, left_shoulder, right_shoulder, overhead.")
-            getattr(config, f"{camera}_camera").rgb = True
-            getattr(config, f"{camera}_camera").image_size = size[::-1]  # PyRep: width, height
+        for what in ("joint_positions", "joint_velocities", "gripper_open", "gripper_pose", "gripper_matrix"):
+            setattr(config, what, True)
+        for name in cameras:
+            camera = getattr(config, f"{name}_camera", None)
+            if camera is None:
+                raise UserError(f"RLBench has no camera '{name}'; choose from wrist, front, left_shoulder, right_shoulder, overhead.")
+            camera.rgb, camera.image_size = True, size[::-1]  # PyRep: width, height
         mode = self.rlbench.MoveArmThenGripper(self.rlbench.JointPosition(), self.rlbench.Discrete())
         self.environment = self.rlbench.Environment(action_mode=mode, obs_config=config, headless=True)
         try:
@@ -114,23 +114,21 @@ class Simulator:
         self.end = Finalize(self, self.environment.shutdown, exitpriority=10)  # also at the process's end
 
     @classmethod
-    def of(cls, size, cameras):
+    def load(cls, name, size, cameras):
+        """RLBench's TaskEnvironment of this task, in a CoppeliaSim with these cameras; begun and loaded only where that is new."""
         if cls.running is None or cls.running.settings != (size, cameras):
             cls.stop()
             cls.running = cls(size, cameras)
-        return cls.running
+        if cls.running.name != name:
+            cls.running.live = cls.running.environment.get_task(task_class(cls.running.rlbench.tasks, name))
+            cls.running.name = name
+        return cls.running.live
 
     @classmethod
     def stop(cls):
         if cls.running is not None:
             cls.running.end()
             cls.running = None
-
-    def task(self, name):
-        """RLBench's TaskEnvironment of this task, loaded if it is not the last one used."""
-        if self.active is None or self.active[0] != name:
-            self.active = name, self.environment.get_task(task_class(self.rlbench.tasks, name))
-        return self.active[1]
 
 
 # -------------------------------------------------------------------------------------------------------- environment
@@ -160,13 +158,11 @@ class RLBenchEnv(ArmEnv):
 
     def begin(self, seed, variation):
         """Seed RLBench, which draws from NumPy's global state, and choose the variation. Returns the TaskEnvironment."""
-        live = Simulator.of((self.height, self.width), tuple(dict.fromkeys([*self.cameras, "front"]))).task(self.name)  # front: films
+        live = Simulator.load(self.name, (self.height, self.width), tuple(dict.fromkeys([*self.cameras, "front"])))  # front: films
         np.random.seed(seed % 2**32)
-        if variation is None:
-            self.variation = int(live.sample_variation())
-        else:
+        if variation is not None:
             self.attempt(live.set_variation, variation)
-            self.variation = variation
+        self.variation = int(live.sample_variation()) if variation is None else variation
         return live
 
     # ---- Gymnasium
