@@ -250,8 +250,7 @@ def listen(task, seed, settings):
     correct = []
     for variation in range(len(truth)):
         spots = gripper_spots({camera: batch[variation] for camera, batch in painted.items()}, images)
-        distance = np.linalg.norm(truth - spots, axis=-1)  # (variations, cameras) pixels
-        distance = np.nan_to_num(distance, nan=env.width).mean(axis=1)
+        distance = np.nan_to_num(np.linalg.norm(truth - spots, axis=-1), nan=env.width).mean(axis=1)  # (variations,) pixels
         correct.append(bool(np.isfinite(spots).any() and distance.argmin() == variation))
     return correct
 
@@ -354,18 +353,15 @@ def checkpoints(settings):
     return each
 
 
-def evaluate(settings):
-    """Run all episodes in parallel -> per checkpoint {task: [(outcome, log), ...] in the order of the seeds}, [correct, ...] of the
-    language check."""
-    each = checkpoints(settings)
-    jobs = [(drive, task, settings.seed + i, checkpoint)
-            for checkpoint in each for task in settings.tasks for i in range(settings.episodes)]  # fmt: skip
+def write_report(settings):
+    """Drive all episodes, write and print the results. A variation's policy is a function (run, device) -> painter or None, controller."""
+    each, tasks = checkpoints(settings), settings.tasks
+    jobs = [(drive, task, settings.seed + i, checkpoint) for checkpoint in each for task in tasks for i in range(settings.episodes)]
     if settings.policy == "genima" and settings.sim == "mujoco":
-        jobs += [(listen, task, settings.seed + i, each[0])
-                 for i in range(settings.language) for task in LANGUAGE_TASKS if task in settings.tasks]  # fmt: skip
+        jobs += [(listen, task, settings.seed + i, each[0]) for i in range(settings.language) for task in LANGUAGE_TASKS if task in tasks]
     # CUDA does not survive a fork, and CoppeliaSim's libraries had better not be asked to
     start = None if settings.device == "cpu" and settings.sim == "mujoco" else "spawn"
-    runs, heard = [{task: [] for task in settings.tasks} for _ in each], []
+    runs, heard = [{task: [] for task in tasks} for _ in each], []  # per checkpoint and task [(outcome, log), ...]; [correct, ...]
     done = in_parallel(jobs, settings.workers, "evaluating", "episode", start)
     for (what, task, seed, checkpoint), result in sorted(done, key=lambda pair: pair[0][2]):  # by seed
         if what is listen:
@@ -373,36 +369,31 @@ def evaluate(settings):
         else:
             outcome, log = nothing(seed)
             runs[each.index(checkpoint)][task].append(result or (outcome | {"error": "the simulator crashed"}, log))
-    return runs, heard
 
-
-def write_report(settings):
-    """Drive all episodes, write and print the results. A variation's policy is a function (run, device) -> painter or None, controller."""
-    runs, heard = evaluate(settings)
-    results = {task: [pair for run in runs for pair in run[task]] for task in settings.tasks}  # of all checkpoints
+    results = {task: sum((run[task] for run in runs), []) for task in tasks}
     policy = getattr(settings.policy, "__name__", settings.policy)
-    what = {"act": "plain pictures", "genima": "painted target", "oracle": "painted target"}.get(policy, "what the controller sees")
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
     report = {
         "policy": policy, "sim": settings.sim, "git_commit": commit.stdout.strip() if commit.returncode == 0 else None,
         "machine": machine(settings.device), "execute": settings.execute,
         "seeds": {"first": settings.seed, "last": settings.seed + settings.episodes - 1},
-        "tasks": {task: summary(*zip(*runs)) for task, runs in results.items()},
+        "tasks": {task: summary(*zip(*pairs)) for task, pairs in results.items()},
     }  # fmt: skip
     if settings.checkpoints > 1:
         report["checkpoints"] = [
             {"painter": str(checkpoint.painter), "controller": str(checkpoint.controller),
-             "rates": {task: sum(outcome["success"] for outcome, _ in run[task]) / settings.episodes for task in settings.tasks}}
-            for checkpoint, run in zip(checkpoints(settings), runs)]  # fmt: skip
+             "rates": {task: sum(outcome["success"] for outcome, _ in run[task]) / settings.episodes for task in tasks}}
+            for checkpoint, run in zip(each, runs)]  # fmt: skip
     if heard:
         report["language"] = {"correct": sum(heard), "cases": len(heard), **rate(sum(heard), len(heard))}
     suffix = "" if policy == "genima" else f"_{policy}"
     with write_whole(settings.out / f"evaluation{suffix}.json") as path:
         path.write_text(json.dumps(report, indent=1))
-    for task, runs in results.items():
-        if films := [(outcome, log["frames"]) for outcome, log in runs if log["frames"]]:
-            write_film(settings.out, f"{task}{suffix}", films, what, HZ if settings.sim == "rlbench" else CONTROL_HZ)
-        for outcome, log in runs if settings.trace else ():
+    shown = {"act": "plain pictures", "genima": "painted target", "oracle": "painted target"}.get(policy, "what the controller sees")
+    for task, pairs in results.items():
+        if films := [(outcome, log["frames"]) for outcome, log in pairs if log["frames"]]:
+            write_film(settings.out, f"{task}{suffix}", films, shown, HZ if settings.sim == "rlbench" else CONTROL_HZ)
+        for outcome, log in pairs if settings.trace else ():
             if not outcome["success"]:
                 with write_whole(settings.out / f"trace{suffix}_{task}_{outcome['seed']}.csv") as path, open(path, "w", newline="") as file:
                     csv.writer(file).writerows([TRACE, *log["trace"]])

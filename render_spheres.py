@@ -25,8 +25,8 @@ import tyro
 import yaml
 from PIL import Image
 
-from episodes import CAMERAS, UserError, check_alike, check_array, check_intrinsics, check_poses, find_episodes, read_episode, read_hdf5
-from episodes import run_stage, write_hdf5, write_whole
+from episodes import (CAMERAS, UserError, check_alike, check_array, check_intrinsics, check_poses, find_episodes, read_episode, read_hdf5,
+                      run_stage, write_hdf5, write_whole)  # fmt: skip
 from films import two_columns, write_video
 from sims.parallel import in_parallel
 
@@ -221,7 +221,6 @@ def turns(angles):
 
 def load_calibration(path):
     """Read the cameras measured anew: {camera: {"intrinsics": (3, 3), and one pose (4, 4) by its name}}."""
-    shapes = {"intrinsics": (3, 3), "world_from_camera": (4, 4), "last_joint_from_camera": (4, 4)}
     try:
         cameras = yaml.safe_load(Path(path).read_text())  # YAML reads JSON too
         cameras = {camera: {key: np.array(value, float) for key, value in entries.items()} for camera, entries in cameras.items()}
@@ -231,8 +230,8 @@ def load_calibration(path):
         if set(entries) - {"intrinsics"} not in ({"world_from_camera"}, {"last_joint_from_camera"}) or "intrinsics" not in entries:
             raise UserError(f"{path}: {camera} needs intrinsics, and either world_from_camera or last_joint_from_camera.")
         for key, value in entries.items():
-            check_array(value, shapes[key], np.floating, f"{path}: {camera}/{key}")
-            (check_intrinsics if key == "intrinsics" else check_poses)(value, f"{path}: {camera}/{key}")
+            where = f"{path}: {camera}/{key}"
+            check_intrinsics(value, where) if key == "intrinsics" else check_poses(value, (4, 4), where)
     return cameras
 
 

@@ -11,7 +11,7 @@ the table top, metres, z up, x away from the robot. Task names, instructions and
 To add a task, write a class like `ReachTarget` below (about thirty lines) and list it in TASKS:
   build    puts the objects into the scene (an MjSpec: MuJoCo's XML as Python objects), once;
   place    draws where they lie and how they look in this episode;
-  focus    the point that the instruction is about; some demonstrations start near it;
+  focus    the point that the instruction is about, the middle of `geom` if nothing else is said; some demonstrations start near it;
   plan     yields the waypoints of the scripted demonstration;
   success  says whether the task is done.
 """
@@ -165,6 +165,7 @@ class Task:
 
     candidates = 3
     names = ("",)  # what the instruction calls each candidate
+    geom = ""  # the geom that the instruction is about; {} is the candidate's number
     templates = ()  # RLBench's phrasings; {} is the named candidate
     max_steps = 100
     start_box = START_BOX
@@ -181,16 +182,20 @@ class Task:
     def instructions(self, variation):
         return [template.format(self.names[variation]) for template in self.templates]
 
-    def draw_colours(self, env, rng, geoms):
-        """Gives each candidate's geoms (name pattern with {i}) its own colour for this episode."""
+    def focus(self, env):
+        return env.data.geom(self.geom.format(env.variation)).xpos.copy()
+
+    def draw_colours(self, env, rng):
+        """Gives each candidate its own colour for this episode, and its name."""
         self.names = [str(name) for name in rng.permutation(list(COLOURS))[: self.candidates]]
         for i, name in enumerate(self.names):
-            env.model.geom(geoms.format(i=i)).rgba[:3] = COLOURS[name]
+            env.model.geom(self.geom.format(i)).rgba[:3] = COLOURS[name]
 
 
 class ReachTarget(Task):
     """Touch the ball of the named colour with the fingertips; the other balls are distractors."""
 
+    geom = "ball{}"
     templates = ("reach the {} target", "touch the {} ball with the panda gripper", "reach the {} sphere")
     radius = 0.03
 
@@ -200,11 +205,8 @@ class ReachTarget(Task):
             body.add_geom(name=f"ball{i}", type=mujoco.mjtGeom.mjGEOM_SPHERE, size=[self.radius, 0, 0], contype=0, conaffinity=0)
 
     def place(self, env, rng):
-        self.draw_colours(env, rng, "ball{i}")
+        self.draw_colours(env, rng)
         env.data.mocap_pos[:] = scatter(rng, self.candidates, (0.36, -0.25, 0.05), (0.62, 0.25, 0.30), apart=0.12)
-
-    def focus(self, env):
-        return env.data.mocap_pos[env.variation].copy()
 
     def plan(self, env):
         yield Move(self.focus(env), dwell=4)
@@ -216,6 +218,7 @@ class ReachTarget(Task):
 class PushButton(Task):
     """Press the button of the named colour with closed fingers. Pressing another one ends the episode."""
 
+    geom = "cap{}"
     templates = ("push the {} button", "push down the {} button", "press the button with the {} color", "press the {} button")
     height, travel = 0.03, 0.010  # of the button's top above the table; how far it goes down
 
@@ -229,7 +232,7 @@ class PushButton(Task):
             cap.add_geom(name=f"cap{i}", type=mujoco.mjtGeom.mjGEOM_CYLINDER, size=[0.025, 0.01, 0], mass=0.05)
 
     def place(self, env, rng):
-        self.draw_colours(env, rng, "cap{i}")
+        self.draw_colours(env, rng)
         for i, point in enumerate(scatter(rng, self.candidates, (0.36, -0.24), (0.62, 0.24), apart=0.13)):
             env.model.body(f"button{i}").pos[:2] = point
 
@@ -263,6 +266,7 @@ def grasp(env, point, low, high):
 class PickAndLift(Task):
     """Grasp the block of the named colour and lift it 10 cm; the other blocks are distractors."""
 
+    geom = "block{}"
     templates = ("pick up the {} block and lift it", "grasp the {} block and lift it up", "lift the {} block up")
     half = 0.02
 
@@ -271,12 +275,9 @@ class PickAndLift(Task):
             add_block(world, f"block{i}", [self.half] * 3, (0.5, 0.2 * (i - 1), self.half), mass=0.05, **GRIPPED)
 
     def place(self, env, rng):
-        self.draw_colours(env, rng, "block{i}")
+        self.draw_colours(env, rng)
         for i, point in enumerate(scatter(rng, self.candidates, (0.38, -0.22), (0.60, 0.22), apart=0.13)):
             env.data.joint(f"block{i}").qpos[:] = [*point, self.half, *about_z(rng.uniform(-0.3, 0.3))]
-
-    def focus(self, env):
-        return env.data.body(f"block{env.variation}").xpos.copy()
 
     def plan(self, env):
         point = self.focus(env)
@@ -291,7 +292,7 @@ class PickAndLift(Task):
 class SlideBlockToTarget(Task):
     """Push the block along the table, with open fingers side by side, until it lies on the blue square."""
 
-    candidates = 1
+    candidates, geom = 1, "block"
     templates = (
         "slide the block to target", "slide the block onto the target", "slide the block towards the blue target",
         "push the block until it is sitting on top of the target",
@@ -311,9 +312,6 @@ class SlideBlockToTarget(Task):
         env.model.body("target").pos[:2] = block + distance * np.array([np.cos(yaw), np.sin(yaw)])
         env.model.body("target").quat[:] = env.data.joint("block").qpos[3:]
 
-    def focus(self, env):
-        return env.data.body("block").xpos.copy()
-
     def plan(self, env):
         block, target = self.focus(env), np.append(env.model.body("target").pos[:2], self.half[2])
         direction = (target - block) / np.linalg.norm(target - block)
@@ -330,7 +328,7 @@ class SlideBlockToTarget(Task):
 class OpenDrawer(Task):
     """Grasp the handle of the bottom, middle or top drawer of a cabinet from its front and pull it open."""
 
-    names = ("bottom", "middle", "top")
+    names, geom = ("bottom", "middle", "top"), "handle{}"
     templates = ("open the {0} drawer", "grip the {0} handle and pull the {0} drawer open", "slide the {0} drawer open")
     start_box = np.array([[0.32, -0.28, 0.15], [0.62, -0.08, 0.40]])  # in front of the cabinet
     posture = ELBOW_UP
@@ -356,9 +354,6 @@ class OpenDrawer(Task):
         cabinet.pos[:2] = rng.uniform((0.44, 0.17), (0.54, 0.21))
         cabinet.quat[:] = about_z(yaw)
 
-    def focus(self, env):
-        return env.data.geom(f"handle{env.variation}").xpos.copy()
-
     def near(self, env):
         return self.focus(env) - (0, 0.18, 0)
 
@@ -377,7 +372,7 @@ class OpenDrawer(Task):
 class TakeLidOffSaucepan(Task):
     """Grasp the knob of the lid, lift it 10 cm off the pan and hold it."""
 
-    candidates = 1
+    candidates, geom = 1, "knob"
     templates = (
         "take lid off the saucepan", "using the handle, lift the lid off of the pan", "remove the lid from the pan",
         "grip the saucepan's lid and remove it from the pan", "leave the pan open", "uncover the saucepan",
@@ -406,9 +401,6 @@ class TakeLidOffSaucepan(Task):
         env.model.body("pan").pos[:2] = point
         env.model.body("pan").quat[:] = about_z(yaw)
         env.data.joint("lid").qpos[:2] = point
-
-    def focus(self, env):
-        return env.data.geom("knob").xpos.copy()
 
     def success(self, env):
         lid = env.data.body("lid").xpos
@@ -465,7 +457,7 @@ class CloseBox(Task):
 class StackBlocks(Task):
     """Stack the two blocks of the named colour on the square; the two of the other colour are distractors."""
 
-    candidates = 2
+    candidates, geom = 2, "block{}"
     templates = (
         "stack 2 {} blocks", "place 2 of the {} cubes on top of each other", "build a tall tower out of 2 {} cubes",
         "pick up and set down 2 {} blocks on top of each other", "arrange 2 {} blocks in a vertical stack on the table top",
@@ -481,7 +473,7 @@ class StackBlocks(Task):
             add_block(world, f"block{i}", [self.half] * 3, (0.5, 0.1 * i, self.half), mass=0.05, **GRIPPED)
 
     def place(self, env, rng):
-        self.draw_colours(env, rng, "block{i}")
+        self.draw_colours(env, rng)
         points = scatter(rng, 5, (0.38, -0.22), (0.60, 0.22), apart=0.11)
         env.model.body("target").pos[:2] = points[4]
         for i in range(4):

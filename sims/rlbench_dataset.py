@@ -27,7 +27,7 @@ import numpy as np
 from PIL import Image
 
 from episodes import Episode, UserError
-from render_spheres import Chain, spread
+from render_spheres import Chain, spread, turns
 
 HZ = 20  # RLBench steps its simulation by 50 ms, and a demonstration has a frame per step
 OPENCV = np.diag([-1.0, -1, 1, 1])  # PyRep's camera from OpenCV's: x left and y up against x right and y down
@@ -68,8 +68,9 @@ class Unpickler(pickle.Unpickler):
             self.allowed |= {
                 (f"{core}.multiarray", "_reconstruct"): _array,
                 (f"{core}.multiarray", "scalar"): lambda dtype, data: np.frombuffer(data, dtype)[0],
-                (f"{core}.numeric", "_frombuffer"): lambda data, dtype, shape, order: np.frombuffer(data, dtype).reshape(shape, order=order),
-            }
+                (f"{core}.numeric", "_frombuffer"):
+                    lambda data, dtype, shape, order: np.frombuffer(data, dtype).reshape(shape, order=order),
+            }  # fmt: skip
 
     def find_class(self, module, name):
         module = IMPORT_MAPPING.get(module, module)  # protocol 2 has Python 2's names
@@ -140,8 +141,7 @@ def fit_base_to_tool(q, tool):
     """The same from poses tool (T, 4, 4) of the hand alone, for datasets without joint_poses -> world_from_base, zeros (7,), error."""
     last, best = panda().joint_poses(q)[:, 6], None
     for turn in range(8):  # in eighths: the hand sits on the last joint turned by -45 degrees, and PyRep's tip somehow on the hand
-        cosine, sine = np.cos(turn * np.pi / 4), np.sin(turn * np.pi / 4)
-        mount = np.array([[cosine, -sine, 0], [sine, cosine, 0], [0, 0, 1]])
+        mount = turns(np.array(turn * np.pi / 4))[:3, :3]
         rotations = tool[:, :3, :3] @ np.swapaxes(last[:, :3, :3] @ mount, 1, 2)
         rotation = nearest_rotation(rotations)
         error = np.abs(rotations - rotation).max()
@@ -229,11 +229,8 @@ def arm(q, observations, where):
                     "only RLBench's default robot can be imported.")
 
 
-def convert(demo, images, descriptions, task, variation, number, where):
-    """A demonstration of RLBench with its images {camera: (T, H, W, 3)} -> an Episode."""
-    observations = getattr(demo, "_observations", demo)
-    if not isinstance(observations, (list, tuple)) or len(observations) < 2 or any(not hasattr(o, "joint_positions") for o in observations):
-        raise UserError(f"{where} does not hold a demonstration of two frames or more: record it again.")
+def convert(observations, images, descriptions, task, variation, number, where):
+    """RLBench's observations with their images {camera: (T, H, W, 3)} -> an Episode."""
     if np.shape(observations[0].joint_positions) != (7,):
         raise UserError(f"{where}: this is not a Panda, for joint_positions has the shape {np.shape(observations[0].joint_positions)}: "
                         "only RLBench's default robot can be imported.")
@@ -246,7 +243,7 @@ def convert(demo, images, descriptions, task, variation, number, where):
     chain, base_from_world = arm(joints, observations, where)
     joint_poses = chain.joint_poses(joints)  # (T, 8, 4, 4)
     intrinsics, extrinsics = {}, {}
-    for camera, pictures in images.items():
+    for camera in images:
         intrinsics[camera], poses = camera_matrices(observations, camera, where)
         poses = base_from_world @ poses
         mounts = np.linalg.inv(joint_poses[:, -2]) @ poses
@@ -316,9 +313,12 @@ def read_demonstration(folder, cameras, size=None):
     if not isinstance(descriptions, (list, tuple)) or not descriptions or not all(isinstance(text, str) and text for text in descriptions):
         raise UserError(f"{variation / 'variation_descriptions.pkl'} is not a list of sentences: get it again.")
     where = folder / "low_dim_obs.pkl"
-    demo, images, sizes = load(where), {}, {}
-    frames = len(getattr(demo, "_observations", demo)) if isinstance(getattr(demo, "_observations", demo), (list, tuple)) else 0
-    for camera in cameras if frames else ():
+    demo = load(where)
+    observations = getattr(demo, "_observations", demo)
+    if not isinstance(observations, (list, tuple)) or len(observations) < 2 or any(not hasattr(o, "joint_positions") for o in observations):
+        raise UserError(f"{where} does not hold a demonstration of two frames or more: record it again.")
+    frames, images, sizes = len(observations), {}, {}
+    for camera in cameras:
         pictures = folder / f"{camera}_rgb"
         if not pictures.is_dir():
             there = ", ".join(sorted(path.name[:-4] for path in folder.glob("*_rgb"))) or "none"
@@ -326,7 +326,7 @@ def read_demonstration(folder, cameras, size=None):
         if (pictures / f"{frames}.png").exists():
             raise UserError(f"{pictures} has more pictures than the demonstration's {frames} frames: half of it is missing, get it again.")
         images[camera], sizes[camera] = read_pictures(pictures, frames, size)
-    episode = convert(demo, images, list(descriptions), variation.parent.name, int(variation.name[9:]), int(folder.name[7:]), where)
+    episode = convert(observations, images, list(descriptions), variation.parent.name, int(variation.name[9:]), int(folder.name[7:]), where)
     for camera, (height, width) in sizes.items():
         new_height, new_width = images[camera].shape[1:3]
         episode.intrinsics[camera] = np.diag([new_width / width, new_height / height, 1]) @ episode.intrinsics[camera]
