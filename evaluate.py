@@ -288,8 +288,7 @@ def machine(device):
 def print_table(report):
     print(f"\n{'task':<24}{'success':>10}{'rate':>7}{'95 % interval':>16}{'steps':>7}{'paint':>10}{'control':>10}")
     for name, task in report["tasks"].items():
-        low, high = task["wilson_95"]
-        steps = "-" if task["mean_steps"] is None else f"{task['mean_steps']:.0f}"
+        (low, high), steps = task["wilson_95"], "-" if task["mean_steps"] is None else f"{task['mean_steps']:.0f}"
         print(f"{name:<24}{task['successes']:>4} of {task['episodes']:<3}{task['rate']:>6.0%}{f'{low:.0%} to {high:.0%}':>16}{steps:>7}"
               f"{task['paint_ms']:>7.1f} ms{task['control_ms']:>7.1f} ms")
         if "failed_resets" in task:
@@ -322,6 +321,8 @@ def check_settings(settings):
         raise UserError("--demos is for --sim rlbench, and --policy oracle for the embedded simulator.")
     if settings.demos:
         find_demonstrations(settings.demos, settings.tasks)
+    if settings.policy != "genima" or rlbench:
+        settings.language = 0  # nothing is painted, or there is no knowing where
     seeds = range(settings.seed, settings.seed + max(settings.episodes, settings.language))
     for path in recorded:
         seed = path.name.split("_")[0]
@@ -357,8 +358,7 @@ def write_report(settings):
     """Drive all episodes, write and print the results. A variation's policy is a function (run, device) -> painter or None, controller."""
     each, tasks = checkpoints(settings), settings.tasks
     jobs = [(drive, task, settings.seed + i, checkpoint) for checkpoint in each for task in tasks for i in range(settings.episodes)]
-    if settings.policy == "genima" and settings.sim == "mujoco":
-        jobs += [(listen, task, settings.seed + i, each[0]) for i in range(settings.language) for task in LANGUAGE_TASKS if task in tasks]
+    jobs += [(listen, task, settings.seed + i, each[0]) for i in range(settings.language) for task in LANGUAGE_TASKS if task in tasks]
     # CUDA does not survive a fork, and CoppeliaSim's libraries had better not be asked to
     start = None if settings.device == "cpu" and settings.sim == "mujoco" else "spawn"
     runs, heard = [{task: [] for task in tasks} for _ in each], []  # per checkpoint and task [(outcome, log), ...]; [correct, ...]

@@ -13,7 +13,6 @@ import difflib
 import importlib
 import os
 import pkgutil
-import re
 import sys
 from multiprocessing.util import Finalize
 from pathlib import Path
@@ -77,15 +76,10 @@ def import_rlbench():
 
 def task_class(tasks, name):
     """RLBench's class of a task, by the task's name. Raises UserError with the nearest name if there is none."""
-    camel = "".join(word.capitalize() for word in name.split("_"))
-    modules = {module.name for module in pkgutil.iter_modules(getattr(tasks, "__path__", []))}
-    if name in modules:
-        return getattr(importlib.import_module(f"rlbench.tasks.{name}"), camel)
-    if isinstance(getattr(tasks, camel, None), type):
-        return getattr(tasks, camel)
-    names = modules | {re.sub("(?<!^)(?=[A-Z])", "_", key).lower() for key, value in vars(tasks).items() if isinstance(value, type)}
-    near = difflib.get_close_matches(name, names, 1, 0)
-    raise UserError(f"RLBench has no task '{name}'" + (f"; is it '{near[0]}'?" if near else "."))
+    names = [module.name for module in pkgutil.iter_modules(tasks.__path__)]
+    if name not in names:
+        raise UserError(f"RLBench has no task '{name}'; is it '{difflib.get_close_matches(name, names, 1, 0)[0]}'?")
+    return getattr(importlib.import_module(f"rlbench.tasks.{name}"), "".join(word.capitalize() for word in name.split("_")))
 
 
 class Simulator:
