@@ -15,6 +15,7 @@ the path never comes back to it. Stopped in the middle, the script goes on where
 
 import os
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -23,10 +24,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # one process per core does the w
 import numpy as np
 import tyro
 
-from episodes import CAMERAS, Episode, UserError, find_episodes, read_episode, run_stage, write_episode
-from sims.mujoco_panda import CONTROL_HZ, TASKS, PandaEnv, rotation_from, rotation_vector
+from episodes import CAMERAS, Episode, UserError, read_episode, run_stage, write_episode
+from sims.mujoco_panda import CONTROL_HZ, PandaEnv, check_task, rotation_from, rotation_vector
 from sims.parallel import in_parallel
-from sims.rlbench_dataset import find_demonstrations, name_of, read_demonstration
+from sims.rlbench_dataset import find_demonstrations, read_demonstration
 from sims.rlbench_panda import NoSceneError, RLBenchEnv, import_rlbench, task_class
 
 JOINT_SPEED = 1.2  # rad/s, about half of what the arm can do (Franka's data sheet: 2.2 to 2.6)
@@ -70,114 +71,106 @@ def demonstration(env):
         distance = np.linalg.norm(move.position - start[:3, 3])
         turn = rotation_vector(rotation @ start[:3, :3].T)
         steps = int(np.ceil(max(distance / move.speed, np.linalg.norm(turn) / 1.5) * CONTROL_HZ))
+        path = [joints]
         while steps:  # more steps until no joint is too fast (inverse kinematics may turn a short line into a long turn)
-            path, previous = [], joints
+            path = [joints]
             for fraction in np.arange(1, steps + 1) / steps:
                 pose = rotation_from(fraction * turn) @ start[:3, :3]
-                path.append(env.ik(start[:3, 3] + fraction * (move.position - start[:3, 3]), pose, previous))
-                previous = path[-1]
-            fastest = np.abs(np.diff([joints, *path], axis=0)).max() * CONTROL_HZ
+                path.append(env.ik(start[:3, 3] + fraction * (move.position - start[:3, 3]), pose, path[-1]))
+            fastest = np.abs(np.diff(path, axis=0)).max() * CONTROL_HZ
             if fastest <= JOINT_SPEED:
                 break
             steps = max(steps + 1, int(np.ceil(steps * fastest / JOINT_SPEED)))
             if steps > 200:
                 raise UserError(f"No way to {np.round(move.position, 3)} below {JOINT_SPEED} rad/s.")
-        else:
-            path = []
-        joints = path[-1] if path else joints
+        joints = path[-1]
         target = np.block([[rotation, np.reshape(move.position, (3, 1))], [0, 0, 0, 1]])
-        for position in path + [joints] * move.dwell:
+        for position in path[1:] + [joints] * move.dwell:
             yield np.append(position, move.gripper)
 
 
 def record(env, task, seed, variation, start):
     """One attempt: the whole demonstration, whether or not it succeeds. Returns an Episode without a path."""
     observation, info = env.reset(seed=seed, options={"variation": variation, "start": start})
-    rows = {"qpos": [], "qvel": [], "action": [], "joint_poses": []}
-    images, extrinsics = {c: [] for c in env.cameras}, {c: [] for c in env.cameras}
+    frames = []
     for action in demonstration(env):
-        rows["qpos"].append(observation["qpos"])
-        rows["qvel"].append(observation["qvel"])
-        rows["action"].append(action)
-        rows["joint_poses"].append(env.joint_poses())
-        for camera in env.cameras:
-            images[camera].append(observation["images"][camera])
-            extrinsics[camera].append(env.camera(camera)[1])
+        frames.append((observation, action, env.joint_poses(), {camera: env.camera(camera)[1] for camera in env.cameras}))
         observation, _, _, _, info = env.step(action)
+    observations, actions, joint_poses, extrinsics = zip(*frames)
     return Episode(
         path=None, task=task, variation=variation, instruction=info["instruction"], instructions=info["instructions"],
         success=info["success"], fps=float(CONTROL_HZ), robot="fr3", sim=True, seed=seed,
-        **{name: np.asarray(values, dtype=np.float32) for name, values in rows.items()},
-        images={camera: np.stack(pictures) for camera, pictures in images.items()},
+        qpos=np.stack([seen["qpos"] for seen in observations]), qvel=np.stack([seen["qvel"] for seen in observations]),
+        action=np.array(actions, np.float32), joint_poses=np.stack(joint_poses),
+        images={camera: np.stack([seen["images"][camera] for seen in observations]) for camera in env.cameras},
         intrinsics={camera: env.camera(camera)[0] for camera in env.cameras},
-        extrinsics={camera: np.stack(poses) for camera, poses in extrinsics.items()},
+        extrinsics={camera: np.stack([poses[camera] for poses in extrinsics]) for camera in env.cameras},
     )  # fmt: skip
 
 
-_env = {}  # one environment per task and process
+@cache
+def environment(task, image_size, cameras, sim=None, images=False):
+    """One environment per task and process. Without images, pictures are taken when they are looked at."""
+    return (RLBenchEnv if sim == "rlbench" else PandaEnv)(task, image_size, cameras, images)
 
 
 def record_rlbench(folder, task, seeds, image_size, cameras):
-    """One demonstration by RLBench's planner, of the first of these seeds for which there is one. Returns as record_scene does."""
+    """One demonstration by RLBench's planner, of the first of these seeds for which there is one. Returns attempts, successes."""
     if any(list((folder / task).glob(f"{seed:07d}_*.hdf5")) for seed in seeds):
-        return task, 0, 0
-    if task not in _env:
-        _env[task] = RLBenchEnv(task, image_size, cameras)
+        return 0, 0
     for attempts, seed in enumerate(seeds, 1):
         try:
-            episode = _env[task].demonstrate(seed)
+            episode = environment(task, image_size, cameras, "rlbench", True).demonstrate(seed)
         except NoSceneError:  # no place for the task, or no path: a failed attempt, not a broken program
             continue
         write_episode(folder / task / f"{seed:07d}_{episode.variation:02d}.hdf5", episode)
-        return task, attempts, 1
-    return task, len(seeds), 0
+        return attempts, 1
+    return len(seeds), 0
 
 
 def record_scene(folder, task, seed, image_size):
-    """All variations of one scene that are not on disk yet. Returns (task, attempts, successes)."""
-    if task not in _env:
-        _env[task] = PandaEnv(task, image_size, CAMERAS)
-        _env[task].render()  # a machine that cannot draw says so here, instead of failing in every attempt
-    attempts = successes = 0
-    for variation in range(_env[task].task.candidates):
+    """All variations of one scene that are not on disk yet. Returns attempts, successes."""
+    env, attempts, successes = environment(task, image_size, CAMERAS, images=True), 0, 0
+    env.render()  # a machine that cannot draw says so here, instead of failing in every attempt
+    for variation in range(env.task.candidates):
         path = folder / task / f"{seed:07d}_{variation:02d}.hdf5"
         if path.exists():
             continue
         attempts += 1
         try:
-            episode = record(_env[task], task, seed, variation, ("anywhere", "near")[(seed + variation) % 2])
+            episode = record(env, task, seed, variation, ("anywhere", "near")[(seed + variation) % 2])
         except UserError:  # a waypoint out of reach: a failed attempt, not a broken program
             continue
         if episode.success:
             successes += 1
             write_episode(path, episode)
-    return task, attempts, successes
+    return attempts, successes
 
 
-def import_episode(folder, path, cameras, size):
-    """One demonstration of a dataset. Returns (task, is it new, what is wrong with it)."""
-    task = path.parent.name
+def import_episode(source, path, cameras, size):
+    """One demonstration of a dataset. Returns (is it new, what is wrong with it)."""
     if path.exists():
-        return task, False, None
+        return False, None
     try:
-        write_episode(path, read_demonstration(folder, cameras, size))
+        write_episode(path, read_demonstration(source, cameras, size))
     except UserError as error:
-        return task, False, str(error)
-    return task, True, None
+        return False, str(error)
+    return True, None
 
 
 def import_dataset(settings, folder, size):
     """Turn a dataset of RLBench into episodes."""
     jobs, counts, broken = [], {}, set()
     for source in find_demonstrations(settings.from_rlbench, settings.tasks, settings.variations, settings.scenes):
-        task = source.parents[2].name
-        jobs.append((import_episode, source, folder / task / name_of(source), settings.cameras, size))
-    for _, result in in_parallel(jobs, settings.workers, "importing", "demonstration"):
-        task, new, error = result or (task, False, "A process of the import died: run the same command again.")
-        counts[task] = counts.get(task, 0) + new
+        task, variation, number = source.parents[2].name, int(source.parents[1].name[9:]), int(source.name[7:])
+        path = folder / task / f"episode{number:03d}_variation{variation:02d}.hdf5"
+        jobs.append((import_episode, source, path, settings.cameras, size))
+    for (_, _, path, *_), result in in_parallel(jobs, settings.workers, "importing", "demonstration"):
+        new, error = result or (False, "A process of the import died: run the same command again.")
+        counts[path.parent] = counts.get(path.parent, 0) + new
         broken |= {error} - {None}
-    for task, new in sorted(counts.items()):
-        print(f"{task}: {new} new episodes; {len(list((folder / task).glob('*.hdf5')))} in {folder / task}")
+    for target, new in sorted(counts.items()):
+        print(f"{target.name}: {new} new episodes; {len(list(target.glob('[!.]*.hdf5')))} in {target}")
     if broken:
         raise UserError("\n".join(sorted(broken)))
 
@@ -185,15 +178,15 @@ def import_dataset(settings, folder, size):
 def main():
     settings = tyro.cli(Settings, description=__doc__)
     rlbench, scenes = settings.sim == "rlbench", settings.scenes
-    if min(1 if scenes is None else scenes, 1 if settings.image_size is None else settings.image_size, settings.workers) < 1:
-        raise UserError("--scenes, --image-size and --workers must be 1 or more.")
+    if min(number for number in (scenes, settings.image_size, settings.workers, settings.seed + 1) if number is not None) < 1:
+        raise UserError("--scenes, --image-size and --workers must be 1 or more, and --seed 0 or more.")
     folder, size = settings.run / "episodes", settings.image_size or (None if settings.from_rlbench else 128 if rlbench else 64)
-    for path in find_episodes(folder)[:1] if any(folder.glob("*/*.hdf5")) else ():
+    for path in sorted(folder.glob("*/[!.]*.hdf5"))[:1]:  # what a killed process left half-written begins with a dot
         if size and set(sizes := read_episode(path, images=False).image_sizes.values()) != {(size, size)}:
             raise UserError(f"{path} has pictures of {', '.join(map(str, set(sizes)))} pixels, not {(size, size)}: use another --run.")
     if settings.from_rlbench:
         return import_dataset(settings, folder, size and (size, size))
-    tasks = settings.tasks or ("reach_target", "push_button", "pick_and_lift")
+    tasks = tuple(dict.fromkeys(settings.tasks or ("reach_target", "push_button", "pick_and_lift")))
     if rlbench:
         for task in tasks:
             task_class(import_rlbench().tasks, task)
@@ -202,21 +195,17 @@ def main():
         jobs = [(record_rlbench, folder, task, seeds(i), size, settings.cameras) for task in tasks for i in range(count)]
     else:
         for task in tasks:
-            if task not in TASKS:
-                raise UserError(f"There is no task '{task}'; choose from {', '.join(TASKS)}.")
+            check_task(task)
         jobs = [(record_scene, folder, task, settings.seed + i, size) for i in range(scenes or 300) for task in tasks]
     for task in tasks:
         (folder / task).mkdir(parents=True, exist_ok=True)
     counts, crashes = {task: np.zeros(2, int) for task in tasks}, 0
-    for _, result in in_parallel(jobs, settings.workers, "scenes", "scene", "spawn" if rlbench else None):
-        if result is None:
-            crashes += 1
-            continue
-        task, attempts, successes = result
-        counts[task] += attempts, successes
+    for (_, _, task, *_), result in in_parallel(jobs, settings.workers, "scenes", "scene", "spawn" if rlbench else None):
+        counts[task] += result or (0, 0)
+        crashes += result is None
     for task, (attempts, successes) in counts.items():
         rate = f"{successes / attempts:.1%} of {attempts} attempts succeeded" if attempts else "nothing left to record"
-        print(f"{task}: {rate}; {len(list((folder / task).glob('*.hdf5')))} episodes in {folder / task}")
+        print(f"{task}: {rate}; {len(list((folder / task).glob('[!.]*.hdf5')))} episodes in {folder / task}")
     if crashes:
         print(f"In {crashes} scenes the simulator crashed twice; run the same command again to try them once more.")
 

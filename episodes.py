@@ -98,11 +98,19 @@ def keep_last(folder, names, step, keep):
 
 
 @contextmanager
-def write_hdf5(path):
-    """Yield an HDF5 file to fill, which is written to `path` when the block succeeds.
+def write_hdf5(path, size=0):
+    """Yield an HDF5 file to fill, which is written to `path` when the block succeeds. size: bytes of pictures, if they are many.
 
-    It grows in memory: HDF5 cannot close a file whose disk is full, a plain write can fail cleanly.
+    It grows in memory: HDF5 cannot close a file whose disk is full, a plain write can fail cleanly. A large one grows on the disk,
+    which must have room for it.
     """
+    if size >= LARGE:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(path.parent).free < size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        with write_whole(path) as temporary, h5py.File(temporary, "w") as root:
+            yield root
+        return
     with h5py.File(str(path), "w", driver="core", backing_store=False) as root:
         yield root
         root.flush()
@@ -115,16 +123,6 @@ def write_hdf5(path):
 
 
 @contextmanager
-def write_large_hdf5(path, size):
-    """As write_hdf5, for what does not fit into memory: `size` bytes at most. It grows on the disk, which must have room for it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if shutil.disk_usage(path.parent).free < size:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-    with write_whole(path) as temporary, h5py.File(temporary, "w") as root:
-        yield root
-
-
-@contextmanager
 def read_hdf5(path, file_format):
     """Yield the HDF5 file at `path`; whatever is wrong with it becomes a UserError that names it."""
     try:
@@ -132,7 +130,7 @@ def read_hdf5(path, file_format):
             if root.attrs.get("format") != file_format:
                 raise UserError(f"{path}: attribute 'format' is not '{file_format}': another program or version wrote this file.")
             yield root
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except FileNotFoundError:
         raise UserError(f"{path} does not exist.") from None
@@ -171,22 +169,6 @@ ATTRIBUTES = {"task": str, "variation": int, "instruction": str, "instructions":
 ARRAYS = {"qpos": "observations/qpos", "qvel": "observations/qvel", "action": "action", "joint_poses": "observations/joint_poses"}
 
 
-def check_poses(poses, where):
-    """Raise a UserError unless every (..., 4, 4) matrix is a rotation and a translation."""
-    rotation = np.asarray(poses, np.float64)[..., :3, :3]
-    unit = np.abs(rotation @ np.swapaxes(rotation, -1, -2) - np.eye(3)).max() < 1e-3 and np.linalg.det(rotation).min() > 0
-    if not unit or np.abs(poses[..., 3, :] - [0, 0, 0, 1]).max() > 1e-6:
-        raise UserError(f"{where} holds a matrix that is not a rotation and a translation: check the poses where they are made.")
-
-
-def check_intrinsics(matrix, where):
-    """Raise a UserError unless the (3, 3) matrix is [[fx, 0, cx], [0, fy, cy], [0, 0, 1]] with positive focal lengths."""
-    focal_x, focal_y = matrix[0, 0], matrix[1, 1]
-    pinhole = np.array([[focal_x, 0, matrix[0, 2]], [0, focal_y, matrix[1, 2]], [0, 0, 1]])
-    if not (focal_x > 0 and focal_y > 0 and np.allclose(matrix, pinhole, atol=1e-6)):
-        raise UserError(f"{where} is not [[fx, 0, cx], [0, fy, cy], [0, 0, 1]] with positive focal lengths in pixels.")
-
-
 def check_array(array, shape, kind, where):
     """Raise a UserError unless the array has this shape (None: any length), this kind of numbers, and no NaN."""
     matches = len(array.shape) == len(shape) and all(n in (None, m) and m > 0 for m, n in zip(array.shape, shape))
@@ -199,25 +181,39 @@ def check_array(array, shape, kind, where):
         raise UserError(f"{where} holds NaN or infinite numbers: delete the file and make it again.")
 
 
+def check_poses(poses, shape, where):
+    """Raise a UserError unless these are (..., 4, 4) matrices of this shape, each a rotation and a translation."""
+    check_array(poses, shape, np.floating, where)
+    rotation = np.asarray(poses, np.float64)[..., :3, :3]
+    unit = np.abs(rotation @ np.swapaxes(rotation, -1, -2) - np.eye(3)).max() < 1e-3 and np.linalg.det(rotation).min() > 0
+    if not unit or np.abs(poses[..., 3, :] - [0, 0, 0, 1]).max() > 1e-6:
+        raise UserError(f"{where} holds a matrix that is not a rotation and a translation: check the poses where they are made.")
+
+
+def check_intrinsics(matrix, where):
+    """Raise a UserError unless the matrix is [[fx, 0, cx], [0, fy, cy], [0, 0, 1]] with positive focal lengths."""
+    check_array(matrix, (3, 3), np.floating, where)
+    fx, fy, cx, cy = matrix[[0, 1, 0, 1], [0, 1, 2, 2]]
+    if not (fx > 0 and fy > 0 and np.allclose(matrix, [[fx, 0, cx], [0, fy, cy], [0, 0, 1]], atol=1e-6)):
+        raise UserError(f"{where} is not [[fx, 0, cx], [0, fy, cy], [0, 0, 1]] with positive focal lengths in pixels.")
+
+
 def check_episode(episode):
     """Raise a UserError that names file and dataset unless the episode is whole. Fills in image_sizes."""
     at = lambda dataset: f"{episode.path}: {dataset}"  # noqa: E731
-    check_array(episode.qpos, (None, None), np.floating, at(ARRAYS["qpos"]))
-    frames, columns = episode.qpos.shape
-    check_array(episode.qvel, (frames, columns), np.floating, at(ARRAYS["qvel"]))
-    check_array(episode.action, (frames, columns), np.floating, at(ARRAYS["action"]))
-    check_array(episode.joint_poses, (frames, columns, 4, 4), np.floating, at(ARRAYS["joint_poses"]))
-    check_poses(episode.joint_poses, at(ARRAYS["joint_poses"]))
+    shape = (None, None)
+    for name in ("qpos", "qvel", "action"):
+        check_array(getattr(episode, name), shape, np.floating, at(ARRAYS[name]))
+        shape = frames, columns = episode.qpos.shape
+    check_poses(episode.joint_poses, (frames, columns, 4, 4), at(ARRAYS["joint_poses"]))
     if episode.action[:, -1].min() < 0 or episode.action[:, -1].max() > 1:
         raise UserError(f"{at('action')} has a gripper command outside 0 (closed) to 1 (open) in its last column.")
     if not set(episode.images) == set(episode.intrinsics) == set(episode.extrinsics) or not episode.images:
         raise UserError(f"{at('observations/images')} and cameras must name the same cameras, at least one.")
     for camera, images in episode.images.items():
         check_array(images, (frames, None, None, 3), np.uint8, at(f"observations/images/{camera}"))
-        check_array(episode.intrinsics[camera], (3, 3), np.floating, at(f"cameras/{camera}/intrinsics"))
         check_intrinsics(episode.intrinsics[camera], at(f"cameras/{camera}/intrinsics"))
-        check_array(episode.extrinsics[camera], (frames, 4, 4), np.floating, at(f"cameras/{camera}/extrinsics"))
-        check_poses(episode.extrinsics[camera], at(f"cameras/{camera}/extrinsics"))
+        check_poses(episode.extrinsics[camera], (frames, 4, 4), at(f"cameras/{camera}/extrinsics"))
         episode.image_sizes[camera] = tuple(images.shape[1:3])
 
 
@@ -231,7 +227,7 @@ def write_episode(path, episode):
     pictures = {f"observations/images/{camera}": images for camera, images in episode.images.items()}
     pictures |= {f"extras/{name}": data for name, data in episode.extras.items() if data.ndim == 4}
     size = sum(int(np.prod(images.shape)) for images in pictures.values())
-    with write_hdf5(path) if size < LARGE else write_large_hdf5(path, size) as root:
+    with write_hdf5(path, size) as root:
         root.attrs["format"] = FORMAT
         for name, kind in ATTRIBUTES.items():
             root.attrs[name] = kind(getattr(episode, name))
@@ -275,7 +271,7 @@ def find_episodes(folder, tasks=None):
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder}: run the stage that makes it first.")
-    paths = sorted(path for path in folder.glob("*/*.hdf5") if not path.name.startswith("."))
+    paths = sorted(folder.glob("*/[!.]*.hdf5"))  # what begins with a dot was left half-written by a killed process
     for task in tasks or ():
         if not any(path.parent.name == task for path in paths):
             raise UserError(f"There is no HDF5 file of task '{task}' in {folder}.")

@@ -16,7 +16,6 @@ positions, run the beginning of the chunk, look again.
 """
 
 import csv
-import difflib
 import json
 import os
 import platform
@@ -30,29 +29,24 @@ from typing import Literal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # one process per core does the work; threads would fight
 
-import imageio_ffmpeg
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import tyro
-from PIL import Image, ImageDraw, ImageFont
 
 from act import Controller
-from collect_demos import record
+from collect_demos import environment, record
 from episodes import UserError, find_episodes, run_stage, write_whole
+from films import PANEL, tile, write_bars, write_film
 from painter import Painter
 from render_spheres import draw_spheres, over, target_spheres
-from sims.mujoco_panda import CONTROL_HZ, TASKS, PandaEnv
+from sims.mujoco_panda import CONTROL_HZ, check_task, look
 from sims.parallel import in_parallel
 from sims.rlbench_dataset import HZ, find_demonstrations
-from sims.rlbench_panda import PAPER_TASKS, NoSceneError, RLBenchEnv, import_rlbench, task_class
-
-matplotlib.use("Agg")
+from sims.rlbench_panda import PAPER_TASKS, NoSceneError, import_rlbench, task_class
 
 LANGUAGE_TASKS = ("push_button", "pick_and_lift")  # where several objects differ in nothing but colour
-PANEL = 256  # height and width of a video's three panels, pixels
 ATTEMPTS = 10  # scenes to try in RLBench before an episode counts as failed: not every one has room for its task
+TRACE = ("step", "tool x", "tool y", "tool z", "object x", "object y", "object z", "gripper", "painted")  # columns of a trace
 PAPER = """The paper (arXiv 2407.07875): GENIMA is better than ACT on 16 of 25 tasks and than Diffusion Policy on all 25, and
 succeeds in 64 % of the episodes of 9 tasks of a real robot. Its 25 tasks may not all be these."""
 
@@ -146,7 +140,8 @@ def networks(policy, run, painting, folder, device, size=None, taesd=None, compi
         return None, controller
     painter = Painter.load(painting, device, taesd, compile)
     if size and size != painter.config["size"]:
-        raise UserError(f"{painting} holds a painter of size {painter.config['size']}, not {size}: train one with --size {size}, or name it by --painter.")
+        raise UserError(f"{painting} holds a painter of size {painter.config['size']}, not {size}: "
+                        f"train one with --size {size}, or name it by --painter.")
     ours, theirs = controller.config, painter.config | {"image_size": [painter.config["image_size"]] * 2}
     for what in ("cameras", "horizon", "image_size"):
         if theirs[what] != ours[what]:
@@ -155,39 +150,34 @@ def networks(policy, run, painting, folder, device, size=None, taesd=None, compi
 
 
 def load_networks(settings):
-    return networks(settings.policy, settings.run, settings.painter, settings.controller, settings.device, settings.size, settings.taesd, settings.compile)
+    names = ("policy", "run", "painter", "controller", "device", "size", "taesd", "compile")
+    return networks(*(getattr(settings, name) for name in names))
 
 
-@cache
-def environment(task, image_size, cameras, sim=None):
-    """One environment per task and process."""
-    kind = RLBenchEnv if sim == "rlbench" else PandaEnv
-    return kind(task, image_size, cameras, images=False)  # pictures are taken when they are looked at
-
-
-def look(env):
-    return {camera: env.picture(camera, env.height, env.width) for camera in env.cameras}
+def nothing(seed):
+    """Outcome and log of an episode that has not begun."""
+    return ({"seed": seed, "variation": None, "instruction": None, "success": False, "steps": 0},
+            {"paint": [], "control": [], "trace": [], "frames": []})  # fmt: skip
 
 
 def drive(task, seed, settings):
     """One episode in closed loop. Returns its outcome, and a log: seconds, a row per step, frames of a film if one is wanted."""
     painter, controller = load_networks(settings)
     env = environment(task, tuple(controller.config["image_size"]), tuple(controller.config["cameras"]), settings.sim)
-    film, log = seed < settings.seed + settings.videos, {"paint": [], "control": [], "trace": [], "frames": []}
+    film, (outcome, log) = seed < settings.seed + settings.videos, nothing(seed)
     options, attempts = {}, range(ATTEMPTS)
     if settings.demos:  # spread over all variations; a recorded scene has no other to try instead
         scenes = find_demonstrations(settings.demos, (task,))
         options["demonstration"], attempts = scenes[(seed - settings.seed) * len(scenes) // settings.episodes], range(1)
     for attempt in attempts:
-        outcome = {"seed": seed, "variation": None, "instruction": None, "success": False, "steps": 0}
-        outcome |= {"failed_resets": attempt} if attempt else {}
         try:
-            observation, info = env.reset(seed=outcome["seed"] + attempt * settings.episodes, options=options)
+            observation, info = env.reset(seed=seed + attempt * settings.episodes, options=options)
             break
         except NoSceneError as error:
             outcome |= {"failed_resets": attempt + 1, "error": str(error)}
     else:
         return outcome, log
+    outcome.pop("error", None)
     outcome |= {"seed": env.seed, "variation": info["variation"], "instruction": info["instruction"]}
     try:
         oracle = Oracle(task, seed, info["variation"], controller.config["horizon"]) if settings.policy == "oracle" else None
@@ -215,13 +205,11 @@ def drive(task, seed, settings):
                 log["frames"].append(np.concatenate([panels, env.picture("front", PANEL, PANEL)], axis=1))
             log["trace"].append([env.steps, *env.tool()[:3, 3], *env.task.focus(env), action[-1], int(i == 0)])
             observation, _, terminated, truncated, info = env.step(action)
-            done = terminated or truncated
-            if done:
+            if done := terminated or truncated:
                 break
     if film:
         log["frames"].append(np.concatenate([panels, env.picture("front", PANEL, PANEL)], axis=1))
-    outcome.update(success=info["success"], steps=env.steps)
-    outcome |= {"error": info["error"]} if "error" in info else {}
+    outcome |= {"steps": env.steps} | {key: info[key] for key in ("success", "error") if key in info}
     return outcome, log
 
 
@@ -262,8 +250,7 @@ def listen(task, seed, settings):
     correct = []
     for variation in range(len(truth)):
         spots = gripper_spots({camera: batch[variation] for camera, batch in painted.items()}, images)
-        distance = np.linalg.norm(truth - spots, axis=-1)  # (variations, cameras) pixels
-        distance = np.nan_to_num(distance, nan=env.width).mean(axis=1)
+        distance = np.nan_to_num(np.linalg.norm(truth - spots, axis=-1), nan=env.width).mean(axis=1)  # (variations,) pixels
         correct.append(bool(np.isfinite(spots).any() and distance.argmin() == variation))
     return correct
 
@@ -279,8 +266,7 @@ def rate(successes, episodes):
 
 def summary(outcomes, logs):
     """What evaluation.json says about one task."""
-    failed = sum(outcome.get("failed_resets", 0) for outcome in outcomes)
-    errors = sum("error" in outcome for outcome in outcomes)
+    failed, errors = sum(outcome.get("failed_resets", 0) for outcome in outcomes), sum("error" in outcome for outcome in outcomes)
     trouble = {"failed_resets": failed, "episodes_with_errors": errors} if failed or errors else {}
     steps = [outcome["steps"] for outcome in outcomes if outcome["success"]]
     milliseconds = lambda name: round(1000 * float(np.median(sum((log[name] for log in logs), []) or [0])), 2)  # noqa: E731
@@ -299,67 +285,10 @@ def machine(device):
     return {"cpu": (names or [platform.processor()])[0], "cores": os.cpu_count()} | gpu
 
 
-def tile(images):
-    """Pictures of all cameras in two columns, as the painter sees them, enlarged to a panel with the pixels left visible."""
-    pictures = list(images.values())
-    pictures += [np.zeros_like(pictures[0])] * (len(pictures) % 2)
-    rows = [np.concatenate(pictures[i : i + 2], axis=1) for i in range(0, len(pictures), 2)]
-    return np.array(Image.fromarray(np.concatenate(rows)).resize((PANEL, PANEL), Image.NEAREST))
-
-
-def caption(frame, text, what):
-    """A frame (H, 3 W, 3) with the instruction above it and the panels' names below."""
-    height, width, _ = frame.shape
-    sheet = Image.new("RGB", (width, height + 48), "white")
-    sheet.paste(Image.fromarray(frame), (0, 28))
-    draw, names = ImageDraw.Draw(sheet), ("observation", what, "motion")
-    for name, x, y, size in [(text, width // 2, 14, 16)] + [(names[i], (2 * i + 1) * PANEL // 2, height + 38, 13) for i in range(3)]:
-        draw.text((x, y), name, "black", ImageFont.load_default(size), anchor="mm")
-    return np.array(sheet)
-
-
-def write_film(out, name, films, what, fps=CONTROL_HZ):
-    """<name>.mp4 of (outcome, frames) pairs one after the other, and <name>.png: how the first successful one began and ended."""
-    outcome, frames = next((film for film in films if film[0]["success"]), films[0])
-    still = np.concatenate([frames[0][:, : 2 * PANEL], frames[-1][:, 2 * PANEL :]], axis=1)
-    with write_whole(out / f"{name}.png") as path:
-        Image.fromarray(caption(still, outcome["instruction"], what)).save(path, format="png")
-    shown = []
-    for outcome, frames in films:
-        shown += [caption(frame, outcome["instruction"], what) for frame in frames]
-        verdict = f"{outcome['instruction']}: {'done' if outcome['success'] else 'not done'}"
-        shown += [caption(frames[-1], verdict, what)] * fps  # a second to read it
-    with write_whole(out / f"{name}.mp4") as path:
-        writer = imageio_ffmpeg.write_frames(str(path), shown[0].shape[1::-1], fps=fps, codec="libx264",
-                                             pix_fmt_out="yuv420p", macro_block_size=2, output_params=["-f", "mp4"])  # fmt: skip
-        for frame in [None, *shown]:  # None starts it
-            writer.send(frame)
-        writer.close()
-
-
-def write_bars(path, report):
-    """Success per task with its interval, as a picture."""
-    tasks = report["tasks"]
-    figure, axes = plt.subplots(figsize=(2 + 1.4 * len(tasks), 4), layout="constrained")
-    rates = np.array([100 * task["rate"] for task in tasks.values()])
-    ends = 100 * np.array([task["wilson_95"] for task in tasks.values()]).T  # (2, tasks)
-    axes.bar(range(len(tasks)), rates, 0.6, color="#4c78a8")
-    axes.errorbar(range(len(tasks)), rates, np.maximum([rates - ends[0], ends[1] - rates], 0), fmt="none", color="black", capsize=6)
-    for i, task in enumerate(tasks.values()):
-        axes.text(i, 3, f"{task['successes']} of {task['episodes']}", ha="center", color="white" if rates[i] > 10 else "black")
-    axes.set(ylim=(0, 102), ylabel="success in unseen scenes, %", title=f"policy: {report['policy']} (whiskers: 95 % interval)")
-    axes.set_xticks(range(len(tasks)), [name.replace("_", "\n") for name in tasks])
-    axes.spines[["top", "right"]].set_visible(False)
-    with write_whole(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
-    plt.close(figure)
-
-
 def print_table(report):
     print(f"\n{'task':<24}{'success':>10}{'rate':>7}{'95 % interval':>16}{'steps':>7}{'paint':>10}{'control':>10}")
     for name, task in report["tasks"].items():
-        low, high = task["wilson_95"]
-        steps = "-" if task["mean_steps"] is None else f"{task['mean_steps']:.0f}"
+        (low, high), steps = task["wilson_95"], "-" if task["mean_steps"] is None else f"{task['mean_steps']:.0f}"
         print(f"{name:<24}{task['successes']:>4} of {task['episodes']:<3}{task['rate']:>6.0%}{f'{low:.0%} to {high:.0%}':>16}{steps:>7}"
               f"{task['paint_ms']:>7.1f} ms{task['control_ms']:>7.1f} ms")
         if "failed_resets" in task:
@@ -381,17 +310,19 @@ def check_settings(settings):
     for name, least in {"episodes": 1, "execute": 1, "workers": 1, "seed": 0, "language": 0, "videos": 0, "checkpoints": 1}.items():
         if getattr(settings, name) < least:
             raise UserError(f"--{name} must be {least} or more.")
-    rlbench = settings.sim == "rlbench" or settings.sim is None and settings.protocol == "paper"
-    settings.sim = "rlbench" if rlbench else "mujoco"
-    folder = settings.run / "episodes"
-    if rlbench and settings.protocol:
-        settings.tasks = settings.tasks or PAPER_TASKS
+    settings.sim = settings.sim or ("rlbench" if settings.protocol else "mujoco")
+    rlbench, folder = settings.sim == "rlbench", settings.run / "episodes"
+    settings.tasks = settings.tasks or (PAPER_TASKS if rlbench and settings.protocol else ())
     recorded = find_episodes(folder) if folder.is_dir() or not settings.tasks else []
-    settings.tasks = settings.tasks or tuple(dict.fromkeys(path.parent.name for path in recorded))
+    settings.tasks = tuple(dict.fromkeys(settings.tasks or [path.parent.name for path in recorded]))
     for task in settings.tasks:
-        if not rlbench and task not in TASKS:
-            near = difflib.get_close_matches(task, TASKS, 1)
-            raise UserError(f"There is no task '{task}'; " + (f"is it '{near[0]}'?" if near else f"choose from {', '.join(TASKS)}."))
+        task_class(import_rlbench().tasks, task) if rlbench else check_task(task)
+    if settings.demos and not rlbench or settings.policy == "oracle" and rlbench:
+        raise UserError("--demos is for --sim rlbench, and --policy oracle for the embedded simulator.")
+    if settings.demos:
+        find_demonstrations(settings.demos, settings.tasks)
+    if settings.policy != "genima" or rlbench:
+        settings.language = 0  # nothing is painted, or there is no knowing where
     seeds = range(settings.seed, settings.seed + max(settings.episodes, settings.language))
     for path in recorded:
         seed = path.name.split("_")[0]
@@ -399,102 +330,84 @@ def check_settings(settings):
             raise UserError(f"Seed {int(seed)} was recorded in {path}, so its scene is not unseen: choose another --seed.")
     if settings.device == "auto":
         settings.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    settings.controller = settings.controller or settings.run / ("act_rgb" if settings.policy == "act" else "act")
-    painters = [] if settings.painter else [settings.run / "controlnet"]  # one named by hand may be on the Hub: Painter.load will see
-    settings.painter = settings.painter or settings.run / "controlnet"
     settings.out = settings.out or settings.run / "evaluation"
-    for needed in [settings.controller] + painters * (settings.policy == "genima"):
-        if not needed.is_dir():
-            raise UserError(f"There is no checkpoint {needed}: train it first.")
+    settings.controller = settings.controller or settings.run / ("act_rgb" if settings.policy == "act" else "act")
+    settings.painter = settings.painter or settings.run / "controlnet"
+    # a painter that lies elsewhere may be on the Hub: Painter.load will see
+    paints_here = settings.policy == "genima" and settings.painter.parent == settings.run
+    for folder in (settings.controller, settings.painter)[: 1 + paints_here]:
+        if not folder.is_dir():
+            raise UserError(f"There is no checkpoint {folder}: train it first.")
     checkpoints(settings)
-    if settings.demos and not rlbench or settings.policy == "oracle" and rlbench:
-        raise UserError("--demos is for --sim rlbench, and --policy oracle for the embedded simulator.")
-    if rlbench:
-        tasks = import_rlbench().tasks
-        for task in settings.tasks:
-            task_class(tasks, task)
-        if settings.demos:
-            find_demonstrations(settings.demos, settings.tasks)
 
 
 def checkpoints(settings):
     """The settings of each checkpoint to average over, the last one first: painter and controller are paired from there backwards."""
-    painters, controllers = (
-        [path for _, path in sorted(((int(path.name[5:]), path) for path in folder.glob("step-*")), reverse=True)][: settings.checkpoints]
-        if settings.checkpoints > 1 else [folder]
-        for folder in (settings.painter, settings.controller))  # fmt: skip
-    for folder, found in [(settings.controller, controllers)] + [(settings.painter, painters)] * (settings.policy == "genima"):
-        if len(found) < settings.checkpoints:
-            raise UserError(f"{folder} holds {len(found)} of the {settings.checkpoints} checkpoints to average over: train it with "
-                            f"--keep {settings.checkpoints}, or give --checkpoints 1.")
-    painters += [settings.painter] * len(controllers)  # where nothing is painted
-    return [replace(settings, painter=painters[i], controller=controllers[i], videos=0 if i else settings.videos)
-            for i in range(settings.checkpoints)]
+    each = [replace(settings, videos=0 if i else settings.videos) for i in range(settings.checkpoints)]
+    for what in ("controller", "painter")[: 1 + (settings.policy == "genima")] if len(each) > 1 else ():
+        folder = getattr(settings, what)
+        found = sorted(folder.glob("step-*"), key=lambda path: int(path.name[5:]), reverse=True)
+        if len(found) < len(each):
+            raise UserError(f"{folder} holds {len(found)} of the {len(each)} checkpoints to average over: train it with "
+                            f"--keep {len(each)}, or give --checkpoints 1.")
+        each = [replace(one, **{what: path}) for one, path in zip(each, found)]
+    return each
 
 
-def evaluate(settings):
-    """Run all episodes in parallel -> per checkpoint {task: [(outcome, log), ...] in the order of the seeds}, [correct, ...] of the
-    language check."""
-    each = checkpoints(settings)
-    jobs = [(drive, task, settings.seed + i, checkpoint)
-            for checkpoint in each for task in settings.tasks for i in range(settings.episodes)]  # fmt: skip
-    if settings.policy == "genima" and settings.sim == "mujoco":
-        jobs += [(listen, task, settings.seed + i, each[0])
-                 for i in range(settings.language) for task in LANGUAGE_TASKS if task in settings.tasks]  # fmt: skip
-    driven, heard = [{} for _ in each], {}
+def write_report(settings):
+    """Drive all episodes, write and print the results. A variation's policy is a function (run, device) -> painter or None, controller."""
+    each, tasks = checkpoints(settings), settings.tasks
+    jobs = [(drive, task, settings.seed + i, checkpoint) for checkpoint in each for task in tasks for i in range(settings.episodes)]
+    jobs += [(listen, task, settings.seed + i, each[0]) for i in range(settings.language) for task in LANGUAGE_TASKS if task in tasks]
     # CUDA does not survive a fork, and CoppeliaSim's libraries had better not be asked to
     start = None if settings.device == "cpu" and settings.sim == "mujoco" else "spawn"
-    for (what, task, seed, checkpoint), result in in_parallel(jobs, settings.workers, "evaluating", "episode", start):
+    runs, heard = [{task: [] for task in tasks} for _ in each], []  # per checkpoint and task [(outcome, log), ...]; [correct, ...]
+    done = in_parallel(jobs, settings.workers, "evaluating", "episode", start)
+    for (what, task, seed, checkpoint), result in sorted(done, key=lambda pair: pair[0][2]):  # by seed
         if what is listen:
-            heard[task, seed] = result or []
-            continue
-        crashed = {"seed": seed, "variation": None, "instruction": None, "success": False, "steps": 0, "error": "the simulator crashed"}
-        driven[each.index(checkpoint)][task, seed] = result or (crashed, {"paint": [], "control": [], "trace": [], "frames": []})
-    runs = [{task: [found[key] for key in sorted(found) if key[0] == task] for task in settings.tasks} for found in driven]
-    return runs, sum(heard.values(), [])
+            heard += result or []
+        else:
+            outcome, log = nothing(seed)
+            runs[each.index(checkpoint)][task].append(result or (outcome | {"error": "the simulator crashed"}, log))
+
+    results = {task: sum((run[task] for run in runs), []) for task in tasks}
+    policy = getattr(settings.policy, "__name__", settings.policy)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    report = {
+        "policy": policy, "sim": settings.sim, "git_commit": commit.stdout.strip() if commit.returncode == 0 else None,
+        "machine": machine(settings.device), "execute": settings.execute,
+        "seeds": {"first": settings.seed, "last": settings.seed + settings.episodes - 1},
+        "tasks": {task: summary(*zip(*pairs)) for task, pairs in results.items()},
+    }  # fmt: skip
+    if settings.checkpoints > 1:
+        report["checkpoints"] = [
+            {"painter": str(checkpoint.painter), "controller": str(checkpoint.controller),
+             "rates": {task: sum(outcome["success"] for outcome, _ in run[task]) / settings.episodes for task in tasks}}
+            for checkpoint, run in zip(each, runs)]  # fmt: skip
+    if heard:
+        report["language"] = {"correct": sum(heard), "cases": len(heard), **rate(sum(heard), len(heard))}
+    suffix = "" if policy == "genima" else f"_{policy}"
+    with write_whole(settings.out / f"evaluation{suffix}.json") as path:
+        path.write_text(json.dumps(report, indent=1))
+    shown = {"act": "plain pictures", "genima": "painted target", "oracle": "painted target"}.get(policy, "what the controller sees")
+    for task, pairs in results.items():
+        if films := [(outcome, log["frames"]) for outcome, log in pairs if log["frames"]]:
+            write_film(settings.out, f"{task}{suffix}", films, shown, HZ if settings.sim == "rlbench" else CONTROL_HZ)
+        for outcome, log in pairs if settings.trace else ():
+            if not outcome["success"]:
+                with write_whole(settings.out / f"trace{suffix}_{task}_{outcome['seed']}.csv") as path, open(path, "w", newline="") as file:
+                    csv.writer(file).writerows([TRACE, *log["trace"]])
+    write_bars(settings.out / f"success{suffix}.png", report)
+    print_table(report)
+    if settings.protocol:
+        print(PAPER)
+    print(f"Everything is in {settings.out}.")
 
 
 def main():
     settings = tyro.cli(Settings, description=__doc__)
     check_settings(settings)
     write_report(settings)
-
-
-def write_report(settings):
-    """Drive all episodes, write and print the results. A variation's policy is a function (run, device) -> painter or None, controller."""
-    runs, heard = evaluate(settings)
-    results = {task: [pair for run in runs for pair in run[task]] for task in settings.tasks}  # of all checkpoints
-    policy = getattr(settings.policy, "__name__", settings.policy)
-    what = {"act": "plain pictures", "genima": "painted target", "oracle": "painted target"}.get(policy, "what the controller sees")
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    report = {
-        "policy": policy, "sim": settings.sim, "git_commit": commit.stdout.strip() if commit.returncode == 0 else None,
-        "machine": machine(settings.device), "execute": settings.execute,
-        "seeds": {"first": settings.seed, "last": settings.seed + settings.episodes - 1},
-        "tasks": {task: summary(*zip(*runs)) for task, runs in results.items()},
-    }  # fmt: skip
-    if settings.checkpoints > 1:
-        report["checkpoints"] = [
-            {"painter": str(checkpoint.painter), "controller": str(checkpoint.controller),
-             "rates": {task: sum(outcome["success"] for outcome, _ in run[task]) / settings.episodes for task in settings.tasks}}
-            for checkpoint, run in zip(checkpoints(settings), runs)]  # fmt: skip
-    if heard:
-        report["language"] = {"correct": sum(heard), "cases": len(heard), **rate(sum(heard), len(heard))}
-    suffix = "" if policy == "genima" else f"_{policy}"
-    with write_whole(settings.out / f"evaluation{suffix}.json") as path:
-        path.write_text(json.dumps(report, indent=1))
-    for task, runs in results.items():
-        if films := [(outcome, log["frames"]) for outcome, log in runs if log["frames"]]:
-            write_film(settings.out, f"{task}{suffix}", films, what, HZ if settings.sim == "rlbench" else CONTROL_HZ)
-        for outcome, log in runs:
-            if settings.trace and not outcome["success"]:
-                with write_whole(settings.out / f"trace{suffix}_{task}_{outcome['seed']}.csv") as path, open(path, "w", newline="") as file:
-                    csv.writer(file).writerows(["step,tool x,tool y,tool z,object x,object y,object z,gripper,painted".split(","), *log["trace"]])
-    write_bars(settings.out / f"success{suffix}.png", report)
-    print_table(report)
-    if settings.protocol:
-        print(PAPER)
-    print(f"Everything is in {settings.out}.")
 
 
 if __name__ == "__main__":

@@ -17,32 +17,18 @@ intersecting the rays of the pixels around it with it, exactly.
 import hashlib
 import math
 import os
-import signal
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import imageio.v2 as imageio
 import numpy as np
 import tyro
 import yaml
 from PIL import Image
-from tqdm import tqdm
 
-from episodes import (
-    CAMERAS,
-    UserError,
-    check_alike,
-    check_array,
-    check_intrinsics,
-    check_poses,
-    find_episodes,
-    read_episode,
-    read_hdf5,
-    run_stage,
-    write_hdf5,
-    write_whole,
-)
+from episodes import (CAMERAS, UserError, check_alike, check_array, check_intrinsics, check_poses, find_episodes, read_episode, read_hdf5,
+                      run_stage, write_hdf5, write_whole)  # fmt: skip
+from films import two_columns, write_video
+from sims.parallel import in_parallel
 
 FORMAT = "nanogenima-spheres-1"
 JOINTS = (1, 3, 5)  # joints 2, 4 and 6 (paper, section 3.1)
@@ -235,7 +221,6 @@ def turns(angles):
 
 def load_calibration(path):
     """Read the cameras measured anew: {camera: {"intrinsics": (3, 3), and one pose (4, 4) by its name}}."""
-    shapes = {"intrinsics": (3, 3), "world_from_camera": (4, 4), "last_joint_from_camera": (4, 4)}
     try:
         cameras = yaml.safe_load(Path(path).read_text())  # YAML reads JSON too
         cameras = {camera: {key: np.array(value, float) for key, value in entries.items()} for camera, entries in cameras.items()}
@@ -245,13 +230,13 @@ def load_calibration(path):
         if set(entries) - {"intrinsics"} not in ({"world_from_camera"}, {"last_joint_from_camera"}) or "intrinsics" not in entries:
             raise UserError(f"{path}: {camera} needs intrinsics, and either world_from_camera or last_joint_from_camera.")
         for key, value in entries.items():
-            check_array(value, shapes[key], np.floating, f"{path}: {camera}/{key}")
-            (check_intrinsics if key == "intrinsics" else check_poses)(value, f"{path}: {camera}/{key}")
+            where = f"{path}: {camera}/{key}"
+            check_intrinsics(value, where) if key == "intrinsics" else check_poses(value, (4, 4), where)
     return cameras
 
 
 def render(source, target, horizon, size, calibration, first):
-    """Draw one episode's spheres into the file `target`; nothing is done where that file was drawn with these settings."""
+    """Draw one episode's spheres into the file `target`, unless that was done with these settings. True when it is there."""
     episode = read_episode(source, images=False)
     check_alike(episode, first)
     for camera, measured in calibration.items():
@@ -270,7 +255,7 @@ def render(source, target, horizon, size, calibration, first):
                                 f"delete {target.parent.parent} or use another --run.")
             if root.attrs["settings"] != settings:
                 raise UserError(f"{target} was drawn from another recording, size or calibration: delete {target.parent.parent}.")
-        return
+        return True
 
     frames = len(episode.qpos)
     later = np.minimum(np.arange(frames) + horizon, frames - 1)  # (T,)
@@ -289,6 +274,7 @@ def render(source, target, horizon, size, calibration, first):
                 draw_spheres(*target_spheres(episode.joint_poses[later[t]], command[t, 0] == 1, camera),
                              intrinsics, episode.extrinsics[camera][t], height, width) for t in range(frames)])
             root.create_dataset(f"layers/{camera}", data=layers, chunks=(1, height, width, 4), compression=1)
+    return True
 
 
 def fingerprint(episode, horizon, size):
@@ -317,21 +303,15 @@ def preview(source, target, folder):
     episode = read_episode(source)
     layers, _ = read_spheres(target)
     frames, cells = len(episode.qpos), []
-    height, width = max(layer.shape[1] for layer in layers.values()), max(layer.shape[2] for layer in layers.values())
-    fit = lambda picture: np.array(Image.fromarray(picture).resize((width, height)))  # noqa: E731
+    height, width = np.max([layer.shape[1:3] for layer in layers.values()], axis=0)
+    fit = lambda pictures: np.stack([Image.fromarray(picture).resize((width, height)) for picture in pictures])  # noqa: E731
     for camera in sorted(layers, key=lambda name: (*CAMERAS, name).index(name)):
-        seen = np.stack([fit(picture) for picture in episode.images[camera]])  # (T, H, W, 3)
-        shown = over(np.stack([fit(layer) for layer in layers[camera]]), seen)
-        cells.append((seen, shown))
-    rows = [np.concatenate([picture[t] for pair in cells for picture in pair], axis=1)
-            for t in np.linspace(0, frames - 1, min(5, frames)).round().astype(int)]
+        seen = fit(episode.images[camera])  # (T, H, W, 3)
+        cells += [seen, over(fit(layers[camera]), seen)]
+    rows = [np.concatenate([cell[t] for cell in cells], axis=1) for t in np.linspace(0, frames - 1, min(5, frames)).round().astype(int)]
     with write_whole(folder / "preview.png") as path:
         Image.fromarray(np.concatenate(rows)).save(path)
-    cells = [shown for _, shown in cells]
-    cells += [np.zeros_like(cells[0])] * (len(cells) % 2 if len(cells) > 1 else 0)
-    film = np.concatenate([np.concatenate(cells[i:i + 2], axis=2) for i in range(0, len(cells), 2)], axis=1)  # two in a row
-    with write_whole(folder / "preview.mp4") as path:
-        imageio.mimwrite(path, film, fps=episode.fps, codec="libx264", macro_block_size=2)
+    write_video(folder / "preview.mp4", two_columns(cells[1::2]), episode.fps)
 
 
 def main():
@@ -346,16 +326,10 @@ def main():
     folder = settings.run / "spheres"
     targets = [folder / source.parent.name / source.name for source in sources]
 
-    ignore_interrupt = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is this process's business, not the workers'
-    with ProcessPoolExecutor(min(os.cpu_count(), len(sources)), initializer=signal.signal, initargs=ignore_interrupt) as pool:
-        jobs = [pool.submit(render, source, target, settings.horizon, settings.size, calibration, first)
-                for source, target in zip(sources, targets)]
-        try:
-            for job in tqdm(jobs, desc="spheres", unit="episode"):
-                job.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    jobs = [(render, source, target, settings.horizon, settings.size, calibration, first) for source, target in zip(sources, targets)]
+    for _, done in in_parallel(jobs, os.cpu_count(), "spheres", "episode"):
+        if not done:
+            raise UserError("A process that draws died twice: run the same command again; finished files are kept.")
     if settings.preview:
         preview(sources[0], targets[0], folder)
     print(f"{len(targets)} files of spheres, {settings.horizon} steps ahead, are in {folder}.")

@@ -11,52 +11,30 @@ the table top, metres, z up, x away from the robot. Task names, instructions and
 To add a task, write a class like `ReachTarget` below (about thirty lines) and list it in TASKS:
   build    puts the objects into the scene (an MjSpec: MuJoCo's XML as Python objects), once;
   place    draws where they lie and how they look in this episode;
-  focus    the point that the instruction is about; some demonstrations start near it;
+  focus    the point that the instruction is about, the middle of `geom` if nothing else is said; some demonstrations start near it;
   plan     yields the waypoints of the scripted demonstration;
   success  says whether the task is done.
 """
 
-import ctypes
+import difflib
 import os
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-
-def _egl_works():
-    """True when some EGL device initialises (asked of EGL itself: PyOpenGL cannot change its mind in one process)."""
-    try:
-        egl = ctypes.CDLL("libEGL.so.1")
-    except OSError:
-        return False
-    egl.eglGetProcAddress.restype = ctypes.c_void_p
-    query, display = (egl.eglGetProcAddress(name) for name in (b"eglQueryDevicesEXT", b"eglGetPlatformDisplayEXT"))
-    if not query or not display:
-        return False
-    pointer = ctypes.c_void_p
-    devices, count = (pointer * 16)(), ctypes.c_int(0)
-    ctypes.CFUNCTYPE(ctypes.c_uint, ctypes.c_int, pointer, pointer)(query)(16, devices, ctypes.byref(count))
-    get_display = ctypes.CFUNCTYPE(pointer, ctypes.c_uint, pointer, pointer)(display)
-    platform_device = 0x313F  # EGL_PLATFORM_DEVICE_EXT
-    displays = [get_display(platform_device, device, None) for device in devices[: count.value]]
-    return any(d and egl.eglInitialize(pointer(d), None, None) for d in displays)
-
-
-def _choose_renderer():
-    """EGL where it works, else OSMesa. MuJoCo reads this variable when it is imported, so import this file first."""
-    if "MUJOCO_GL" not in os.environ and sys.platform == "linux":
-        os.environ["MUJOCO_GL"] = "egl" if _egl_works() else "osmesa"
-
-
-_choose_renderer()
-
+# EGL where it works, else OSMesa. MuJoCo reads this variable when it is imported (so import this file first) and cannot change its
+# mind in one process: another one tries.
+if "MUJOCO_GL" not in os.environ and sys.platform == "linux":
+    attempt = [sys.executable, "-c", "import mujoco; mujoco.GLContext(8, 8)"]
+    works = subprocess.run(attempt, env=os.environ | {"MUJOCO_GL": "egl"}, capture_output=True).returncode == 0
+    os.environ["MUJOCO_GL"] = "egl" if works else "osmesa"
+CANNOT_DRAW = ("Neither EGL nor OSMesa can draw on this machine: install one of them "
+               "(Debian, Ubuntu: apt-get install libegl1 libgl1 libosmesa6). MuJoCo said: ")  # fmt: skip
 try:
     import mujoco
 except Exception as error:  # no EGL, and OSMesa is not there either
-    sys.exit(
-        "Neither EGL nor OSMesa can draw on this machine: install one of them "
-        f"(Debian, Ubuntu: apt-get install libegl1 libgl1 libosmesa6). MuJoCo said: {error}"
-    )
+    sys.exit(f"{CANNOT_DRAW}{error}")
 
 import franky_sim
 import gymnasium
@@ -80,7 +58,6 @@ COLOURS = {
     "rose": (1.0, 0.35, 0.6),
 }
 
-
 ELBOW_UP = np.array([0, 0, 1, 0, 0, 0, 0])  # a Task.posture that leaves the hand free to turn
 # Geom attributes of what is grasped: rough, and with stiff contacts, so that it does not creep between the fingers.
 GRIPPED = {"friction": (1.5, 0.02, 0.001), "condim": 4, "priority": 1, "solref": (0.004, 1)}
@@ -103,9 +80,14 @@ class Move:
 # ------------------------------------------------------------------------------------------------------------- scene
 def add_box(parent, name, size, position=(0, 0, 0), colour=(0.7, 0.7, 0.7), **geom):
     """A box of half sizes `size` (m) on a body of MjSpec; further MuJoCo attributes by name."""
-    return parent.add_geom(
-        name=name, type=mujoco.mjtGeom.mjGEOM_BOX, size=size, pos=position, rgba=(*colour, 1), **geom
-    )
+    return parent.add_geom(name=name, type=mujoco.mjtGeom.mjGEOM_BOX, size=size, pos=position, rgba=(*colour, 1), **geom)
+
+
+def add_block(world, name, size, position, colour=(0.7, 0.7, 0.7), **geom):
+    """A box that can be pushed and carried."""
+    body = world.add_body(name=name, pos=position)
+    body.add_freejoint(name=name)
+    add_box(body, name, size, (0, 0, 0), colour, **geom)
 
 
 def base_scene():
@@ -114,24 +96,19 @@ def base_scene():
     spec = mujoco.MjSpec.from_file(str(assets / "fr3.xml"))
     spec.meshdir = str(assets / "meshes")
     # The collision meshes (3,100 faces) look like the arm and draw 15 times faster than the visual ones (242,000).
-    for geom in list(spec.geoms):
-        if geom.classname.name == "visual":
-            spec.delete(geom)
+    for geom in [geom for geom in spec.geoms if geom.classname.name == "visual"]:
+        spec.delete(geom)
     kept = {geom.meshname for geom in spec.geoms}
-    for mesh in list(spec.meshes):
-        if mesh.name not in kept:
-            spec.delete(mesh)
+    for mesh in [mesh for mesh in spec.meshes if mesh.name not in kept]:
+        spec.delete(mesh)
     for geom in spec.geoms:
-        geom.group = 2
-        on_hand = geom.parent.name in ("hand", "left_finger", "right_finger")
-        grey = {"hand": 0.9, "left_finger": 0.25, "right_finger": 0.25}.get(geom.parent.name, 0.82)
-        geom.rgba = (grey, grey, grey, 1)
+        part, grey = geom.parent.name, {"hand": 0.9, "left_finger": 0.25, "right_finger": 0.25}.get(geom.parent.name, 0.82)
+        geom.group, geom.rgba = 2, (grey, grey, grey, 1)
         # Only the hand and the flat finger pads touch things: the fingers' hulls taper and would squeeze objects out.
-        if not on_hand or (geom.parent.name != "hand" and geom.type == mujoco.mjtGeom.mjGEOM_MESH):
-            geom.contype = geom.conaffinity = 0
+        if part == "hand" or part.endswith("_finger") and geom.type != mujoco.mjtGeom.mjGEOM_MESH:
+            geom.friction, geom.condim = (1.5, 0.02, 0.001), 4
         else:
-            geom.friction = (1.5, 0.02, 0.001)
-            geom.condim = 4
+            geom.contype = geom.conaffinity = 0
     hand = spec.actuator("hand")
     hand.gainprm[0] *= GRIPPER_GAIN
     hand.biasprm[1:3] = hand.biasprm[1:3] * GRIPPER_GAIN
@@ -140,17 +117,15 @@ def base_scene():
     spec.option.timestep = 0.002
     spec.option.cone = mujoco.mjtCone.mjCONE_ELLIPTIC  # with impratio: held objects don't creep
     spec.option.impratio = 10
-    spec.visual.headlight.ambient = (0.5, 0.5, 0.5)
-    spec.visual.headlight.diffuse = (0.5, 0.5, 0.5)
-    spec.visual.headlight.specular = (0, 0, 0)
+    light, window = spec.visual.headlight, getattr(spec.visual, "global")
+    light.ambient, light.diffuse, light.specular = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), (0, 0, 0)
     spec.visual.map.znear = 0.005
-    getattr(spec.visual, "global").offwidth = 1280
-    getattr(spec.visual, "global").offheight = 960
+    window.offwidth, window.offheight = 1280, 960
     spec.visual.quality.shadowsize = 0
     world = spec.worldbody
     world.add_light(pos=(0.5, 0, 2.0), dir=(0, 0, -1), castshadow=False, diffuse=(0.3, 0.3, 0.3))
     add_box(world, "table", (0.6, 0.8, 0.02), (0.4, 0, -0.02), (0.62, 0.55, 0.48), friction=(1.0, 0.005, 0.0001))
-    add_box(world, "backdrop", (3, 3, 0.01), (0, 0, -0.8), (0.35, 0.38, 0.42), contype=0, conaffinity=0)
+    add_box(world, "backdrop", (3, 3, 0.01), (0, 0, -0.8), (0.35, 0.38, 0.42), **PAINTED)
 
     add_camera(world, "front", (1.28, 0, 0.62), (0.42, 0, 0.14), 38)
     add_camera(world, "right_shoulder", (0.16, -0.80, 0.62), (0.44, 0.02, 0.12), 38)
@@ -170,6 +145,11 @@ def add_camera(body, name, position, target, fovy, up=(0, 0, 1)):
     body.add_camera(name=name, pos=position, quat=quaternion, fovy=fovy)
 
 
+def about_z(angle):
+    """The quaternion of a turn about the vertical."""
+    return np.cos(angle / 2), 0, 0, np.sin(angle / 2)
+
+
 def scatter(rng, count, low, high, apart):
     """`count` points in the box low..high, at least `apart` metres from one another in the table plane."""
     while True:
@@ -185,13 +165,11 @@ class Task:
 
     candidates = 3
     names = ("",)  # what the instruction calls each candidate
+    geom = ""  # the geom that the instruction is about; {} is the candidate's number
     templates = ()  # RLBench's phrasings; {} is the named candidate
     max_steps = 100
     start_box = START_BOX
     posture = np.array([0, 1, 1, 1, 1, 1, 1])  # which joints are drawn to HOME where the tool's pose leaves a choice
-
-    def place(self, env, rng):
-        """Draws the scene. Sets self.names: what the instruction calls each candidate."""
 
     def near(self, env):
         """The point above which the tool begins when it begins near."""
@@ -204,16 +182,20 @@ class Task:
     def instructions(self, variation):
         return [template.format(self.names[variation]) for template in self.templates]
 
-    def draw_colours(self, env, rng, geoms):
-        """Gives each candidate's geoms (name pattern with {i}) its own colour for this episode."""
+    def focus(self, env):
+        return env.data.geom(self.geom.format(env.variation)).xpos.copy()
+
+    def draw_colours(self, env, rng):
+        """Gives each candidate its own colour for this episode, and its name."""
         self.names = [str(name) for name in rng.permutation(list(COLOURS))[: self.candidates]]
         for i, name in enumerate(self.names):
-            env.model.geom(geoms.format(i=i)).rgba[:3] = COLOURS[name]
+            env.model.geom(self.geom.format(i)).rgba[:3] = COLOURS[name]
 
 
 class ReachTarget(Task):
     """Touch the ball of the named colour with the fingertips; the other balls are distractors."""
 
+    geom = "ball{}"
     templates = ("reach the {} target", "touch the {} ball with the panda gripper", "reach the {} sphere")
     radius = 0.03
 
@@ -223,11 +205,8 @@ class ReachTarget(Task):
             body.add_geom(name=f"ball{i}", type=mujoco.mjtGeom.mjGEOM_SPHERE, size=[self.radius, 0, 0], contype=0, conaffinity=0)
 
     def place(self, env, rng):
-        self.draw_colours(env, rng, "ball{i}")
+        self.draw_colours(env, rng)
         env.data.mocap_pos[:] = scatter(rng, self.candidates, (0.36, -0.25, 0.05), (0.62, 0.25, 0.30), apart=0.12)
-
-    def focus(self, env):
-        return env.data.mocap_pos[env.variation].copy()
 
     def plan(self, env):
         yield Move(self.focus(env), dwell=4)
@@ -239,6 +218,7 @@ class ReachTarget(Task):
 class PushButton(Task):
     """Press the button of the named colour with closed fingers. Pressing another one ends the episode."""
 
+    geom = "cap{}"
     templates = ("push the {} button", "push down the {} button", "press the button with the {} color", "press the {} button")
     height, travel = 0.03, 0.010  # of the button's top above the table; how far it goes down
 
@@ -247,14 +227,12 @@ class PushButton(Task):
             body = world.add_body(name=f"button{i}")
             add_box(body, f"base{i}", (0.035, 0.035, 0.01), (0, 0, 0.01), (0.45, 0.45, 0.45))
             cap = body.add_body(name=f"cap{i}", pos=(0, 0, 0.02))
-            cap.add_joint(
-                name=f"cap{i}", type=mujoco.mjtJoint.mjJNT_SLIDE, axis=(0, 0, 1), range=(-self.travel, 0),
-                stiffness=[300, 0, 0], damping=[10, 0, 0], springref=0.01,
-            )
+            cap.add_joint(name=f"cap{i}", type=mujoco.mjtJoint.mjJNT_SLIDE, axis=(0, 0, 1), range=(-self.travel, 0),
+                          stiffness=[300, 0, 0], damping=[10, 0, 0], springref=0.01)  # fmt: skip
             cap.add_geom(name=f"cap{i}", type=mujoco.mjtGeom.mjGEOM_CYLINDER, size=[0.025, 0.01, 0], mass=0.05)
 
     def place(self, env, rng):
-        self.draw_colours(env, rng, "cap{i}")
+        self.draw_colours(env, rng)
         for i, point in enumerate(scatter(rng, self.candidates, (0.36, -0.24), (0.62, 0.24), apart=0.13)):
             env.model.body(f"button{i}").pos[:2] = point
 
@@ -277,36 +255,34 @@ class PushButton(Task):
         return any(self.pressed(env, i) for i in range(self.candidates) if i != env.variation)
 
 
+def grasp(env, point, low, high):
+    """Waypoints: over the point, between two heights and rather where the tool is already, down to it, and close the fingers."""
+    yield Move(np.append(point[:2], np.clip(env.tool()[2, 3], low, high)))
+    # The pauses around the closing add up to the horizon (8 steps): a target that many steps ahead never skips the contact.
+    yield Move(point, dwell=4, speed=0.25)
+    yield Move(point, gripper=0, dwell=5)
+
+
 class PickAndLift(Task):
     """Grasp the block of the named colour and lift it 10 cm; the other blocks are distractors."""
 
+    geom = "block{}"
     templates = ("pick up the {} block and lift it", "grasp the {} block and lift it up", "lift the {} block up")
     half = 0.02
 
     def build(self, spec, world):
         for i in range(self.candidates):
-            body = world.add_body(name=f"block{i}", pos=(0.5, 0.2 * (i - 1), self.half))
-            body.add_freejoint(name=f"block{i}")
-            add_box(body, f"block{i}", [self.half] * 3, mass=0.05, **GRIPPED)
+            add_block(world, f"block{i}", [self.half] * 3, (0.5, 0.2 * (i - 1), self.half), mass=0.05, **GRIPPED)
 
     def place(self, env, rng):
-        self.draw_colours(env, rng, "block{i}")
+        self.draw_colours(env, rng)
         for i, point in enumerate(scatter(rng, self.candidates, (0.38, -0.22), (0.60, 0.22), apart=0.13)):
-            yaw = rng.uniform(-0.3, 0.3)
-            env.data.joint(f"block{i}").qpos[:] = [*point, self.half, np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)]
-
-    def focus(self, env):
-        return env.data.body(f"block{env.variation}").xpos.copy()
+            env.data.joint(f"block{i}").qpos[:] = [*point, self.half, *about_z(rng.uniform(-0.3, 0.3))]
 
     def plan(self, env):
-        block = self.focus(env)
-        height = np.clip(env.tool()[2, 3], block[2] + 0.06, block[2] + 0.12)
-        yield Move(np.append(block[:2], height))
-        # The pauses around the closing of the fingers add up to the horizon (8 steps), so that a target that many
-        # steps ahead never skips the contact.
-        yield Move(block, dwell=4, speed=0.25)
-        yield Move(block, gripper=0, dwell=5)
-        yield Move(block + (0, 0, 0.15), gripper=0, dwell=2)
+        point = self.focus(env)
+        yield from grasp(env, point, point[2] + 0.06, point[2] + 0.12)
+        yield Move(point + (0, 0, 0.15), gripper=0, dwell=2)
 
     def success(self, env):
         block = self.focus(env)
@@ -316,7 +292,7 @@ class PickAndLift(Task):
 class SlideBlockToTarget(Task):
     """Push the block along the table, with open fingers side by side, until it lies on the blue square."""
 
-    candidates = 1
+    candidates, geom = 1, "block"
     templates = (
         "slide the block to target", "slide the block onto the target", "slide the block towards the blue target",
         "push the block until it is sitting on top of the target",
@@ -327,19 +303,14 @@ class SlideBlockToTarget(Task):
 
     def build(self, spec, world):
         add_box(world.add_body(name="target"), "target", (0.055, 0.055, 0.001), (0, 0, 0), COLOURS["blue"], **PAINTED)
-        body = world.add_body(name="block", pos=(0.4, 0, self.half[2]))
-        body.add_freejoint(name="block")
         slippery = {"friction": (0.3, 0.005, 0.0001), "priority": 1}  # rough blocks jam between fingers and table
-        add_box(body, "block", self.half, (0, 0, 0), COLOURS["orange"], mass=0.1, **slippery)
+        add_block(world, "block", self.half, (0.4, 0, self.half[2]), COLOURS["orange"], mass=0.1, **slippery)
 
     def place(self, env, rng):
         block, yaw, distance = rng.uniform((0.39, -0.12), (0.46, 0.12)), rng.uniform(-1.2, 1.2), rng.uniform(0.11, 0.17)
-        env.data.joint("block").qpos[:] = [*block, self.half[2], np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)]
+        env.data.joint("block").qpos[:] = [*block, self.half[2], *about_z(yaw)]
         env.model.body("target").pos[:2] = block + distance * np.array([np.cos(yaw), np.sin(yaw)])
         env.model.body("target").quat[:] = env.data.joint("block").qpos[3:]
-
-    def focus(self, env):
-        return env.data.body("block").xpos.copy()
 
     def plan(self, env):
         block, target = self.focus(env), np.append(env.model.body("target").pos[:2], self.half[2])
@@ -357,7 +328,7 @@ class SlideBlockToTarget(Task):
 class OpenDrawer(Task):
     """Grasp the handle of the bottom, middle or top drawer of a cabinet from its front and pull it open."""
 
-    names = ("bottom", "middle", "top")
+    names, geom = ("bottom", "middle", "top"), "handle{}"
     templates = ("open the {0} drawer", "grip the {0} handle and pull the {0} drawer open", "slide the {0} drawer open")
     start_box = np.array([[0.32, -0.28, 0.15], [0.62, -0.08, 0.40]])  # in front of the cabinet
     posture = ELBOW_UP
@@ -371,10 +342,8 @@ class OpenDrawer(Task):
             add_box(cabinet, f"side{side}", (0.005, 0.08, 0.13), (side * 0.105, 0, 0.205), white, **FURNITURE)
         for i in range(self.candidates):
             drawer = cabinet.add_body(name=f"drawer{i}", pos=(0, -0.08, 0.12 + 0.085 * i))
-            drawer.add_joint(
-                name=f"drawer{i}", type=mujoco.mjtJoint.mjJNT_SLIDE, axis=(0, -1, 0), range=(0, 0.15),
-                frictionloss=0.5, damping=[5, 0, 0],
-            )  # fmt: skip
+            drawer.add_joint(name=f"drawer{i}", type=mujoco.mjtJoint.mjJNT_SLIDE, axis=(0, -1, 0), range=(0, 0.15),
+                             frictionloss=0.5, damping=[5, 0, 0])  # fmt: skip
             add_box(drawer, f"front{i}", (0.098, 0.005, 0.04), (0, 0.005, 0), (0.35, 0.45, 0.55), mass=0.1, **FURNITURE)
             add_box(drawer, f"tray{i}", (0.09, 0.07, 0.005), (0, 0.08, -0.03), white, mass=0.1, **FURNITURE)
             add_box(drawer, f"stem{i}", (0.008, 0.015, 0.005), (0, -0.015, 0), bar, mass=0.01, **FURNITURE)
@@ -383,10 +352,7 @@ class OpenDrawer(Task):
     def place(self, env, rng):
         cabinet, yaw = env.model.body("cabinet"), rng.uniform(-0.3, 0.3)
         cabinet.pos[:2] = rng.uniform((0.44, 0.17), (0.54, 0.21))
-        cabinet.quat[:] = np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)
-
-    def focus(self, env):
-        return env.data.geom(f"handle{env.variation}").xpos.copy()
+        cabinet.quat[:] = about_z(yaw)
 
     def near(self, env):
         return self.focus(env) - (0, 0.18, 0)
@@ -406,12 +372,13 @@ class OpenDrawer(Task):
 class TakeLidOffSaucepan(Task):
     """Grasp the knob of the lid, lift it 10 cm off the pan and hold it."""
 
-    candidates = 1
+    candidates, geom = 1, "knob"
     templates = (
         "take lid off the saucepan", "using the handle, lift the lid off of the pan", "remove the lid from the pan",
         "grip the saucepan's lid and remove it from the pan", "leave the pan open", "uncover the saucepan",
     )  # fmt: skip
     posture = ELBOW_UP
+    plan = PickAndLift.plan  # a knob is grasped and lifted as a block is
     radius, height = 0.08, 0.07  # of the pan
     rest = height + 0.005  # where the lid's centre lies when it is on
 
@@ -420,9 +387,8 @@ class TakeLidOffSaucepan(Task):
         pan = world.add_body(name="pan")
         pan.add_geom(name="bottom", type=cylinder, size=[self.radius, 0.004, 0], pos=(0, 0, 0.004), rgba=(*steel, 1))
         for angle in np.arange(12) * np.pi / 6:
-            turn = (np.cos(angle / 2), 0, 0, np.sin(angle / 2))
             wall = self.radius * np.array([np.cos(angle), np.sin(angle), 0]) + (0, 0, self.height / 2)
-            add_box(pan, f"wall{angle:.1f}", (0.003, 0.022, self.height / 2), wall, steel, quat=turn)
+            add_box(pan, f"wall{angle:.1f}", (0.003, 0.022, self.height / 2), wall, steel, quat=about_z(angle))
         add_box(pan, "handle", (0.05, 0.01, 0.006), (self.radius + 0.05, 0, self.height - 0.015), COLOURS["black"])
         lid = world.add_body(name="lid", pos=(0.5, 0, self.rest))
         lid.add_freejoint(name="lid")
@@ -433,18 +399,8 @@ class TakeLidOffSaucepan(Task):
     def place(self, env, rng):
         point, yaw = rng.uniform((0.42, -0.16), (0.56, 0.16)), rng.uniform(-np.pi, np.pi)
         env.model.body("pan").pos[:2] = point
-        env.model.body("pan").quat[:] = np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)
+        env.model.body("pan").quat[:] = about_z(yaw)
         env.data.joint("lid").qpos[:2] = point
-
-    def focus(self, env):
-        return env.data.geom("knob").xpos.copy()
-
-    def plan(self, env):
-        knob = self.focus(env)
-        yield Move(np.append(knob[:2], np.clip(env.tool()[2, 3], knob[2] + 0.06, knob[2] + 0.12)))
-        yield Move(knob, dwell=4, speed=0.25)
-        yield Move(knob, gripper=0, dwell=5)
-        yield Move(knob + (0, 0, 0.15), gripper=0, dwell=2)
 
     def success(self, env):
         lid = env.data.body("lid").xpos
@@ -474,7 +430,7 @@ class CloseBox(Task):
     def place(self, env, rng):
         box, yaw = env.model.body("box"), rng.uniform(-0.4, 0.4)
         box.pos[:2] = rng.uniform((0.47, -0.14), (0.54, 0.14))
-        box.quat[:] = np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)
+        box.quat[:] = about_z(yaw)
         env.data.joint("lid").qpos[0] = self.open_angle
 
     def edge(self, env, angle, reach=0.13):
@@ -501,7 +457,7 @@ class CloseBox(Task):
 class StackBlocks(Task):
     """Stack the two blocks of the named colour on the square; the two of the other colour are distractors."""
 
-    candidates = 2
+    candidates, geom = 2, "block{}"
     templates = (
         "stack 2 {} blocks", "place 2 of the {} cubes on top of each other", "build a tall tower out of 2 {} cubes",
         "pick up and set down 2 {} blocks on top of each other", "arrange 2 {} blocks in a vertical stack on the table top",
@@ -514,18 +470,15 @@ class StackBlocks(Task):
     def build(self, spec, world):
         add_box(world.add_body(name="target"), "target", (0.04, 0.04, 0.001), (0, 0, 0), (0.3, 0.3, 0.3), **PAINTED)
         for i in range(4):
-            body = world.add_body(name=f"block{i}", pos=(0.5, 0.1 * i, self.half))
-            body.add_freejoint(name=f"block{i}")
-            add_box(body, f"block{i}", [self.half] * 3, mass=0.05, **GRIPPED)
+            add_block(world, f"block{i}", [self.half] * 3, (0.5, 0.1 * i, self.half), mass=0.05, **GRIPPED)
 
     def place(self, env, rng):
-        self.draw_colours(env, rng, "block{i}")
+        self.draw_colours(env, rng)
         points = scatter(rng, 5, (0.38, -0.22), (0.60, 0.22), apart=0.11)
         env.model.body("target").pos[:2] = points[4]
         for i in range(4):
             env.model.geom(f"block{i}").rgba[:3] = COLOURS[self.names[i // 2]]
-            yaw = rng.uniform(-0.3, 0.3)
-            env.data.joint(f"block{i}").qpos[:] = [*points[i], self.half, np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)]
+            env.data.joint(f"block{i}").qpos[:] = [*points[i], self.half, *about_z(rng.uniform(-0.3, 0.3))]
 
     def blocks(self, env):
         """The two named blocks' centres, the one nearest to the square first."""
@@ -540,10 +493,7 @@ class StackBlocks(Task):
     def plan(self, env):
         for layer in range(2):
             block, target = self.focus(env), env.model.body("target").pos + (0, 0, self.half * (1 + 2 * layer) + 0.002)
-            height = np.clip(env.tool()[2, 3], 0.10, 0.16)
-            yield Move(np.append(block[:2], height))
-            yield Move(block, dwell=4, speed=0.25)
-            yield Move(block, gripper=0, dwell=5)
+            yield from grasp(env, block, 0.10, 0.16)
             yield Move(np.append(block[:2], 0.14), gripper=0)
             yield Move(np.append(target[:2], 0.14), gripper=0)
             yield Move(target, gripper=0, dwell=4, speed=0.25)
@@ -557,35 +507,75 @@ class StackBlocks(Task):
 
 
 TASKS = {
-    "reach_target": ReachTarget,
-    "push_button": PushButton,
-    "pick_and_lift": PickAndLift,
-    "slide_block_to_target": SlideBlockToTarget,
-    "open_drawer": OpenDrawer,
-    "take_lid_off_saucepan": TakeLidOffSaucepan,
-    "close_box": CloseBox,
-    "stack_blocks": StackBlocks,
-}
+    "reach_target": ReachTarget, "push_button": PushButton, "pick_and_lift": PickAndLift,
+    "slide_block_to_target": SlideBlockToTarget, "open_drawer": OpenDrawer, "take_lid_off_saucepan": TakeLidOffSaucepan,
+    "close_box": CloseBox, "stack_blocks": StackBlocks,
+}  # fmt: skip
+
+
+def check_task(name):
+    """Raises UserError for a task that does not exist, with the nearest name."""
+    if name not in TASKS:
+        near = difflib.get_close_matches(name, TASKS, 1)
+        raise UserError(f"There is no task '{name}'; " + (f"is it '{near[0]}'?" if near else f"choose from {', '.join(TASKS)}."))
 
 
 # ------------------------------------------------------------------------------------------------------- environment
-class PandaEnv(gymnasium.Env):
-    """One task on the table. Same seed, same episode, bit for bit.
+class ArmEnv(gymnasium.Env):
+    """What the simulators have in common: an arm of seven joints with a gripper, and cameras.
 
     Observation: {"qpos": (8,) joint positions (rad) and gripper opening 0..1, "qvel": (8,) their rates,
     "images": {camera: (H, W, 3) uint8}}. Action: (8,) absolute joint targets (rad) within the limits, gripper command 0..1.
-    reset(options=...): "variation" (which candidate the instruction names, drawn if absent), "start" ("anywhere" over the
-    table, or "near" the object, as half of the demonstrations do).
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": CONTROL_HZ}
     render_mode = "rgb_array"
 
-    def __init__(self, task="reach_target", image_size=128, cameras=CAMERAS, images=True):
-        if task not in TASKS:
-            raise UserError(f"There is no task '{task}'; choose one of {', '.join(TASKS)}.")
+    def __init__(self, image_size, cameras, images, low, high):
+        """low, high: (7,) rad, how far the joints turn."""
         self.height, self.width = (image_size, image_size) if np.isscalar(image_size) else image_size
-        self.cameras, self.images = cameras, images
+        self.cameras, self.images = tuple(cameras), images
+        self.action_space = gymnasium.spaces.Box(np.append(low, 0).astype(np.float32), np.append(high, 1).astype(np.float32))
+        unbounded = gymnasium.spaces.Box(-np.inf, np.inf, (8,), np.float32)
+        picture = gymnasium.spaces.Box(0, 255, (self.height, self.width, 3), np.uint8)
+        pictures = {"images": gymnasium.spaces.Dict(dict.fromkeys(self.cameras, picture))} if images else {}
+        self.observation_space = gymnasium.spaces.Dict({"qpos": unbounded, "qvel": unbounded, **pictures})
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.seed, self.steps = int(self.np_random.integers(2**31)) if seed is None else seed, 0
+
+    def checked(self, action):
+        """The action as an array (8,) of float64. Raises UserError for one that the arm cannot take."""
+        action = np.asarray(action, dtype=np.float64)
+        if action.shape != (8,) or not np.isfinite(action).all():
+            raise UserError(f"The action must be 8 finite numbers (7 joints in rad and the gripper), not {action}.")
+        if not self.action_space.contains(action.astype(np.float32)):
+            raise UserError(f"The action {action.round(3)} is outside the joint limits; clip it to env.action_space first.")
+        return action
+
+    def observation(self, qpos, opening, qvel, speed):
+        seen = {"images": look(self)} if self.images else {}
+        return {"qpos": np.append(qpos, opening).astype(np.float32), "qvel": np.append(qvel, speed).astype(np.float32), **seen}
+
+    def render(self):
+        return self.picture("front", self.height, self.width)
+
+
+def look(env):
+    """What all cameras see now: {camera: (H, W, 3) uint8}."""
+    return {camera: env.picture(camera, env.height, env.width) for camera in env.cameras}
+
+
+class PandaEnv(ArmEnv):
+    """One task on the table. Same seed, same episode, bit for bit.
+
+    reset(options=...): "variation" (which candidate the instruction names, drawn if absent), "start" ("anywhere" over the
+    table, or "near" the object, as half of the demonstrations do).
+    """
+
+    def __init__(self, task="reach_target", image_size=128, cameras=CAMERAS, images=True):
+        check_task(task)
         self.task = TASKS[task]()
         spec, world = base_scene()
         self.task.build(spec, world)
@@ -595,20 +585,12 @@ class PandaEnv(gymnasium.Env):
         self.renderers = {}
         self.substeps = round(1 / (CONTROL_HZ * self.model.opt.timestep))
         self.limits = self.model.jnt_range[:7].copy()  # (7, 2) rad
-        low, high = np.append(self.limits[:, 0], 0), np.append(self.limits[:, 1], 1)
-        self.action_space = gymnasium.spaces.Box(low.astype(np.float32), high.astype(np.float32))
-        unbounded = gymnasium.spaces.Box(-np.inf, np.inf, (8,), np.float32)
-        picture = gymnasium.spaces.Box(0, 255, (self.height, self.width, 3), np.uint8)
-        spaces = {"qpos": unbounded, "qvel": unbounded}
-        if images:
-            spaces["images"] = gymnasium.spaces.Dict({camera: picture for camera in cameras})
-        self.observation_space = gymnasium.spaces.Dict(spaces)
+        super().__init__(image_size, cameras, images, *self.limits.T)
 
     # ---- Gymnasium
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         options = options or {}
-        self.seed = int(self.np_random.integers(2**31)) if seed is None else seed
         scene_rng, start_rng = np.random.default_rng([self.seed, 0]), np.random.default_rng([self.seed, 1])
         mujoco.mj_resetData(self.model, self.data)
         self.task.place(self, scene_rng)
@@ -622,7 +604,7 @@ class PandaEnv(gymnasium.Env):
         mujoco.mj_forward(self.model, self.data)
 
         opening = 1.0
-        if options.get("start", "anywhere") == "near":
+        if options.get("start") == "near":
             start_rng = np.random.default_rng([self.seed, 2, self.variation])
             tool = self.task.near(self) + np.append(start_rng.normal(0, 0.03, 2), start_rng.uniform(0.05, 0.16))
             opening = float(start_rng.random() < 0.7)  # also with empty closed fingers: a missed grasp is tried again
@@ -634,15 +616,10 @@ class PandaEnv(gymnasium.Env):
         self.data.ctrl[:7], self.data.ctrl[7] = qpos, 255 * opening
         self.data.qvel[:] = 0
         mujoco.mj_forward(self.model, self.data)
-        self.steps = 0
         return self.observe(), self.info()
 
     def step(self, action):
-        action = np.asarray(action, dtype=np.float64)
-        if action.shape != (8,) or not np.isfinite(action).all():
-            raise UserError(f"The action must be 8 finite numbers (7 joints in rad and the gripper), not {action}.")
-        if not self.action_space.contains(action.astype(np.float32)):
-            raise UserError(f"The action {action.round(3)} is outside the joint limits; clip it to env.action_space first.")
+        action = self.checked(action)
         self.data.ctrl[:7] = action[:7]
         self.data.ctrl[7] = 255 if action[7] > 0.5 else 0
         mujoco.mj_step(self.model, self.data, self.substeps)
@@ -652,31 +629,18 @@ class PandaEnv(gymnasium.Env):
         terminated = success or bool(self.task.failed(self))
         return self.observe(), float(success), terminated, self.steps >= self.task.max_steps, self.info()
 
-    def render(self):
-        return self.picture("front", self.height, self.width)
-
     def close(self):
         for renderer in self.renderers.values():
             renderer.close()
         self.renderers = {}
 
     def info(self):
-        return {
-            "instruction": self.instruction,
-            "instructions": self.instructions,
-            "variation": self.variation,
-            "success": bool(self.task.success(self)),
-        }
+        return {"instruction": self.instruction, "instructions": self.instructions, "variation": self.variation,
+                "success": bool(self.task.success(self))}  # fmt: skip
 
     def observe(self):
-        fingers, speeds = self.data.qpos[7:9].sum() / 0.08, self.data.qvel[7:9].sum() / 0.08
-        observation = {
-            "qpos": np.append(self.data.qpos[:7], np.clip(fingers, 0, 1)).astype(np.float32),
-            "qvel": np.append(self.data.qvel[:7], speeds).astype(np.float32),
-        }
-        if self.images:
-            observation["images"] = {c: self.picture(c, self.height, self.width) for c in self.cameras}
-        return observation
+        fingers, speed = self.data.qpos[7:9].sum() / 0.08, self.data.qvel[7:9].sum() / 0.08
+        return self.observation(self.data.qpos[:7], np.clip(fingers, 0, 1), self.data.qvel[:7], speed)
 
     def picture(self, camera, height, width):
         """What the camera sees now: (height, width, 3) uint8."""
@@ -684,10 +648,7 @@ class PandaEnv(gymnasium.Env):
             try:
                 renderer = mujoco.Renderer(self.model, height, width)
             except Exception as error:
-                raise UserError(
-                    "Neither EGL nor OSMesa can draw on this machine: install one of them "
-                    f"(on Debian or Ubuntu: apt-get install libegl1 libgl1 libosmesa6). MuJoCo said: {error}"
-                ) from error
+                raise UserError(f"{CANNOT_DRAW}{error}") from error
             renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
             renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
             self.renderers[height, width] = renderer
@@ -696,9 +657,9 @@ class PandaEnv(gymnasium.Env):
         return renderer.render()
 
     # ---- geometry
-    def tool(self, data=None):
+    def tool(self):
         """World from tool (4, 4): between the fingertips, z out of the hand, fingers along y."""
-        site = (data or self.data).site("tool")
+        site = self.data.site("tool")
         return _pose(site.xmat, site.xpos)
 
     def joint_poses(self):

@@ -3,6 +3,7 @@
 import signal
 import sys
 import traceback
+from contextlib import suppress
 from multiprocessing import connection, get_context
 
 from tqdm import tqdm
@@ -15,47 +16,42 @@ def serve(pipe, other_end):
     other_end.close()  # this process's copy of it
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first process's business, not the workers'
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that a half-written file is removed
-    while True:
-        try:
-            job = pipe.recv()
-        except EOFError:
-            return
-        if job is None:
-            return
-        try:
-            answer = job[0](*job[1:]), None
-        except (UserError, OSError) as error:
-            answer = None, error
-        except Exception as error:  # others may not survive the journey
-            answer = None, RuntimeError("".join(traceback.format_exception(error)))
-        pipe.send(answer)
+    with suppress(EOFError):
+        while job := pipe.recv():
+            try:
+                answer = job[0](*job[1:]), None
+            except (UserError, OSError) as error:
+                answer = None, error
+            except Exception as error:  # others may not survive the journey
+                answer = None, RuntimeError("".join(traceback.format_exception(error)))
+            pipe.send(answer)
 
 
 def in_parallel(jobs, workers, description, unit, start=None):
     """Yield (job, result) for jobs (function, arguments...) as they are done, under a progress bar; result is None for a job that
     killed two processes. An exception in a job ends everything. start: how processes start (None: the system's way)."""
     context, jobs = get_context(start), list(jobs)
-    waiting, deaths, running = list(range(len(jobs)))[::-1], [0] * len(jobs), {}  # running: pipe -> (process, number of its job)
+    waiting, deaths = list(range(len(jobs)))[::-1], [0] * len(jobs)  # numbers of jobs
+    running, idle = {}, []  # pipe -> (process, number of its job); (pipe, process)
     bar = tqdm(total=len(jobs), desc=description, unit=unit)
-
-    def begin(process, pipe):
-        job = waiting.pop()
-        if process is None:
-            pipe, theirs = context.Pipe()
-            process = context.Process(target=serve, args=(theirs, pipe), daemon=True)
-            process.start()
-            theirs.close()
-        running[pipe] = process, job
-        pipe.send(jobs[job])
-
     try:
         while waiting or running:
             while waiting and len(running) < workers:
-                begin(None, None)
+                if idle:
+                    pipe, process = idle.pop()
+                else:
+                    pipe, theirs = context.Pipe()
+                    process = context.Process(target=serve, args=(theirs, pipe), daemon=True)
+                    process.start()
+                    theirs.close()
+                running[pipe] = process, waiting.pop()
+                with suppress(ConnectionError):  # a process that has died since will not answer
+                    pipe.send(jobs[running[pipe][1]])
             for pipe in connection.wait(list(running)):
                 process, job = running.pop(pipe)
                 try:
                     result, error = pipe.recv()
+                    idle.append((pipe, process))
                 except (EOFError, ConnectionError):  # the process is dead
                     process.join()
                     deaths[job] += 1
@@ -63,20 +59,17 @@ def in_parallel(jobs, workers, description, unit, start=None):
                         waiting.append(job)
                         continue
                     result, error = None, None
-                else:
-                    if waiting and not error:
-                        begin(process, pipe)
-                    else:
-                        pipe.send(None)
-                        process.join(10)
                 if error:
                     raise error
                 bar.update()
                 yield jobs[job], result
     finally:
         bar.close()
-        for pipe, (process, _) in running.items():
+        for process, _ in running.values():
             process.terminate()
-        for pipe, (process, _) in running.items():
+        for pipe, _ in idle:
+            with suppress(ConnectionError):
+                pipe.send(None)
+        for process in [process for process, _ in running.values()] + [process for _, process in idle]:
             process.join(10)
             process.kill()

@@ -27,7 +27,7 @@ import numpy as np
 from PIL import Image
 
 from episodes import Episode, UserError
-from render_spheres import Chain, spread
+from render_spheres import Chain, spread, turns
 
 HZ = 20  # RLBench steps its simulation by 50 ms, and a demonstration has a frame per step
 OPENCV = np.diag([-1.0, -1, 1, 1])  # PyRep's camera from OpenCV's: x left and y up against x right and y down
@@ -54,31 +54,23 @@ def _array(kind, shape, dtype):
     return np.ndarray((0,), "b")
 
 
-def _array_of_bytes(data, dtype, shape, order):
-    """What NumPy's _frombuffer does (protocol 5)."""
-    return np.frombuffer(data, np.dtype(dtype)).reshape(shape, order=order)
-
-
-def _scalar(dtype, data):
-    """What NumPy's scalar does, for numbers."""
-    return np.frombuffer(data, dtype)[0]
-
-
-def _bytes(text, encoding):
-    """Protocol 2 has no bytes, and writes them as text."""
-    return text.encode("latin1")
-
-
 class Unpickler(pickle.Unpickler):
     def __init__(self, file, path):
         super().__init__(file)
-        self.path, self.allowed = path, {("_codecs", "encode"): _bytes, ("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype}
-        # Classes of their own for each file: a file can set attributes of a class, and shall not meddle with the next one's.
-        self.allowed["rlbench.demo", "Demo"] = type("Demo", (Demo,), {})
-        self.allowed["rlbench.backend.observation", "Observation"] = type("Observation", (Observation,), {})
-        for core in ("numpy.core", "numpy._core"):  # NumPy 1 and 2
-            self.allowed |= {(f"{core}.multiarray", "_reconstruct"): _array, (f"{core}.multiarray", "scalar"): _scalar,
-                             (f"{core}.numeric", "_frombuffer"): _array_of_bytes}  # fmt: skip
+        self.path, self.allowed = path, {
+            ("_codecs", "encode"): lambda text, encoding: text.encode("latin1"),  # protocol 2 writes bytes as text
+            ("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype,
+            # Classes of their own for each file: a file can set attributes of a class, and shall not meddle with the next one's.
+            ("rlbench.demo", "Demo"): type("Demo", (Demo,), {}),
+            ("rlbench.backend.observation", "Observation"): type("Observation", (Observation,), {}),
+        }  # fmt: skip
+        for core in ("numpy.core", "numpy._core"):  # NumPy 1 and 2; what their functions of these names do, for arrays of numbers
+            self.allowed |= {
+                (f"{core}.multiarray", "_reconstruct"): _array,
+                (f"{core}.multiarray", "scalar"): lambda dtype, data: np.frombuffer(data, dtype)[0],
+                (f"{core}.numeric", "_frombuffer"):
+                    lambda data, dtype, shape, order: np.frombuffer(data, dtype).reshape(shape, order=order),
+            }  # fmt: skip
 
     def find_class(self, module, name):
         module = IMPORT_MAPPING.get(module, module)  # protocol 2 has Python 2's names
@@ -120,11 +112,13 @@ def nearest_rotation(matrices):
     return u @ np.diag([1, 1, np.linalg.det(u @ v)]) @ v
 
 
+def pose_of(rotation, position):
+    return np.vstack([np.column_stack([rotation, position]), [0, 0, 0, 1]])
+
+
 def mean_pose(poses):
     """The pose (4, 4) in the middle of poses (T, 4, 4) that hardly differ."""
-    pose = np.eye(4)
-    pose[:3, :3], pose[:3, 3] = nearest_rotation(poses[:, :3, :3]), poses[:, :3, 3].mean(axis=0)
-    return pose
+    return pose_of(nearest_rotation(poses[:, :3, :3]), poses[:, :3, 3].mean(axis=0))
 
 
 def fit_base(q, joint_poses):
@@ -136,24 +130,18 @@ def fit_base(q, joint_poses):
     rotation = nearest_rotation(joint_poses[..., :3, 2:3] @ ours[..., None, :3, 2])
     axes, origins = ours[..., :3, 2] @ rotation.T, ours[..., :3, 3] @ rotation.T  # (T, 7, 3)
     # joint_poses' origins = base + origins + axes * offsets: linear in base and offsets
-    system = np.zeros((*axes.shape, 10))
-    system[..., :3] = np.eye(3)
-    for i in range(7):
-        system[:, i, :, 3 + i] = axes[:, i]
+    system = np.concatenate([np.broadcast_to(np.eye(3), (*axes.shape, 3)), axes[..., None] * np.eye(7)[:, None]], axis=-1)  # (T, 7, 3, 10)
     wanted = joint_poses[..., :3, 3] - origins
     solution = np.linalg.lstsq(system.reshape(-1, 10), wanted.ravel(), rcond=None)[0]
     error = max(np.abs(system @ solution - wanted).max(), np.abs(axes - joint_poses[..., :3, 2]).max())
-    base = np.eye(4)
-    base[:3, :3], base[:3, 3] = rotation, solution[:3]
-    return base, solution[3:], error
+    return pose_of(rotation, solution[:3]), solution[3:], error
 
 
 def fit_base_to_tool(q, tool):
     """The same from poses tool (T, 4, 4) of the hand alone, for datasets without joint_poses -> world_from_base, zeros (7,), error."""
     last, best = panda().joint_poses(q)[:, 6], None
     for turn in range(8):  # in eighths: the hand sits on the last joint turned by -45 degrees, and PyRep's tip somehow on the hand
-        cosine, sine = np.cos(turn * np.pi / 4), np.sin(turn * np.pi / 4)
-        mount = np.array([[cosine, -sine, 0], [sine, cosine, 0], [0, 0, 1]])
+        mount = turns(np.array(turn * np.pi / 4))[:3, :3]
         rotations = tool[:, :3, :3] @ np.swapaxes(last[:, :3, :3] @ mount, 1, 2)
         rotation = nearest_rotation(rotations)
         error = np.abs(rotations - rotation).max()
@@ -166,9 +154,7 @@ def fit_base_to_tool(q, tool):
     system = np.concatenate([np.broadcast_to(np.eye(3), (len(q), 3, 3)), rotation @ last[:, :3, :3]], axis=2)  # (T, 3, 6)
     ridge = np.hstack([np.zeros((3, 3)), 0.1 * np.eye(3)])
     solution = np.linalg.lstsq(np.vstack([*system, ridge]), np.append(wanted, np.zeros(3)), rcond=None)[0]
-    base = np.eye(4)
-    base[:3, :3], base[:3, 3] = rotation, solution[:3]
-    return base, np.zeros(7), max(error, np.abs(system @ solution - wanted).max())
+    return pose_of(rotation, solution[:3]), np.zeros(7), max(error, np.abs(system @ solution - wanted).max())
 
 
 def matrices(poses):
@@ -243,11 +229,8 @@ def arm(q, observations, where):
                     "only RLBench's default robot can be imported.")
 
 
-def convert(demo, images, descriptions, task, variation, number, where):
-    """A demonstration of RLBench with its images {camera: (T, H, W, 3)} -> an Episode."""
-    observations = getattr(demo, "_observations", demo)
-    if not isinstance(observations, (list, tuple)) or len(observations) < 2 or any(not hasattr(o, "joint_positions") for o in observations):
-        raise UserError(f"{where} does not hold a demonstration of two frames or more: record it again.")
+def convert(observations, images, descriptions, task, variation, number, where):
+    """RLBench's observations with their images {camera: (T, H, W, 3)} -> an Episode."""
     if np.shape(observations[0].joint_positions) != (7,):
         raise UserError(f"{where}: this is not a Panda, for joint_positions has the shape {np.shape(observations[0].joint_positions)}: "
                         "only RLBench's default robot can be imported.")
@@ -260,7 +243,7 @@ def convert(demo, images, descriptions, task, variation, number, where):
     chain, base_from_world = arm(joints, observations, where)
     joint_poses = chain.joint_poses(joints)  # (T, 8, 4, 4)
     intrinsics, extrinsics = {}, {}
-    for camera, pictures in images.items():
+    for camera in images:
         intrinsics[camera], poses = camera_matrices(observations, camera, where)
         poses = base_from_world @ poses
         mounts = np.linalg.inv(joint_poses[:, -2]) @ poses
@@ -330,9 +313,12 @@ def read_demonstration(folder, cameras, size=None):
     if not isinstance(descriptions, (list, tuple)) or not descriptions or not all(isinstance(text, str) and text for text in descriptions):
         raise UserError(f"{variation / 'variation_descriptions.pkl'} is not a list of sentences: get it again.")
     where = folder / "low_dim_obs.pkl"
-    demo, images, sizes = load(where), {}, {}
-    frames = len(getattr(demo, "_observations", demo)) if isinstance(getattr(demo, "_observations", demo), (list, tuple)) else 0
-    for camera in cameras if frames else ():
+    demo = load(where)
+    observations = getattr(demo, "_observations", demo)
+    if not isinstance(observations, (list, tuple)) or len(observations) < 2 or any(not hasattr(o, "joint_positions") for o in observations):
+        raise UserError(f"{where} does not hold a demonstration of two frames or more: record it again.")
+    frames, images, sizes = len(observations), {}, {}
+    for camera in cameras:
         pictures = folder / f"{camera}_rgb"
         if not pictures.is_dir():
             there = ", ".join(sorted(path.name[:-4] for path in folder.glob("*_rgb"))) or "none"
@@ -340,13 +326,8 @@ def read_demonstration(folder, cameras, size=None):
         if (pictures / f"{frames}.png").exists():
             raise UserError(f"{pictures} has more pictures than the demonstration's {frames} frames: half of it is missing, get it again.")
         images[camera], sizes[camera] = read_pictures(pictures, frames, size)
-    episode = convert(demo, images, list(descriptions), variation.parent.name, int(variation.name[9:]), int(folder.name[7:]), where)
+    episode = convert(observations, images, list(descriptions), variation.parent.name, int(variation.name[9:]), int(folder.name[7:]), where)
     for camera, (height, width) in sizes.items():
         new_height, new_width = images[camera].shape[1:3]
         episode.intrinsics[camera] = np.diag([new_width / width, new_height / height, 1]) @ episode.intrinsics[camera]
     return episode
-
-
-def name_of(folder):
-    """The file name of an imported demonstration."""
-    return f"episode{int(folder.name[7:]):03d}_variation{int(folder.parent.parent.name[9:]):02d}.hdf5"

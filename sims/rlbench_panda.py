@@ -13,17 +13,16 @@ import difflib
 import importlib
 import os
 import pkgutil
-import re
 import sys
 from multiprocessing.util import Finalize
 from pathlib import Path
 from types import SimpleNamespace
 
-import gymnasium
 import numpy as np
 from PIL import Image
 
 from episodes import CAMERAS, JOINT_LIMITS, UserError
+from sims.mujoco_panda import ArmEnv
 from sims.rlbench_dataset import HZ, Observation, arm, camera_matrices, convert, load
 
 # What the paper evaluates: 25 tasks of RLBench. It does not list them with its code; these are the 23 that the authors' laboratory
@@ -77,15 +76,10 @@ def import_rlbench():
 
 def task_class(tasks, name):
     """RLBench's class of a task, by the task's name. Raises UserError with the nearest name if there is none."""
-    camel = "".join(word.capitalize() for word in name.split("_"))
-    modules = {module.name for module in pkgutil.iter_modules(getattr(tasks, "__path__", []))}
-    if name in modules:
-        return getattr(importlib.import_module(f"rlbench.tasks.{name}"), camel)
-    if isinstance(getattr(tasks, camel, None), type):
-        return getattr(tasks, camel)
-    names = modules | {re.sub("(?<!^)(?=[A-Z])", "_", key).lower() for key, value in vars(tasks).items() if isinstance(value, type)}
-    near = difflib.get_close_matches(name, names, 1, 0)
-    raise UserError(f"RLBench has no task '{name}'" + (f"; is it '{near[0]}'?" if near else "."))
+    names = [module.name for module in pkgutil.iter_modules(tasks.__path__)]
+    if name not in names:
+        raise UserError(f"RLBench has no task '{name}'; is it '{difflib.get_close_matches(name, names, 1, 0)[0]}'?")
+    return getattr(importlib.import_module(f"rlbench.tasks.{name}"), "".join(word.capitalize() for word in name.split("_")))
 
 
 class Simulator:
@@ -94,16 +88,16 @@ class Simulator:
     running = None
 
     def __init__(self, size, cameras):
-        self.settings, self.rlbench, self.active = (size, cameras), import_rlbench(), None
+        self.settings, self.rlbench, self.name = (size, cameras), import_rlbench(), None
         config = self.rlbench.ObservationConfig()
         config.set_all(False)
-        config.joint_positions = config.joint_velocities = True
-        config.gripper_open = config.gripper_pose = config.gripper_matrix = True
-        for camera in cameras:
-            if not hasattr(config, f"{camera}_camera"):
-                raise UserError(f"RLBench has no camera '{camera}'; choose from wrist, front, left_shoulder, right_shoulder, overhead.")
-            getattr(config, f"{camera}_camera").rgb = True
-            getattr(config, f"{camera}_camera").image_size = size[::-1]  # PyRep: width, height
+        for what in ("joint_positions", "joint_velocities", "gripper_open", "gripper_pose", "gripper_matrix"):
+            setattr(config, what, True)
+        for name in cameras:
+            camera = getattr(config, f"{name}_camera", None)
+            if camera is None:
+                raise UserError(f"RLBench has no camera '{name}'; choose from wrist, front, left_shoulder, right_shoulder, overhead.")
+            camera.rgb, camera.image_size = True, size[::-1]  # PyRep: width, height
         mode = self.rlbench.MoveArmThenGripper(self.rlbench.JointPosition(), self.rlbench.Discrete())
         self.environment = self.rlbench.Environment(action_mode=mode, obs_config=config, headless=True)
         try:
@@ -114,11 +108,15 @@ class Simulator:
         self.end = Finalize(self, self.environment.shutdown, exitpriority=10)  # also at the process's end
 
     @classmethod
-    def of(cls, size, cameras):
+    def load(cls, name, size, cameras):
+        """RLBench's TaskEnvironment of this task, in a CoppeliaSim with these cameras; begun and loaded only where that is new."""
         if cls.running is None or cls.running.settings != (size, cameras):
             cls.stop()
             cls.running = cls(size, cameras)
-        return cls.running
+        if cls.running.name != name:
+            cls.running.live = cls.running.environment.get_task(task_class(cls.running.rlbench.tasks, name))
+            cls.running.name = name
+        return cls.running.live
 
     @classmethod
     def stop(cls):
@@ -126,16 +124,10 @@ class Simulator:
             cls.running.end()
             cls.running = None
 
-    def task(self, name):
-        """RLBench's TaskEnvironment of this task, loaded if it is not the last one used."""
-        if self.active is None or self.active[0] != name:
-            self.active = name, self.environment.get_task(task_class(self.rlbench.tasks, name))
-        return self.active[1]
-
 
 # -------------------------------------------------------------------------------------------------------- environment
-class RLBenchEnv(gymnasium.Env):
-    """One task of RLBench. Observation and action as in sims/mujoco_panda.PandaEnv.
+class RLBenchEnv(ArmEnv):
+    """One task of RLBench.
 
     reset(options=...): "variation" (drawn if absent), or "demonstration", a folder episode<M> of a dataset whose scene is laid out
     again. Raises NoSceneError where RLBench finds no place for the task. An action that RLBench refuses ends the episode, and
@@ -143,21 +135,12 @@ class RLBenchEnv(gymnasium.Env):
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": HZ}
-    render_mode = "rgb_array"
 
     def __init__(self, task="reach_target", image_size=128, cameras=CAMERAS, images=True, max_steps=MAX_STEPS):
-        self.height, self.width = (image_size, image_size) if np.isscalar(image_size) else image_size
-        self.name, self.cameras, self.images, self.max_steps = task, tuple(cameras), images, max_steps
-        self.task = SimpleNamespace(candidates=0, focus=lambda env: np.full(3, np.nan))  # RLBench does not say what a task is about
         task_class(import_rlbench().tasks, task)
-        low, high = np.array(JOINT_LIMITS["panda"])
-        self.action_space = gymnasium.spaces.Box(np.append(low, 0).astype(np.float32), np.append(high, 1).astype(np.float32))
-        unbounded = gymnasium.spaces.Box(-np.inf, np.inf, (8,), np.float32)
-        picture = gymnasium.spaces.Box(0, 255, (self.height, self.width, 3), np.uint8)
-        spaces = {"qpos": unbounded, "qvel": unbounded}
-        if images:
-            spaces["images"] = gymnasium.spaces.Dict({camera: picture for camera in self.cameras})
-        self.observation_space = gymnasium.spaces.Dict(spaces)
+        super().__init__(image_size, cameras, images, *JOINT_LIMITS["panda"])
+        self.name, self.max_steps = task, max_steps
+        self.task = SimpleNamespace(candidates=0, focus=lambda env: np.full(3, np.nan))  # RLBench does not say what a task is about
 
     def attempt(self, what, *arguments, **named):
         """Call one of RLBench's methods that lay out a scene or plan in it."""
@@ -169,20 +152,17 @@ class RLBenchEnv(gymnasium.Env):
 
     def begin(self, seed, variation):
         """Seed RLBench, which draws from NumPy's global state, and choose the variation. Returns the TaskEnvironment."""
-        live = Simulator.of((self.height, self.width), tuple(dict.fromkeys([*self.cameras, "front"]))).task(self.name)  # front: films
+        live = Simulator.load(self.name, (self.height, self.width), tuple(dict.fromkeys([*self.cameras, "front"])))  # front: films
         np.random.seed(seed % 2**32)
-        if variation is None:
-            self.variation = int(live.sample_variation())
-        else:
+        if variation is not None:
             self.attempt(live.set_variation, variation)
-            self.variation = variation
+        self.variation = int(live.sample_variation()) if variation is None else variation
         return live
 
     # ---- Gymnasium
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         options = options or {}
-        self.seed = int(self.np_random.integers(2**31)) if seed is None else seed
         self.live = self.begin(self.seed, options.get("variation"))
         if options.get("demonstration"):
             demo, self.variation = recorded(options["demonstration"])
@@ -190,16 +170,12 @@ class RLBenchEnv(gymnasium.Env):
         else:
             self.instructions, self.last = self.attempt(self.live.reset)
         self.instruction = self.instructions[self.seed % len(self.instructions)]
-        self.steps, self.succeeded, self.error = 0, False, None
+        self.succeeded, self.error = False, None
         self.chain, self.base_from_world = arm(self.joints()[None], [self.last], f"RLBench's task {self.name}")
         return self.observe(), self.info()
 
     def step(self, action):
-        action = np.asarray(action, dtype=np.float64)
-        if action.shape != (8,) or not np.isfinite(action).all():
-            raise UserError(f"The action must be 8 finite numbers (7 joints in rad and the gripper), not {action}.")
-        if not self.action_space.contains(action.astype(np.float32)):
-            raise UserError(f"The action {action.round(3)} is outside the joint limits; clip it to env.action_space first.")
+        action = self.checked(action)
         self.steps += 1
         try:
             self.last, reward, terminated = self.live.step(action)
@@ -207,9 +183,6 @@ class RLBenchEnv(gymnasium.Env):
             reward, terminated, self.error = 0.0, True, str(error)
         self.succeeded = reward > 0
         return self.observe(), float(self.succeeded), bool(terminated or self.succeeded), self.steps >= self.max_steps, self.info()
-
-    def render(self):
-        return self.picture("front", self.height, self.width)
 
     def close(self):
         Simulator.stop()
@@ -222,13 +195,7 @@ class RLBenchEnv(gymnasium.Env):
         return np.array(self.last.joint_positions, np.float64)
 
     def observe(self):
-        observation = {
-            "qpos": np.append(self.joints(), self.last.gripper_open).astype(np.float32),
-            "qvel": np.append(self.last.joint_velocities, 0).astype(np.float32),
-        }
-        if self.images:
-            observation["images"] = {camera: self.picture(camera, self.height, self.width) for camera in self.cameras}
-        return observation
+        return self.observation(self.joints(), self.last.gripper_open, self.last.joint_velocities, 0)
 
     def picture(self, camera, height, width):
         """What the camera sees now: (height, width, 3) uint8."""

@@ -390,41 +390,11 @@ def test_a_full_disk(run, monkeypatch, capsys):
     def full(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full)  # the workers are forked with it
-    monkeypatch.setattr(render_spheres, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(os, "fsync", full)
+    # in this process, for a patch does not reach another one everywhere
+    monkeypatch.setattr(render_spheres, "in_parallel", lambda jobs, *_: ((job, job[0](*job[1:])) for job in jobs))
     assert "disk is full" in refused(run, monkeypatch, capsys)
     assert len(contents(run)) == 2
-
-
-class InThisProcess:
-    """A ProcessPoolExecutor without processes, where a patch of a module would not reach."""
-
-    def __init__(self, *_, **__):
-        pass
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def submit(self, function, *arguments):
-        try:
-            result = function(*arguments)
-        except Exception as error:
-            self.error = error
-            return self
-        self.error = None
-        self.value = result
-        return self
-
-    def result(self):
-        if self.error:
-            raise self.error
-        return self.value
-
-    def shutdown(self, **_):
-        pass
 
 
 @pytest.mark.parametrize("damage, words", [
