@@ -11,6 +11,7 @@ pyrender, the renderer of GENIMA's published code, is needed for the first only.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -183,10 +184,9 @@ def step(turns: int = 5, run: Path = Path("runs/demo")):
     config = {"size": "tiny", "objective": "noise", "steps": 1, "image_size": size, "picture": 2 * size, "horizon": horizon, "cameras": CAMERAS}
     painter = Painter(build_tiny(instructions, size), config).train()
     optimizer = torch.optim.AdamW(painter.parameters(), lr=1e-4)
-    launches = {"one process": [sys.executable], "two processes": [
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
-        "--dynamo_backend", "no", "--main_process_port", "0"]}  # fmt: skip
-    ours = {(name, objective): [] for name in launches for objective in ("one-step", "noise")}
+    two = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
+           "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
+    ours = {(): [], ("--objective", "noise"): [], ("--precision", "bf16"): [], tuple(two): [], (*two, "--precision", "bf16"): []}
     theirs = []
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -198,28 +198,33 @@ def step(turns: int = 5, run: Path = Path("runs/demo")):
             for _ in range(20):
                 their_step(painter, optimizer, files, settings.batch)
             theirs.append(20 * settings.batch / (time.perf_counter() - start))
-            for name, objective in ours:
-                # Start, validation and checkpoint are the same for 10 and 40 steps: the difference is 30 steps of training.
-                few, many = (train_seconds(run, folder / "run", launches[name], objective, steps) for steps in (10, 40))
-                ours[name, objective].append(30 * settings.batch / (many - few))
+            for options, rates in ours.items():
+                launch, words = options[: len(two)] if "-m" in options else (), [word for word in options if word not in two]
+                rates.append(settings.batch / seconds_a_step(run, folder / "run", launch, words))
     print(f"diffusers' loop: {np.median(theirs):.1f} samples/s")
-    for (name, objective), rates in ours.items():
-        print(f"train_controlnet.py, {objective}, {name}: {np.median(rates):.1f} samples/s, ratio {np.median(rates) / np.median(theirs):.2f}")
+    for options, rates in ours.items():
+        name = " ".join(["two processes" if "-m" in options else "one process", *(word for word in options if word not in two)])
+        print(f"train_controlnet.py, {name}: {np.median(rates):.1f} samples/s, ratio {np.median(rates) / np.median(theirs):.2f}")
 
 
-def train_seconds(source, run, launch, objective, steps):
-    """How long a training of so many steps takes, from start to end."""
+def seconds_a_step(source, run, launch, options):
+    """Of a training of 60 steps, from the tenth on, as its progress bar counts them."""
     shutil.rmtree(run, ignore_errors=True)
     run.mkdir()
     for name in ("episodes", "spheres"):
         (run / name).symlink_to((source / name).resolve())
-    command = [*launch, str(Path(__file__).with_name("train_controlnet.py")), "--run", str(run), "--objective", objective, "--steps", str(steps)]
-    threads = {} if len(launch) == 1 else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // 2)), "ACCELERATE_USE_CPU": "true"}
-    start = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | threads)
-    if done.returncode:
-        raise UserError(f"train_controlnet.py failed, so there is nothing to measure: {done.stderr[-300:]}")
-    return time.perf_counter() - start
+    command = [sys.executable, *launch, str(Path(__file__).with_name("train_controlnet.py")), "--run", str(run), "--steps", "60", *options]
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // 2)), "ACCELERATE_USE_CPU": "true"} if launch else {}
+    training = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=os.environ | threads)
+    seen, said = {}, b""
+    while chunk := os.read(training.stderr.fileno(), 4096):
+        said = said[-1000:] + chunk
+        for count in re.findall(rb"(\d+)/60 ", said):
+            seen.setdefault(int(count), time.perf_counter())
+    if training.wait():
+        raise UserError(f"train_controlnet.py failed, so there is nothing to measure: {said[-300:].decode(errors='replace')}")
+    first, last = min(count for count in seen if count >= 10), max(count for count in seen if count < 60)
+    return (seen[last] - seen[first]) / (last - first)
 
 
 def write_pair(folder, i, batch):

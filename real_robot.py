@@ -354,12 +354,13 @@ def run(settings, load=None, bench=None):
 
 # ------------------------------------------------------------------------------------------------------------------ record
 def record(settings):
-    """One demonstration. Returns its path, and how many frames held a picture that the frame before had held."""
+    """One demonstration. Every frame has new pictures: where a camera is late, the frame waits, and those after it catch up.
+    Returns its path, and how many frames had to wait."""
     recover(settings.run)
     # The simulated cameras take 26 ms for a picture of 480x640, 2 ms for one of 64x64.
     options = dict(size=(settings.size,) * 2) if settings.size else dict(size=(480, 640), fps=HZ)
-    safety = Safety(settings.arm, stale=1.0)  # nothing is sent: a camera may pause, and that is counted
-    path, repeated = settings.run / "episodes" / settings.task / f"real_{time.strftime(STAMP)}.hdf5", 0
+    safety = Safety(settings.arm, stale=1.0)  # nothing is sent: a camera may pause
+    path, waited = settings.run / "episodes" / settings.task / f"real_{time.strftime(STAMP)}.hdf5", 0
     with closing(station(settings, guided=True, cameras=settings.cameras or CAMERAS, **options)) as bench:
         with held(settings, bench, safety, path, settings.size) as (robot, log, _):
             if not (settings.yes or bench.sim):
@@ -367,24 +368,25 @@ def record(settings):
             history = History(robot, bench, safety)
             if bench.sim:
                 bench.demonstrate()
-            before = bench.read()[0]
-            while (stamps := bench.read()[0]) == before:  # frames are taken midway between two pictures: each of them once
-                history.sample()
-                safety.check_fresh(stamps, time.monotonic())
-                time.sleep(0.005)
-            start = time.monotonic() + 0.5 / HZ
+            stamps, start = bench.read()[0], None
             while settings.seconds == 0 or log.count < settings.seconds * HZ:
-                sleep_until(start + log.count / HZ, history.sample)
-                before, now = stamps, time.monotonic()
+                sleep_until(start + log.count / HZ if start else 0, history.sample)
+                before = stamps
+                while any((stamps := bench.read()[0])[camera] == stamp for camera, stamp in before.items()):
+                    history.sample()
+                    safety.check_fresh(stamps, time.monotonic())
+                    time.sleep(0.005)
+                now = time.monotonic()
+                start = start or now + 0.5 / HZ  # midway between two pictures
+                waited += now - start - log.count / HZ > 0.01
                 pictures, stamps, frame, qpos, qvel = history.look(list(stamps), settings.size)
-                repeated += log.count > 0 and any(stamps[camera] == before[camera] for camera in stamps)
                 log.add(pictures, time=now, frame=frame, late=now - start - log.count / HZ, qpos=qpos, qvel=qvel)
                 if log.count % HZ == 0:
                     print(f"\rrecording, {log.count // HZ} s ", end="", flush=True)
                 if settings.seconds == 0 and (log.count > HZ and not bench.get("guided") if bench.sim else bench.over()):
                     break
-    print(f"\n{log.count} frames are in {path}" + (f"; in {repeated} a camera had no new picture." if repeated else "."))
-    return path, repeated
+    print(f"\n{log.count} frames are in {path}" + (f"; {waited} of them waited for a camera." if waited else "."))
+    return path, waited
 
 
 def main():
