@@ -17,18 +17,10 @@ To add a task, write a class like `ReachTarget` below (about thirty lines) and l
 """
 
 import difflib
-import os
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-# EGL where it works, else OSMesa. MuJoCo reads this variable when it is imported (so import this file first) and cannot change its
-# mind in one process: another one tries.
-if "MUJOCO_GL" not in os.environ and sys.platform == "linux":
-    attempt = [sys.executable, "-c", "import mujoco; mujoco.GLContext(8, 8)"]
-    works = subprocess.run(attempt, env=os.environ | {"MUJOCO_GL": "egl"}, capture_output=True).returncode == 0
-    os.environ["MUJOCO_GL"] = "egl" if works else "osmesa"
 CANNOT_DRAW = ("Neither EGL nor OSMesa can draw on this machine: install one of them "
                "(Debian, Ubuntu: apt-get install libegl1 libgl1 libosmesa6). MuJoCo said: ")  # fmt: skip
 try:
