@@ -429,6 +429,7 @@ def hand_that_fails():
 
 def program(settings, load, bench, output, largest):
     """The command line's process."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests run in the background of a shell
     with open(output, "w") as file:
         os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
     if largest:
