@@ -51,6 +51,19 @@ def write_film(out, name, films, what, fps=10):
     write_video(out / f"{name}.mp4", shown, fps)
 
 
+def write_grid(path, columns, captions):
+    """Pictures (N, 3, H, W), 0..1, under each column's title, side by side; the first column has a caption for each row instead."""
+    rows = len(captions)
+    axes = (figure := Figure((9, 3.3 * rows), layout="tight")).subplots(rows, len(columns), squeeze=False)
+    for column, (title, pictures) in enumerate(columns.items()):
+        for row in range(rows):
+            axes[row, column].imshow(pictures[row].permute(1, 2, 0).numpy(), interpolation="nearest")
+            axes[row, column].axis("off")
+            axes[row, column].set_title(title if column else captions[row], fontsize=9)
+    with write_whole(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=70)
+
+
 def write_bars(path, report):
     """Success per task with its interval, as a picture."""
     tasks = report["tasks"]

@@ -46,6 +46,7 @@ from transformers.optimization import Adafactor
 
 from episodes import CAMERAS, UserError, find_episodes, keep_last, read_episode, read_hdf5, run_stage, write_whole
 from episodes import FORMAT as EPISODE_FORMAT
+from films import write_grid
 from hub import check_hub, push, write_card
 from painter import PROMPT, TIMESTEP, Painter, build_tiny, compose, load_turbo, resize, tile, untile
 from render_spheres import FORMAT as SPHERES_FORMAT
@@ -387,15 +388,8 @@ def validate(painter, frames, settings, folder):
     painter.train()
     a, b = (((picture - observation).abs().amax(1) > 0.2) for picture in (painted, truth))
     overlap = ((a & b).sum() / (a | b).sum().clamp(min=1)).item()
-    rows = min(6, len(chosen))
-    axes = (figure := Figure((9, 3.3 * rows), layout="tight")).subplots(rows, 3, squeeze=False)
-    for column, (title, pictures) in enumerate(dict(observation=observation, truth=truth, painted=painted).items()):
-        for row in range(rows):
-            axes[row, column].imshow(pictures[row].permute(1, 2, 0).numpy(), interpolation="nearest")
-            axes[row, column].axis("off")
-            axes[row, column].set_title(title if column else prompts[row].split("'")[1], fontsize=9)
-    with write_whole(folder / "validation.png") as path:
-        figure.savefig(path, dpi=70, format="png")
+    columns = {"observation": observation, "truth": truth, "painted": painted}
+    write_grid(folder / "validation.png", columns, [prompt.split("'")[1] for prompt in prompts[:6]])
     return overlap
 
 

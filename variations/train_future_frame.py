@@ -21,14 +21,14 @@ from pathlib import Path
 import h5py
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the stages' scripts are one folder up
 
 import loop  # noqa: E402
 
 from act import ACT, Controller  # noqa: E402
-from episodes import CAMERAS, run_stage, write_whole  # noqa: E402
+from episodes import CAMERAS, run_stage  # noqa: E402
+from films import write_grid  # noqa: E402
 from painter import PROMPT, Painter, build_tiny, compose, tile  # noqa: E402
 from train_act import Samples, crop, losses_of  # noqa: E402
 from train_controlnet import Batches, colour_jitter, find_frames, painting_loss  # noqa: E402
@@ -89,15 +89,9 @@ def show(painter, futures, path):
     batch = futures.load([firsts[i] for i in np.linspace(0, len(firsts) - 1, 5).astype(int)], [np.random.default_rng(0)] * 5)
     painter.eval()
     painted = painter(batch["observation"].to(painter.unet.device), batch["prompts"]).sigmoid().cpu()
-    rows = [batch["observation"], *(compose(layer, batch["observation"]) for layer in (batch["layer"], painted))]
-    axes = (figure := Figure((9, 15.5), layout="constrained")).subplots(5, 3)
-    for column, (title, pictures) in enumerate(zip(("now", "true future", "painted future"), rows)):
-        for i, picture in enumerate(pictures):
-            axes[i, column].imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")
-            axes[i, column].axis("off")
-            axes[i, column].set_title(title if column else batch["prompts"][i].split("'")[1], fontsize=9)
-    with write_whole(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=70)
+    future, painted = (compose(layer, batch["observation"]) for layer in (batch["layer"], painted))
+    columns = {"now": batch["observation"], "true future": future, "painted future": painted}
+    write_grid(path, columns, [prompt.split("'")[1] for prompt in batch["prompts"]])
 
 
 # --------------------------------------------------------------------------------------------------------- the controller
