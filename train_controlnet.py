@@ -86,8 +86,8 @@ class Settings:
     """Steps between checkpoints and validation pictures."""
     keep: int = 0
     """How many of the last checkpoints to keep in controlnet/step-<N>/ (the paper evaluates the last three)."""
-    workers: int = 1
-    """Processes that read episodes beside the training."""
+    workers: int | None = None
+    """Processes that read episodes beside the training; by default 2 for a GPU, and none on a CPU, whose cores they would take."""
     push_to_hub: str | None = None
     """Name of a repository on the Hugging Face Hub (user/name) to which the trained painter is uploaded, with its model card."""
 
@@ -274,6 +274,7 @@ def check_settings(settings, accelerator, view):
         if getattr(settings, name) is None:
             setattr(settings, name, value)
     settings.picture = 2 * view if settings.picture is None else settings.picture
+    settings.workers = (0 if accelerator.device.type == "cpu" else 2) if settings.workers is None else settings.workers
     processes, unit = accelerator.num_processes, 16 if settings.size == "tiny" else 8
     if min(settings.steps, settings.batch, settings.checkpoint_every, settings.paint_steps, settings.picture) < 1 or min(settings.keep, settings.crop) < 0:
         raise UserError("--steps, --batch, --checkpoint-every, --paint-steps and --picture must be 1 or more, --keep and --crop 0 or more.")

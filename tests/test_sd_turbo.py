@@ -193,7 +193,7 @@ def test_bad_settings_are_one_sentence(recorded, words, sentence, monkeypatch, c
 
 def test_more_processes_than_samples():
     class Accelerator:
-        num_processes = 8
+        num_processes, device = 8, torch.device("cpu")
 
     with pytest.raises(UserError, match="more processes \\(8\\) than samples a step \\(4\\)"):
         train_controlnet.check_settings(Settings(batch=4), Accelerator, 16)
