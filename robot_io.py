@@ -123,7 +123,7 @@ class Franka:
         self.moving = False
         try:
             self.robot.move(self.franky.JointStopMotion(self.franky.RelativeDynamicsFactor.MAX_DYNAMICS), asynchronous=True)
-            self.robot.join_motion(0.4)
+            self.robot.join_motion(2)  # it brakes in less than 0.4 s; without a connection libfranka's thread ends after one
         except Exception:
             with suppress(Exception):  # no connection: the robot stops by itself when commands end
                 self.robot.stop()
