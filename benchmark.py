@@ -186,25 +186,28 @@ def step(turns: int = 5, run: Path = Path("runs/demo")):
     optimizer = torch.optim.AdamW(painter.parameters(), lr=1e-4)
     two = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
            "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
-    ours = {(): [], ("--objective", "noise"): [], ("--precision", "bf16"): [], tuple(two): [], (*two, "--precision", "bf16"): []}
-    theirs = []
+    ours = {(*launch, "--precision", precision, *more): [] for precision in ("fp32", "bf16")
+            for launch, more in (((), ()), ((), ("--objective", "noise")), (two, ()))}  # fmt: skip
+    theirs = {False: [], True: []}
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         files = [write_pair(folder, i, load([frame], [np.random.default_rng(i)], settings, augment=False))
                  for i, frame in enumerate(training[:: max(1, len(training) // 64)])]
-        their_step(painter, optimizer, files, settings.batch)
         for _ in tqdm(range(turns), desc="turns"):
-            start = time.perf_counter()
-            for _ in range(20):
-                their_step(painter, optimizer, files, settings.batch)
-            theirs.append(20 * settings.batch / (time.perf_counter() - start))
+            for bf16, rates in theirs.items():
+                their_step(painter, optimizer, files, settings.batch, bf16)
+                start = time.perf_counter()
+                for _ in range(20):
+                    their_step(painter, optimizer, files, settings.batch, bf16)
+                rates.append(20 * settings.batch / (time.perf_counter() - start))
             for options, rates in ours.items():
                 launch, words = options[: len(two)] if "-m" in options else (), [word for word in options if word not in two]
                 rates.append(settings.batch / seconds_a_step(run, folder / "run", launch, words))
-    print(f"diffusers' loop: {np.median(theirs):.1f} samples/s")
+    for bf16, rates in theirs.items():
+        print(f"diffusers' loop{', bf16' * bf16}: {np.median(rates):.1f} samples/s")
     for options, rates in ours.items():
         name = " ".join(["two processes" if "-m" in options else "one process", *(word for word in options if word not in two)])
-        print(f"train_controlnet.py, {name}: {np.median(rates):.1f} samples/s, ratio {np.median(rates) / np.median(theirs):.2f}")
+        print(f"train_controlnet.py, {name}: {np.median(rates):.1f} samples/s, ratio {np.median(rates) / np.median(theirs[False]):.2f}")
 
 
 def seconds_a_step(source, run, launch, options):
@@ -236,7 +239,7 @@ def write_pair(folder, i, batch):
     return *paths, batch["prompts"][0]
 
 
-def their_step(painter, optimizer, files, batch, random=np.random.default_rng(0)):  # noqa: B008
+def their_step(painter, optimizer, files, batch, bf16, random=np.random.default_rng(0)):  # noqa: B008
     chosen = [files[i] for i in random.integers(len(files), size=batch)]
     pixels = [np.stack([np.asarray(Image.open(pair[i]).convert("RGB"), np.float32) for pair in chosen]) for i in (0, 1)]
     condition, target = (torch.from_numpy(pictures / 255).permute(0, 3, 1, 2).contiguous() for pictures in pixels)
@@ -245,11 +248,12 @@ def their_step(painter, optimizer, files, batch, random=np.random.default_rng(0)
     noise, timesteps = torch.randn_like(latents), torch.randint(0, 1000, (batch,))
     alphas = painter.scheduler.alphas_cumprod[timesteps][:, None, None, None]
     noisy = alphas.sqrt() * latents + (1 - alphas).sqrt() * noise
-    text = painter.text_encoder(tokens)
-    words, sentence, hint = text.last_hidden_state, text.pooler_output, painter.encode(condition)
-    down, middle = painter.controlnet(noisy, timesteps, words, class_labels=sentence, controlnet_cond=hint, return_dict=False)
-    predicted = painter.unet(noisy, timesteps, words, class_labels=sentence, down_block_additional_residuals=down,
-                             mid_block_additional_residual=middle, return_dict=False)[0][:, :latents.shape[1]]  # of a layer's 4/3 as many
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        text = painter.text_encoder(tokens)
+        words, sentence, hint = text.last_hidden_state, text.pooler_output, painter.encode(condition)
+        down, middle = painter.controlnet(noisy, timesteps, words, class_labels=sentence, controlnet_cond=hint, return_dict=False)
+        predicted = painter.unet(noisy, timesteps, words, class_labels=sentence, down_block_additional_residuals=down,
+                                 mid_block_additional_residual=middle, return_dict=False)[0][:, :latents.shape[1]]  # of a layer's 4/3 as many
     torch.nn.functional.mse_loss(predicted.float(), noise.float(), reduction="mean").backward()
     torch.nn.utils.clip_grad_norm_(painter.parameters(), 1.0)
     optimizer.step()

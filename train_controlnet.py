@@ -29,7 +29,6 @@ import signal
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -39,8 +38,8 @@ import torch
 import torch.nn.functional as F
 import tyro
 from accelerate import Accelerator
+from diffusers.models.attention_processor import AttnProcessor
 from matplotlib.figure import Figure
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 from transformers.optimization import Adafactor
 
@@ -75,7 +74,7 @@ class Settings:
     optimizer: Literal["adamw", "adafactor"] = "adamw"
     """adafactor keeps a row and a column of statistics instead of two numbers per weight: 2.3 GB less for sd-turbo."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 for sd-turbo on a GPU, else fp32. bf16 saves time on CPUs that have it (lscpu: avx512_bf16, amx_bf16), not on others."""
+    """auto: bf16 where it saves time: for sd-turbo on a GPU, for tiny on a CPU that multiplies in it (lscpu: avx512_bf16, amx_bf16)."""
     crop: int = 2
     """Pixels of padding for the random crop (published code: 2); 0 for none, and then target latents are computed once and kept."""
     paint_steps: int = 5
@@ -248,6 +247,9 @@ def build(settings, accelerator, instructions, image_size, horizon):
               "image_size": image_size, "picture": settings.picture, "horizon": horizon, "cameras": CAMERAS}  # fmt: skip
     if settings.size == "tiny":
         painter = Painter(build_tiny(instructions, settings.picture // 2), config)
+        if accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16":
+            # Three plain operations: the backward of PyTorch's fused attention is slow there, a fifth of the step.
+            painter.unet.set_attn_processor(AttnProcessor()), painter.controlnet.set_attn_processor(AttnProcessor())
     else:
         painter = Painter(load_turbo(settings.base), config | {"base": settings.base})
         if accelerator.mixed_precision == "bf16":  # what is frozen needs no float32
@@ -266,6 +268,13 @@ def make_optimizer(name, painter, learning_rate):
     if name == "adafactor":
         return Adafactor(trained, lr=learning_rate, relative_step=False, scale_parameter=False, weight_decay=1e-2)
     return torch.optim.AdamW(trained, lr=learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, fused=True)
+
+
+def in_bf16(settings):
+    """Whether to multiply in bf16; weights and sums stay float32."""
+    able, choice = torch.cpu.get_capabilities(), settings.precision
+    on_cpu = not torch.accelerator.is_available() and bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+    return choice == "bf16" or choice == "auto" and (torch.cuda.is_available() if settings.size == "sd-turbo" else on_cpu)
 
 
 def check_settings(settings, accelerator, view):
@@ -293,8 +302,7 @@ def check_settings(settings, accelerator, view):
 def main():
     settings = tyro.cli(Settings, description=__doc__)
     folder = settings.run / "controlnet"
-    mixed = settings.precision == "bf16" or settings.precision == "auto" and settings.size == "sd-turbo" and torch.cuda.is_available()
-    accelerator = Accelerator(mixed_precision="bf16" if mixed else "no")
+    accelerator = Accelerator(mixed_precision="bf16" if in_bf16(settings) else "no")
     training, held_out, horizon = find_frames(settings.run)
     image_size = read_episode(training[0][0], images=False).image_sizes[CAMERAS[0]][0]
     check_settings(settings, accelerator, image_size)
@@ -326,9 +334,6 @@ def train(settings, accelerator, painter, optimizer, training, held_out, folder,
         print(f"{len(training)} frames to train on, {len(held_out)} held out, {trained / 1e6:.1f} M parameters to train, on "
               f"{accelerator.num_processes} processes ({accelerator.device.type}).")  # fmt: skip
     loss_of = {"one-step": one_step_loss, "noise": noise_loss}[settings.objective]
-    # On CPUs the backward of flash attention is slow in bf16: a fifth of tiny's step.
-    plain = accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16"
-    attention = partial(sdpa_kernel, SDPBackend.MATH) if plain else nullcontext
     stopping = []
     signal.signal(signal.SIGINT, lambda *_: stopping.append(True))
     bar = tqdm(batches, desc="painter", unit="step", initial=step, total=settings.steps, disable=not accelerator.is_main_process)
@@ -342,7 +347,7 @@ def train(settings, accelerator, painter, optimizer, training, held_out, folder,
             part = {name: x.to(accelerator.device) if isinstance(x, torch.Tensor) else x for name, x in part.items()}
             part["keys"] = None if settings.crop else part["keys"]
             last = first + settings.at_once == share
-            with attention(), nullcontext() if last else accelerator.no_sync(model):  # processes exchange gradients once a step
+            with nullcontext() if last else accelerator.no_sync(model):  # processes exchange gradients once a step
                 part_loss = loss_of(painter, model, part) * (settings.at_once / share)
                 accelerator.backward(part_loss)
             loss += part_loss.detach()
