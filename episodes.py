@@ -22,6 +22,7 @@ The world is the robot's base, in metres, z up. A joint's z axis is the axis it 
 import errno
 import os
 import shutil
+import signal
 import sys
 import zlib
 from contextlib import contextmanager
@@ -95,6 +96,28 @@ def keep_last(folder, names, step, keep):
     new.rename(target)
     for old in sorted(folder.glob("step-*"), key=lambda path: int(path.name[5:]))[:-keep]:
         shutil.rmtree(old)
+
+
+def read_checkpoint(path, identity):
+    """The checkpoint at `path`, which must come from the same settings and data; None where there is none."""
+    import torch  # takes seconds; the other stages need none
+
+    if not path.exists():
+        return None
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        before = checkpoint["identity"]
+    except Exception as error:
+        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())[:100]}): delete it to train anew.") from error
+    for name, value in identity.items():
+        if before.get(name) != value:
+            raise UserError(f"{path} was trained with {name} {before.get(name)}, not {value}: delete {path.parent}, or use another --run.")
+    return checkpoint
+
+
+def ignore_interrupt(_worker):
+    """Ctrl-C is the trainer's business. (A function of the module: macOS starts workers by name.)"""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @contextmanager

@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
 from act import ACT, LATENT, SIZES, words_in
-from episodes import CAMERAS, UserError, check_alike, find_episodes, keep_last, read_episode, read_hdf5, run_stage, write_whole
+from episodes import CAMERAS, UserError, check_alike, find_episodes, ignore_interrupt, keep_last, read_checkpoint, read_episode, read_hdf5, run_stage, write_whole
 from render_spheres import FORMAT as SPHERES_FORMAT
 from render_spheres import Chain, draw_spheres, target_spheres
 
@@ -258,21 +258,6 @@ def validate(model, batches, state_std):
 COLUMNS = ("step", "loss", "joints", "gripper", "kl", "error", "error_last", "error_without_state", "gripper_right")
 
 
-def read_checkpoint(path, identity):
-    """The checkpoint at `path`, which must come from the same settings and data; None where there is none."""
-    if not path.exists():
-        return None
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        before = checkpoint["identity"]
-    except Exception as error:
-        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())[:100]}): delete it to train anew.") from error
-    for name, value in identity.items():
-        if before.get(name) != value:
-            raise UserError(f"{path} was trained with {name} {before.get(name)}, not {value}: delete {path.parent}, or use another --run.")
-    return checkpoint
-
-
 def save(folder, checkpoint, config):
     """Write the network, what is needed to go on, and the curves: checkpoint["history"] has rows of COLUMNS, most without the last 4."""
     with write_whole(folder / "config.json") as path:
@@ -298,11 +283,6 @@ def save(folder, checkpoint, config):
         figure.savefig(path, format="png", dpi=120)
     with write_whole(folder / "training.pt") as path:  # last: what it says is done, is done
         torch.save(checkpoint, path)
-
-
-def ignore_interrupt(_worker):
-    """Ctrl-C is the trainer's business. (A function of the module: macOS starts workers by name.)"""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def main():

@@ -43,7 +43,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 from transformers.optimization import Adafactor
 
-from episodes import CAMERAS, UserError, find_episodes, keep_last, read_episode, read_hdf5, run_stage, write_whole
+from episodes import CAMERAS, UserError, find_episodes, ignore_interrupt, keep_last, read_checkpoint, read_episode, read_hdf5, run_stage, write_whole
 from episodes import FORMAT as EPISODE_FORMAT
 from films import write_grid
 from hub import check_hub, push, write_card
@@ -373,11 +373,6 @@ def train(settings, accelerator, painter, optimizer, training, held_out, folder,
             sys.exit(130)
 
 
-def ignore_interrupt(_worker):
-    """Ctrl-C is the trainer's business. (A function of the module: macOS starts workers by name.)"""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 @torch.no_grad()
 def validate(painter, frames, settings, folder):
     """Overlap (IoU) of painted and true spheres on unseen scenes, at their *first* frames, where nothing but the picture and the
@@ -421,24 +416,15 @@ def save(folder, painter, optimizer, step, log, identity):
 
 def resume(folder, painter, optimizer, identity):
     """Loads the last checkpoint, if there is one. Returns the step to go on from and the log so far."""
-    path, again = folder / "training.pt", f"delete {folder}, or use another --run"
     folder.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
+    if not (saved := read_checkpoint(folder / "training.pt", identity)):
         return 0, []
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        before = saved["identity"]
-    except Exception as error:
-        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())[:100]}): {again}.") from error
-    for name, value in identity.items():
-        if before.get(name) != value:
-            raise UserError(f"{path} was trained with {name} {before.get(name)}, not {value}: {again}.")
     try:  # what is frozen is not in it
         missing, unexpected = painter.load_state_dict(saved["model"], strict=False)
         if unexpected or {name for name, parameter in painter.named_parameters() if parameter.requires_grad} & set(missing):
             raise RuntimeError
     except RuntimeError:
-        raise UserError(f"{path} is of a network of another size or vocabulary: {again}.") from None
+        raise UserError(f"{folder / 'training.pt'} is of a network of another size or vocabulary: delete {folder}, or use another --run.") from None
     optimizer.load_state_dict(saved["optimizer"])
     return saved["step"], saved["log"]
 

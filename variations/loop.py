@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import evaluate as closed_loop
-from episodes import CAMERAS, UserError, write_whole
-from train_act import Samples, ignore_interrupt, read_checkpoint, read_run, words_in
+from episodes import CAMERAS, UserError, ignore_interrupt, read_checkpoint, write_whole
+from train_act import Samples, read_run, words_in
 
 
 @dataclass
