@@ -1,6 +1,6 @@
 """Stage 0: demonstrations by a scripted expert, one HDF5 episode each.
 
-In:   the tasks of sims/mujoco_panda.py (their waypoints); or RLBench, alive or a dataset of it.
+In:   the tasks of sims/mujoco_tasks.py (their waypoints); or RLBench, alive or a dataset of it.
 Out:  <run>/episodes/<task>/<seed>_<variation>.hdf5, see episodes.py; only successful attempts are kept.
 Run:  python collect_demos.py                                      what `make demo` trains on
       python collect_demos.py --tasks open_drawer --scenes 20 --run runs/drawer
@@ -25,7 +25,8 @@ import numpy as np
 import tyro
 
 from episodes import CAMERAS, Episode, UserError, read_episode, run_stage, write_episode
-from sims.mujoco_panda import CONTROL_HZ, PandaEnv, check_task, rotation_from, rotation_vector
+from sims.mujoco_panda import CONTROL_HZ, PandaEnv, rotation_vector
+from sims.mujoco_tasks import check_task, rotation_from
 from sims.parallel import in_parallel
 from sims.rlbench_dataset import find_demonstrations, read_demonstration
 from sims.rlbench_panda import NoSceneError, RLBenchEnv, import_rlbench, task_class

@@ -39,7 +39,8 @@ from episodes import UserError, find_episodes, run_stage, write_whole
 from films import PANEL, tile, write_bars, write_film
 from painter import Painter
 from render_spheres import draw_spheres, over, target_spheres
-from sims.mujoco_panda import CONTROL_HZ, check_task, look
+from sims.mujoco_panda import CONTROL_HZ, look
+from sims.mujoco_tasks import check_task
 from sims.parallel import in_parallel
 from sims.rlbench_dataset import HZ, find_demonstrations
 from sims.rlbench_panda import PAPER_TASKS, NoSceneError, import_rlbench, task_class

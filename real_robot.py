@@ -129,7 +129,7 @@ class Settings:
     arm: Literal["fr3", "panda"] = "fr3"
     """Which arm it is: its joints' limits."""
     task: str = "pick_and_lift"
-    """The task's name; in the simulator one of sims/mujoco_panda.py."""
+    """The task's name; in the simulator one of sims/mujoco_tasks.py."""
     instruction: str = ""
     """What to do; empty: the simulated scene's own, or asked for."""
     calibration: Path | None = None

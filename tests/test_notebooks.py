@@ -101,7 +101,7 @@ def test_all_are_one_set():
 def test_the_stamp_sees_code_and_not_comments(tmp_path):
     assert without_comments("a = 1  # one\n\n# two\nb = '# three'\n") == "a = 1\nb = '# three'"
     files = {path.name for path in imported_files("from sims.mujoco_panda import PandaEnv\nimport numpy")}
-    assert files == {"mujoco_panda.py", "episodes.py"}
+    assert files == {"mujoco_panda.py", "mujoco_tasks.py", "episodes.py"}
     notebook = read(NAMES[1])
     before = stamp(notebook)
     notebook.cells[1].source += "\n\n# a comment"

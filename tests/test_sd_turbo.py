@@ -213,6 +213,16 @@ def test_a_tiny_autoencoder_decodes_as_in_diffusers_own_pipeline(base, tmp_path)
         Painter.load(tmp_path, taesd=tmp_path / "nothing")
 
 
+@pytest.mark.slow
+def test_compiled_networks_paint_the_same(base, tmp_path):
+    painter = new_painter(base)
+    disturb(painter.controlnet)
+    painter.save(tmp_path)
+    condition = torch.rand(1, 3, PICTURE, PICTURE)
+    plain, compiled = (Painter.load(tmp_path, compile=compiled).paint_tiles(condition, PROMPTS) for compiled in (False, True))
+    torch.testing.assert_close(compiled, plain, atol=1e-3, rtol=0)
+
+
 def test_out_of_memory_says_which_flag_to_lower(monkeypatch):
     def fail():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")

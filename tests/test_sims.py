@@ -1,4 +1,4 @@
-"""sims/mujoco_panda.py: the environment's contract, the eight tasks and their scripted experts, the camera matrices."""
+"""sims/mujoco_panda.py and mujoco_tasks.py: the environment's contract, the eight tasks and their scripted experts, the camera matrices."""
 
 import hashlib
 import subprocess
@@ -11,7 +11,8 @@ from gymnasium.utils.env_checker import check_env
 
 from collect_demos import demonstration
 from episodes import CAMERAS, UserError
-from sims.mujoco_panda import COLOURS, TASKS, PandaEnv, mujoco  # it sets the renderer before it imports mujoco
+from sims.mujoco_panda import PandaEnv, mujoco  # it sets the renderer before it imports mujoco
+from sims.mujoco_tasks import COLOURS, TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
 SEVERAL = [task for task in TASKS if TASKS[task].candidates > 1]

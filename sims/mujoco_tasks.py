@@ -1,0 +1,446 @@
+"""The eight tasks of the embedded simulator, after RLBench's (James et al., 2020) as far as boxes, cylinders and hinges allow.
+
+In:   the scene that sims/mujoco_panda.py has begun, and the environment (`env`) in whose hands it is then.
+Out:  objects and where they lie, an instruction, the waypoints of a demonstration, success.
+
+To add a task, write a class like `ReachTarget` below (about thirty lines) and list it in TASKS:
+  build    puts the objects into the scene (an MjSpec: MuJoCo's XML as Python objects), once;
+  place    draws where they lie and how they look in this episode;
+  focus    the point that the instruction is about, the middle of `geom` if nothing else is said; some demonstrations start near it;
+  plan     yields the waypoints of the scripted demonstration;
+  success  says whether the task is done.
+World frame: the robot's base on the table top, metres, z up, x away from the robot.
+"""
+
+import difflib
+from dataclasses import dataclass
+
+import mujoco
+import numpy as np
+
+from episodes import UserError
+
+TOOL_DOWN = np.diag([1.0, -1.0, -1.0])  # world from tool: z down, fingers open along y
+START_BOX = np.array([[0.32, -0.28, 0.15], [0.62, 0.28, 0.40]])  # where the tool may be when an episode begins
+
+# RLBench's colours, less those that would be taken for a sphere (red, green, purple, cyan, yellow and their neighbours)
+COLOURS = {
+    "orange": (1.0, 0.5, 0.0),
+    "blue": (0.0, 0.1, 1.0),
+    "white": (1.0, 1.0, 1.0),
+    "black": (0.05, 0.05, 0.05),
+    "rose": (1.0, 0.35, 0.6),
+}
+
+ELBOW_UP = np.array([0, 0, 1, 0, 0, 0, 0])  # a Task.posture that leaves the hand free to turn
+# Geom attributes of what is grasped: rough, and with stiff contacts, so that it does not creep between the fingers.
+GRIPPED = {"friction": (1.5, 0.02, 0.001), "condim": 4, "priority": 1, "solref": (0.004, 1)}
+# Geom attributes of furniture: it touches the hand and loose objects, but not its own drawers and lids.
+FURNITURE = {"contype": 2, "conaffinity": 1}
+PAINTED = {"contype": 0, "conaffinity": 0}  # a mark on the table that nothing touches
+
+
+@dataclass
+class Move:
+    """One waypoint of a demonstration: where the tool goes (world frame), with which gripper, and how long it stays."""
+
+    position: np.ndarray  # (3,)
+    gripper: float = 1.0
+    dwell: int = 0  # control steps to wait there
+    rotation: np.ndarray = None  # (3, 3) world from tool; None: as it is
+    speed: float = 0.4  # m/s
+
+
+def add_box(parent, name, size, position=(0, 0, 0), colour=(0.7, 0.7, 0.7), **geom):
+    """A box of half sizes `size` (m) on a body of MjSpec; further MuJoCo attributes by name."""
+    return parent.add_geom(name=name, type=mujoco.mjtGeom.mjGEOM_BOX, size=size, pos=position, rgba=(*colour, 1), **geom)
+
+
+def add_block(world, name, size, position, colour=(0.7, 0.7, 0.7), **geom):
+    """A box that can be pushed and carried."""
+    body = world.add_body(name=name, pos=position)
+    body.add_freejoint(name=name)
+    add_box(body, name, size, (0, 0, 0), colour, **geom)
+
+
+def about_z(angle):
+    """The quaternion of a turn about the vertical."""
+    return np.cos(angle / 2), 0, 0, np.sin(angle / 2)
+
+
+def scatter(rng, count, low, high, apart):
+    """`count` points in the box low..high, at least `apart` metres from one another in the table plane."""
+    while True:
+        points = rng.uniform(low, high, (count, len(low)))
+        gaps = np.linalg.norm(points[:, None, :2] - points[None, :, :2], axis=-1)[np.triu_indices(count, 1)]
+        if count == 1 or gaps.min() >= apart:
+            return points
+
+
+def rotation_from(vector):
+    """Rotation matrix (3, 3) of an axis times an angle."""
+    angle, matrix, quaternion = np.linalg.norm(vector), np.zeros(9), np.zeros(4)
+    mujoco.mju_axisAngle2Quat(quaternion, vector / angle if angle else np.array([1.0, 0, 0]), angle)
+    mujoco.mju_quat2Mat(matrix, quaternion)
+    return matrix.reshape(3, 3)
+
+
+# ------------------------------------------------------------------------------------------------------------- tasks
+class Task:
+    """What is common to all tasks: several candidates in view, of which the instruction names one."""
+
+    candidates = 3
+    names = ("",)  # what the instruction calls each candidate
+    geom = ""  # the geom that the instruction is about; {} is the candidate's number
+    templates = ()  # RLBench's phrasings; {} is the named candidate
+    max_steps = 100
+    start_box = START_BOX
+    posture = np.array([0, 1, 1, 1, 1, 1, 1])  # which joints are drawn to HOME where the tool's pose leaves a choice
+
+    def near(self, env):
+        """The point above which the tool begins when it begins near."""
+        return self.focus(env)
+
+    def failed(self, env):
+        """True when the task can no longer be done (the wrong button was pressed)."""
+        return False
+
+    def instructions(self, variation):
+        return [template.format(self.names[variation]) for template in self.templates]
+
+    def focus(self, env):
+        return env.data.geom(self.geom.format(env.variation)).xpos.copy()
+
+    def draw_colours(self, env, rng):
+        """Gives each candidate its own colour for this episode, and its name."""
+        self.names = [str(name) for name in rng.permutation(list(COLOURS))[: self.candidates]]
+        for i, name in enumerate(self.names):
+            env.model.geom(self.geom.format(i)).rgba[:3] = COLOURS[name]
+
+
+class ReachTarget(Task):
+    """Touch the ball of the named colour with the fingertips; the other balls are distractors."""
+
+    geom = "ball{}"
+    templates = ("reach the {} target", "touch the {} ball with the panda gripper", "reach the {} sphere")
+    radius = 0.03
+
+    def build(self, spec, world):
+        for i in range(self.candidates):
+            body = world.add_body(name=f"ball{i}", mocap=True)
+            body.add_geom(name=f"ball{i}", type=mujoco.mjtGeom.mjGEOM_SPHERE, size=[self.radius, 0, 0], contype=0, conaffinity=0)
+
+    def place(self, env, rng):
+        self.draw_colours(env, rng)
+        env.data.mocap_pos[:] = scatter(rng, self.candidates, (0.36, -0.25, 0.05), (0.62, 0.25, 0.30), apart=0.12)
+
+    def plan(self, env):
+        yield Move(self.focus(env), dwell=4)
+
+    def success(self, env):
+        return np.linalg.norm(env.tool()[:3, 3] - self.focus(env)) < self.radius
+
+
+class PushButton(Task):
+    """Press the button of the named colour with closed fingers. Pressing another one ends the episode."""
+
+    geom = "cap{}"
+    templates = ("push the {} button", "push down the {} button", "press the button with the {} color", "press the {} button")
+    height, travel = 0.03, 0.010  # of the button's top above the table; how far it goes down
+
+    def build(self, spec, world):
+        for i in range(self.candidates):
+            body = world.add_body(name=f"button{i}")
+            add_box(body, f"base{i}", (0.035, 0.035, 0.01), (0, 0, 0.01), (0.45, 0.45, 0.45))
+            cap = body.add_body(name=f"cap{i}", pos=(0, 0, 0.02))
+            cap.add_joint(name=f"cap{i}", type=mujoco.mjtJoint.mjJNT_SLIDE, axis=(0, 0, 1), range=(-self.travel, 0),
+                          stiffness=[300, 0, 0], damping=[10, 0, 0], springref=0.01)  # fmt: skip
+            cap.add_geom(name=f"cap{i}", type=mujoco.mjtGeom.mjGEOM_CYLINDER, size=[0.025, 0.01, 0], mass=0.05)
+
+    def place(self, env, rng):
+        self.draw_colours(env, rng)
+        for i, point in enumerate(scatter(rng, self.candidates, (0.36, -0.24), (0.62, 0.24), apart=0.13)):
+            env.model.body(f"button{i}").pos[:2] = point
+
+    def focus(self, env):
+        return np.append(env.model.body(f"button{env.variation}").pos[:2], self.height)
+
+    def plan(self, env):
+        top = self.focus(env)
+        height = np.clip(env.tool()[2, 3], top[2] + 0.05, top[2] + 0.10)
+        yield Move(np.append(top[:2], height), gripper=0)
+        yield Move(top - (0, 0, self.travel + 0.005), gripper=0, dwell=4, speed=0.25)
+
+    def pressed(self, env, i):
+        return env.data.joint(f"cap{i}").qpos[0] < -0.6 * self.travel
+
+    def success(self, env):
+        return self.pressed(env, env.variation)
+
+    def failed(self, env):
+        return any(self.pressed(env, i) for i in range(self.candidates) if i != env.variation)
+
+
+def grasp(env, point, low, high):
+    """Waypoints: over the point, between two heights and rather where the tool is already, down to it, and close the fingers."""
+    yield Move(np.append(point[:2], np.clip(env.tool()[2, 3], low, high)))
+    # The pauses around the closing add up to the horizon (8 steps): a target that many steps ahead never skips the contact.
+    yield Move(point, dwell=4, speed=0.25)
+    yield Move(point, gripper=0, dwell=5)
+
+
+class PickAndLift(Task):
+    """Grasp the block of the named colour and lift it 10 cm; the other blocks are distractors."""
+
+    geom = "block{}"
+    templates = ("pick up the {} block and lift it", "grasp the {} block and lift it up", "lift the {} block up")
+    half = 0.02
+
+    def build(self, spec, world):
+        for i in range(self.candidates):
+            add_block(world, f"block{i}", [self.half] * 3, (0.5, 0.2 * (i - 1), self.half), mass=0.05, **GRIPPED)
+
+    def place(self, env, rng):
+        self.draw_colours(env, rng)
+        for i, point in enumerate(scatter(rng, self.candidates, (0.38, -0.22), (0.60, 0.22), apart=0.13)):
+            env.data.joint(f"block{i}").qpos[:] = [*point, self.half, *about_z(rng.uniform(-0.3, 0.3))]
+
+    def plan(self, env):
+        point = self.focus(env)
+        yield from grasp(env, point, point[2] + 0.06, point[2] + 0.12)
+        yield Move(point + (0, 0, 0.15), gripper=0, dwell=2)
+
+    def success(self, env):
+        block = self.focus(env)
+        return block[2] > self.half + 0.10 and np.linalg.norm(block - env.tool()[:3, 3]) < 0.04
+
+
+class SlideBlockToTarget(Task):
+    """Push the block along the table, with open fingers side by side, until it lies on the blue square."""
+
+    candidates, geom = 1, "block"
+    templates = (
+        "slide the block to target", "slide the block onto the target", "slide the block towards the blue target",
+        "push the block until it is sitting on top of the target",
+        "cover the target with the block by pushing the block in its direction",
+    )  # fmt: skip
+    posture = ELBOW_UP
+    half = np.array([0.03, 0.055, 0.025])
+
+    def build(self, spec, world):
+        add_box(world.add_body(name="target"), "target", (0.055, 0.055, 0.001), (0, 0, 0), COLOURS["blue"], **PAINTED)
+        slippery = {"friction": (0.3, 0.005, 0.0001), "priority": 1}  # rough blocks jam between fingers and table
+        add_block(world, "block", self.half, (0.4, 0, self.half[2]), COLOURS["orange"], mass=0.1, **slippery)
+
+    def place(self, env, rng):
+        block, yaw, distance = rng.uniform((0.39, -0.12), (0.46, 0.12)), rng.uniform(-1.2, 1.2), rng.uniform(0.11, 0.17)
+        env.data.joint("block").qpos[:] = [*block, self.half[2], *about_z(yaw)]
+        env.model.body("target").pos[:2] = block + distance * np.array([np.cos(yaw), np.sin(yaw)])
+        env.model.body("target").quat[:] = env.data.joint("block").qpos[3:]
+
+    def plan(self, env):
+        block, target = self.focus(env), np.append(env.model.body("target").pos[:2], self.half[2])
+        direction = (target - block) / np.linalg.norm(target - block)
+        turned = rotation_from(np.arctan2(direction[1], direction[0]) * np.array([0, 0, 1.0])) @ TOOL_DOWN
+        behind = block - (self.half[0] + 0.04) * direction
+        yield Move(np.append(behind[:2], np.clip(env.tool()[2, 3], 0.09, 0.14)), rotation=turned)
+        yield Move(behind, dwell=2, rotation=turned, speed=0.25)
+        yield Move(target - (self.half[0] + 0.008) * direction, dwell=4, rotation=turned, speed=0.15)
+
+    def success(self, env):
+        return np.linalg.norm(self.focus(env)[:2] - env.model.body("target").pos[:2]) < 0.025
+
+
+class OpenDrawer(Task):
+    """Grasp the handle of the bottom, middle or top drawer of a cabinet from its front and pull it open."""
+
+    names, geom = ("bottom", "middle", "top"), "handle{}"
+    templates = ("open the {0} drawer", "grip the {0} handle and pull the {0} drawer open", "slide the {0} drawer open")
+    start_box = np.array([[0.32, -0.28, 0.15], [0.62, -0.08, 0.40]])  # in front of the cabinet
+    posture = ELBOW_UP
+
+    def build(self, spec, world):
+        cabinet, white, bar = world.add_body(name="cabinet"), (0.85, 0.85, 0.82), COLOURS["black"]
+        add_box(cabinet, "plinth", (0.11, 0.08, 0.0375), (0, 0, 0.0375), white, **FURNITURE)
+        add_box(cabinet, "back", (0.11, 0.005, 0.13), (0, 0.075, 0.205), white, **FURNITURE)
+        add_box(cabinet, "top", (0.11, 0.08, 0.005), (0, 0, 0.34), white, **FURNITURE)
+        for side in (-1, 1):
+            add_box(cabinet, f"side{side}", (0.005, 0.08, 0.13), (side * 0.105, 0, 0.205), white, **FURNITURE)
+        for i in range(self.candidates):
+            drawer = cabinet.add_body(name=f"drawer{i}", pos=(0, -0.08, 0.12 + 0.085 * i))
+            drawer.add_joint(name=f"drawer{i}", type=mujoco.mjtJoint.mjJNT_SLIDE, axis=(0, -1, 0), range=(0, 0.15),
+                             frictionloss=0.5, damping=[5, 0, 0])  # fmt: skip
+            add_box(drawer, f"front{i}", (0.098, 0.005, 0.04), (0, 0.005, 0), (0.35, 0.45, 0.55), mass=0.1, **FURNITURE)
+            add_box(drawer, f"tray{i}", (0.09, 0.07, 0.005), (0, 0.08, -0.03), white, mass=0.1, **FURNITURE)
+            add_box(drawer, f"stem{i}", (0.008, 0.015, 0.005), (0, -0.015, 0), bar, mass=0.01, **FURNITURE)
+            add_box(drawer, f"handle{i}", (0.035, 0.006, 0.008), (0, -0.035, 0), bar, mass=0.02, **FURNITURE)
+
+    def place(self, env, rng):
+        cabinet, yaw = env.model.body("cabinet"), rng.uniform(-0.3, 0.3)
+        cabinet.pos[:2] = rng.uniform((0.44, 0.17), (0.54, 0.21))
+        cabinet.quat[:] = about_z(yaw)
+
+    def near(self, env):
+        return self.focus(env) - (0, 0.18, 0)
+
+    def plan(self, env):
+        handle, axes = self.focus(env), env.data.body("cabinet").xmat.reshape(3, 3)
+        forward, inward = axes @ rotation_from(np.array([np.pi / 2, 0, 0])) @ TOOL_DOWN, axes[:, 1]
+        yield Move(handle - 0.08 * inward, rotation=forward)
+        yield Move(handle, dwell=4, rotation=forward, speed=0.25)
+        yield Move(handle, gripper=0, dwell=5, rotation=forward)
+        yield Move(handle - 0.13 * inward, gripper=0, dwell=3, rotation=forward, speed=0.25)
+
+    def success(self, env):
+        return env.data.joint(f"drawer{env.variation}").qpos[0] > 0.10
+
+
+class TakeLidOffSaucepan(Task):
+    """Grasp the knob of the lid, lift it 10 cm off the pan and hold it."""
+
+    candidates, geom = 1, "knob"
+    templates = (
+        "take lid off the saucepan", "using the handle, lift the lid off of the pan", "remove the lid from the pan",
+        "grip the saucepan's lid and remove it from the pan", "leave the pan open", "uncover the saucepan",
+    )  # fmt: skip
+    posture = ELBOW_UP
+    plan = PickAndLift.plan  # a knob is grasped and lifted as a block is
+    radius, height = 0.08, 0.07  # of the pan
+    rest = height + 0.005  # where the lid's centre lies when it is on
+
+    def build(self, spec, world):
+        cylinder, steel = mujoco.mjtGeom.mjGEOM_CYLINDER, (0.3, 0.32, 0.35)
+        pan = world.add_body(name="pan")
+        pan.add_geom(name="bottom", type=cylinder, size=[self.radius, 0.004, 0], pos=(0, 0, 0.004), rgba=(*steel, 1))
+        for angle in np.arange(12) * np.pi / 6:
+            wall = self.radius * np.array([np.cos(angle), np.sin(angle), 0]) + (0, 0, self.height / 2)
+            add_box(pan, f"wall{angle:.1f}", (0.003, 0.022, self.height / 2), wall, steel, quat=about_z(angle))
+        add_box(pan, "handle", (0.05, 0.01, 0.006), (self.radius + 0.05, 0, self.height - 0.015), COLOURS["black"])
+        lid = world.add_body(name="lid", pos=(0.5, 0, self.rest))
+        lid.add_freejoint(name="lid")
+        lid.add_geom(name="lid", type=cylinder, size=[self.radius + 0.006, 0.005, 0], rgba=(0.75, 0.78, 0.8, 1), mass=0.08)
+        knob = {"size": [0.011, 0.018, 0], "pos": (0, 0, 0.023), "rgba": (*COLOURS["black"], 1), "mass": 0.02, **GRIPPED}
+        lid.add_geom(name="knob", type=cylinder, **knob)
+
+    def place(self, env, rng):
+        point, yaw = rng.uniform((0.42, -0.16), (0.56, 0.16)), rng.uniform(-np.pi, np.pi)
+        env.model.body("pan").pos[:2] = point
+        env.model.body("pan").quat[:] = about_z(yaw)
+        env.data.joint("lid").qpos[:2] = point
+
+    def success(self, env):
+        lid = env.data.body("lid").xpos
+        return lid[2] > self.rest + 0.10 and np.linalg.norm(self.focus(env) - env.tool()[:3, 3]) < 0.04
+
+
+class CloseBox(Task):
+    """Push the open lid over with closed fingers until the box is shut."""
+
+    candidates = 1
+    templates = ("close box", "close the lid on the box", "shut the box", "shut the box lid")
+    start_box = np.array([[0.32, -0.28, 0.30], [0.62, 0.28, 0.42]])  # above the open lid
+    posture = ELBOW_UP
+    half = np.array([0.07, 0.09, 0.04])
+    open_angle = 1.85  # rad; leaning back against its stop
+
+    def build(self, spec, world):
+        box, (x, y, z), card = world.add_body(name="box"), self.half, (0.9, 0.9, 0.85)
+        add_box(box, "bottom", (x, y, 0.004), (0, 0, 0.004), card, **FURNITURE)
+        for side in (-1, 1):
+            add_box(box, f"end{side}", (0.004, y, z), (side * x, 0, z), card, **FURNITURE)
+            add_box(box, f"side{side}", (x, 0.004, z), (0, side * y, z), card, **FURNITURE)
+        lid = box.add_body(name="lid", pos=(-x, 0, 2 * z))
+        lid.add_joint(name="lid", axis=(0, -1, 0), range=(0, self.open_angle), damping=[0.05, 0, 0])
+        add_box(lid, "lid", (x, y, 0.004), (x, 0, 0.004), COLOURS["blue"], mass=0.1, **FURNITURE)
+
+    def place(self, env, rng):
+        box, yaw = env.model.body("box"), rng.uniform(-0.4, 0.4)
+        box.pos[:2] = rng.uniform((0.47, -0.14), (0.54, 0.14))
+        box.quat[:] = about_z(yaw)
+        env.data.joint("lid").qpos[0] = self.open_angle
+
+    def edge(self, env, angle, reach=0.13):
+        """The point on the lid's outer face, `reach` from the hinge, when it stands at an angle."""
+        box = env.data.body("box")
+        along = np.array([np.cos(angle), 0, np.sin(angle)]) * reach + np.array([-np.sin(angle), 0, np.cos(angle)]) * 0.016
+        return box.xpos + box.xmat.reshape(3, 3) @ ((-self.half[0], 0, 2 * self.half[2]) + along)
+
+    def focus(self, env):
+        return self.edge(env, env.data.joint("lid").qpos[0])
+
+    def plan(self, env):
+        behind = self.focus(env) - 0.03 * env.data.body("box").xmat.reshape(3, 3)[:, 0]
+        yield Move(np.append(behind[:2], np.maximum(env.tool()[2, 3], behind[2] + 0.05)), gripper=0)
+        yield Move(behind, gripper=0, dwell=2, speed=0.25)
+        for angle in np.linspace(self.open_angle, 0.1, 8):
+            yield Move(self.edge(env, angle), gripper=0, speed=0.25)
+        yield Move(self.edge(env, 0), gripper=0, dwell=4, speed=0.1)
+
+    def success(self, env):
+        return env.data.joint("lid").qpos[0] < 0.1
+
+
+class StackBlocks(Task):
+    """Stack the two blocks of the named colour on the square; the two of the other colour are distractors."""
+
+    candidates, geom = 2, "block{}"
+    templates = (
+        "stack 2 {} blocks", "place 2 of the {} cubes on top of each other", "build a tall tower out of 2 {} cubes",
+        "pick up and set down 2 {} blocks on top of each other", "arrange 2 {} blocks in a vertical stack on the table top",
+        "set 2 {} cubes on top of each other",
+    )  # fmt: skip
+    max_steps = 250
+    posture = ELBOW_UP
+    half = 0.02
+
+    def build(self, spec, world):
+        add_box(world.add_body(name="target"), "target", (0.04, 0.04, 0.001), (0, 0, 0), (0.3, 0.3, 0.3), **PAINTED)
+        for i in range(4):
+            add_block(world, f"block{i}", [self.half] * 3, (0.5, 0.1 * i, self.half), mass=0.05, **GRIPPED)
+
+    def place(self, env, rng):
+        self.draw_colours(env, rng)
+        points = scatter(rng, 5, (0.38, -0.22), (0.60, 0.22), apart=0.11)
+        env.model.body("target").pos[:2] = points[4]
+        for i in range(4):
+            env.model.geom(f"block{i}").rgba[:3] = COLOURS[self.names[i // 2]]
+            env.data.joint(f"block{i}").qpos[:] = [*points[i], self.half, *about_z(rng.uniform(-0.3, 0.3))]
+
+    def blocks(self, env):
+        """The two named blocks' centres, the one nearest to the square first."""
+        pair = [env.data.body(f"block{2 * env.variation + k}").xpos.copy() for k in range(2)]
+        return sorted(pair, key=lambda block: np.linalg.norm((block - env.model.body("target").pos)[:2]))
+
+    def focus(self, env):
+        nearest, other = self.blocks(env)
+        placed = np.linalg.norm((nearest - env.model.body("target").pos)[:2]) < 0.02
+        return other if placed else nearest
+
+    def plan(self, env):
+        for layer in range(2):
+            block, target = self.focus(env), env.model.body("target").pos + (0, 0, self.half * (1 + 2 * layer) + 0.002)
+            yield from grasp(env, block, 0.10, 0.16)
+            yield Move(np.append(block[:2], 0.14), gripper=0)
+            yield Move(np.append(target[:2], 0.14), gripper=0)
+            yield Move(target, gripper=0, dwell=4, speed=0.25)
+            yield Move(target, dwell=5)
+            yield Move(np.append(target[:2], 0.16))
+
+    def success(self, env):
+        blocks = np.array(sorted(self.blocks(env), key=lambda block: block[2])) - env.model.body("target").pos
+        stacked = np.abs(blocks[:, 2] - self.half * np.array([1, 3])).max() < 0.008
+        return stacked and np.linalg.norm(blocks[:, :2], axis=1).max() < 0.025 and env.data.qpos[7:9].min() > 0.025
+
+
+TASKS = {
+    "reach_target": ReachTarget, "push_button": PushButton, "pick_and_lift": PickAndLift,
+    "slide_block_to_target": SlideBlockToTarget, "open_drawer": OpenDrawer, "take_lid_off_saucepan": TakeLidOffSaucepan,
+    "close_box": CloseBox, "stack_blocks": StackBlocks,
+}  # fmt: skip
+
+
+def check_task(name):
+    """Raises UserError for a task that does not exist, with the nearest name."""
+    if name not in TASKS:
+        near = difflib.get_close_matches(name, TASKS, 1)
+        raise UserError(f"There is no task '{name}'; " + (f"is it '{near[0]}'?" if near else f"choose from {', '.join(TASKS)}."))
