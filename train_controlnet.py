@@ -302,12 +302,13 @@ def check_settings(settings, accelerator, view):
 def main():
     settings = tyro.cli(Settings, description=__doc__)
     folder = settings.run / "controlnet"
-    accelerator = Accelerator(mixed_precision="bf16" if in_bf16(settings) else "no")
+    settings.precision = "bf16" if in_bf16(settings) else "fp32"
+    accelerator = Accelerator(mixed_precision="bf16" if settings.precision == "bf16" else "no")
     training, held_out, horizon = find_frames(settings.run)
     image_size = read_episode(training[0][0], images=False).image_sizes[CAMERAS[0]][0]
     check_settings(settings, accelerator, image_size)
     instructions = sorted({sentence for frame in training + held_out for sentence in frame[3]})
-    identity = {name: getattr(settings, name) for name in ("size", "objective", "picture", "steps", "batch", "learning_rate", "optimizer", "crop", "seed")}
+    identity = {name: getattr(settings, name) for name in ("size", "objective", "picture", "steps", "batch", "learning_rate", "optimizer", "precision", "crop", "seed")}
     identity |= {"image_size": image_size, "horizon": horizon, "frames": len(training)}
 
     painter, optimizer = build(settings, accelerator, instructions, image_size, horizon)

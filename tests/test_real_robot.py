@@ -1,5 +1,6 @@
 """The real robot's loop: limits, timing and recordings without a robot; faults and a whole run over the robot's own protocol."""
 
+import contextlib
 import errno
 import json
 import multiprocessing
@@ -505,6 +506,24 @@ def test_a_fault_stops_the_arm_and_says_why(fault, tmp_path):
         speeds.over.set()
         process.kill()
         bench.close()
+
+
+def test_hold_waits_for_a_lost_connection():
+    """libfranka's thread goes on for a second; a program that ends before it dies with SIGABRT."""
+    from sims.franky_panda import Bench
+
+    bench = Bench("reach_target", 500_000)
+    robot = robot_io.Franka(bench.host, Safety())
+    robot.send(robot.state()[1][:7] + 0.3, np.zeros(7))
+    time.sleep(0.2)
+    bench.close()
+    time.sleep(0.3)
+    robot.hold()
+    held = not robot.robot.is_in_control
+    time.sleep(1.5)  # whatever was found, this process has to go on
+    with contextlib.suppress(Exception):
+        robot.robot.join_motion()
+    assert held
 
 
 def test_a_run_over_the_protocol_and_its_film(tmp_path, capsys):

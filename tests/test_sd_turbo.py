@@ -191,6 +191,16 @@ def test_bad_settings_are_one_sentence(recorded, words, sentence, monkeypatch, c
         train_controlnet.main()
 
 
+@pytest.mark.parametrize("able, size, precision, bf16", [
+    ({"avx512_bf16": True}, "tiny", "auto", True), ({"amx_bf16": True}, "tiny", "auto", True), ({}, "tiny", "auto", False),
+    ({"avx512_bf16": True}, "sd-turbo", "auto", False), ({"avx512_bf16": True}, "tiny", "fp32", False), ({}, "sd-turbo", "bf16", True)])  # fmt: skip
+def test_bf16_where_the_machine_has_it(monkeypatch, able, size, precision, bf16):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert train_controlnet.in_bf16(train_controlnet.Settings(size=size, precision=precision)) is bf16
+
+
 def test_more_processes_than_samples():
     class Accelerator:
         num_processes, device = 8, torch.device("cpu")

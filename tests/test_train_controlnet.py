@@ -408,5 +408,9 @@ def test_a_checkpoint_is_refused_with_other_settings(trained):
     before = contents(run)
     assert end(start(run, "--batch", "3")) == 2
     assert "was trained with batch 2, not 3" in printed(run) and len(printed(run).splitlines()) == 1
+    this = torch.load(run / "controlnet/training.pt", weights_only=True)["identity"]["precision"]  # bf16 where the CPU has it
+    other = {"bf16": "fp32", "fp32": "bf16"}[this]
+    assert end(start(run, "--precision", other)) == 2
+    assert f"was trained with precision {this}, not {other}" in printed(run)
     assert contents(run) == before
     assert json.loads((run / "controlnet/painter.json").read_text()) == CONFIG
