@@ -28,6 +28,7 @@ from episodes import CAMERAS, Episode, UserError, read_episode, run_stage, write
 from sims.mujoco_panda import CONTROL_HZ, PandaEnv, rotation_vector
 from sims.mujoco_tasks import check_task, rotation_from
 from sims.parallel import in_parallel
+from sims.perturbed_panda import PERTURBATIONS, PerturbedEnv
 from sims.rlbench_dataset import find_demonstrations, read_demonstration
 from sims.rlbench_panda import NoSceneError, RLBenchEnv, import_rlbench, task_class
 
@@ -111,7 +112,9 @@ def record(env, task, seed, variation, start):
 
 @cache
 def environment(task, image_size, cameras, sim=None, images=False):
-    """One environment per task and process. Without images, pictures are taken when they are looked at."""
+    """One environment per task and process; sim: mujoco, rlbench, or a perturbation. Without images, pictures are taken when looked at."""
+    if sim in PERTURBATIONS:
+        return PerturbedEnv(sim, task, image_size, cameras, images)
     return (RLBenchEnv if sim == "rlbench" else PandaEnv)(task, image_size, cameras, images)
 
 

@@ -7,6 +7,7 @@ Out:  runs/demo/evaluation/evaluation.json            per task: successes, inter
     python evaluate.py                                          the tasks of runs/demo/episodes, 50 episodes each
     python evaluate.py --tasks pick_and_lift --seed 1000        one task, other scenes
     python evaluate.py --policy oracle                          spheres from a demonstration: the controller's upper bound
+    python evaluate.py --perturb table                          the table's top in colours that training never showed (six kinds)
     python evaluate.py --policy act                             no spheres: ACT on the plain pictures (runs/demo/act_rgb)
     python evaluate.py --sim rlbench --tasks open_box           in RLBench (requirements-rlbench.txt)
     python evaluate.py --protocol paper --run runs/rlbench      in RLBench as the paper does: 25 tasks, the last three checkpoints
@@ -42,6 +43,7 @@ from render_spheres import draw_spheres, over, target_spheres
 from sims.mujoco_panda import CONTROL_HZ, look
 from sims.mujoco_tasks import check_task
 from sims.parallel import in_parallel
+from sims.perturbed_panda import PERTURBATIONS
 from sims.rlbench_dataset import HZ, find_demonstrations
 from sims.rlbench_panda import PAPER_TASKS, NoSceneError, import_rlbench, task_class
 
@@ -77,6 +79,8 @@ class Settings:
     """Steps of each chunk to run before looking again."""
     drop_state: bool = False
     """Leave the joint state out of the controller's input."""
+    perturb: Literal[PERTURBATIONS] | None = None
+    """In the embedded simulator: what looks different in every episode, and was never seen in training (sims/perturbed_panda.py)."""
     language: int = 50
     """Scenes in which every object is named once, to see where the painted gripper goes; 0: no language check."""
     videos: int = 1
@@ -164,7 +168,7 @@ def nothing(seed):
 def drive(task, seed, settings):
     """One episode in closed loop. Returns its outcome, and a log: seconds, a row per step, frames of a film if one is wanted."""
     painter, controller = load_networks(settings)
-    env = environment(task, tuple(controller.config["image_size"]), tuple(controller.config["cameras"]), settings.sim)
+    env = environment(task, tuple(controller.config["image_size"]), tuple(controller.config["cameras"]), settings.perturb or settings.sim)
     film, (outcome, log) = seed < settings.seed + settings.videos, nothing(seed)
     options, attempts = {}, range(ATTEMPTS)
     if settings.demos:  # spread over all variations; a recorded scene has no other to try instead
@@ -318,11 +322,11 @@ def check_settings(settings):
     settings.tasks = tuple(dict.fromkeys(settings.tasks or [path.parent.name for path in recorded]))
     for task in settings.tasks:
         task_class(import_rlbench().tasks, task) if rlbench else check_task(task)
-    if settings.demos and not rlbench or settings.policy == "oracle" and rlbench:
-        raise UserError("--demos is for --sim rlbench, and --policy oracle for the embedded simulator.")
+    if settings.demos and not rlbench or rlbench and (settings.policy == "oracle" or settings.perturb):
+        raise UserError("--demos is for --sim rlbench, --policy oracle and --perturb are for the embedded simulator.")
     if settings.demos:
         find_demonstrations(settings.demos, settings.tasks)
-    if settings.policy != "genima" or rlbench:
+    if settings.policy != "genima" or rlbench or settings.perturb:
         settings.language = 0  # nothing is painted, or there is no knowing where
     seeds = range(settings.seed, settings.seed + max(settings.episodes, settings.language))
     for path in recorded:
@@ -376,7 +380,7 @@ def write_report(settings):
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
     report = {
         "policy": policy, "sim": settings.sim, "git_commit": commit.stdout.strip() if commit.returncode == 0 else None,
-        "machine": machine(settings.device), "execute": settings.execute,
+        "machine": machine(settings.device), "execute": settings.execute, "perturb": settings.perturb,
         "seeds": {"first": settings.seed, "last": settings.seed + settings.episodes - 1},
         "tasks": {task: summary(*zip(*pairs)) for task, pairs in results.items()},
     }  # fmt: skip
@@ -387,7 +391,7 @@ def write_report(settings):
             for checkpoint, run in zip(each, runs)]  # fmt: skip
     if heard:
         report["language"] = {"correct": sum(heard), "cases": len(heard), **rate(sum(heard), len(heard))}
-    suffix = "" if policy == "genima" else f"_{policy}"
+    suffix = "".join(f"_{name}" for name in (policy, settings.perturb) if name not in ("genima", None))
     with write_whole(settings.out / f"evaluation{suffix}.json") as path:
         path.write_text(json.dumps(report, indent=1))
     shown = {"act": "plain pictures", "genima": "painted target", "oracle": "painted target"}.get(policy, "what the controller sees")

@@ -1,5 +1,7 @@
 """Films and figures: what a closed loop, a robot's run and a preview have to show. Pictures are (..., H, W, 3) uint8."""
 
+import csv
+
 import imageio.v2 as imageio
 import numpy as np
 from matplotlib.figure import Figure
@@ -78,3 +80,26 @@ def write_bars(path, report):
     axes.spines[["top", "right"]].set_visible(False)
     with write_whole(path) as temporary:
         figure.savefig(temporary, dpi=150)
+
+
+def write_losses(folder, columns, rows, training, held_out, measured):
+    """losses.csv, a row a step, the step first ("" or nothing where a column was not measured); and losses.png: the columns `training`, each
+    the mean of 50 steps, beside the columns `held_out`; `measured` says what those are."""
+    with write_whole(folder / "losses.csv") as path, open(path, "w", newline="") as file:
+        csv.writer(file).writerows([columns, *rows])
+    left, right = (figure := Figure((11, 4), layout="constrained")).subplots(1, 2)
+    window = np.ones(min(50, len(rows))) / min(50, len(rows))
+    for name in training:
+        values = [row[columns.index(name)] for row in rows]
+        left.semilogy([row[0] for row in rows[len(window) - 1 :]], np.convolve(values, window, "valid"), label=name.replace("_", " "))
+    for name in held_out:
+        i = columns.index(name)
+        points = [(row[0], row[i]) for row in rows if len(row) > i and row[i] != ""]
+        right.plot(*np.array(points).reshape(-1, 2).T, ".-", label=name.replace("_", " "))
+    left.set(title="training (mean of 50 steps)", xlabel="step", ylabel="loss")
+    right.set(title="held-out scenes", xlabel="step", ylabel=measured, ylim=(0, None))
+    for axes in (left, right):
+        axes.legend()
+        axes.grid(alpha=0.3)
+    with write_whole(folder / "losses.png") as path:
+        figure.savefig(path, format="png", dpi=100)

@@ -13,7 +13,6 @@ Paper, section 3.2: the controller sees pictures with spheres and the joints, an
 trained on spheres over random backgrounds, never over their own scene, so that all it can do is to follow spheres.
 """
 
-import csv
 import json
 import math
 import signal
@@ -26,7 +25,6 @@ import numpy as np
 import torch
 import tyro
 from accelerate import Accelerator
-from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import save_file
 from torch.nn import functional as F
@@ -35,6 +33,7 @@ from tqdm import tqdm
 
 from act import ACT, LATENT, SIZES, words_in
 from episodes import CAMERAS, UserError, check_alike, find_episodes, ignore_interrupt, keep_last, read_checkpoint, read_episode, read_hdf5, run_stage, write_whole
+from films import write_losses
 from render_spheres import FORMAT as SPHERES_FORMAT
 from render_spheres import Chain, draw_spheres, target_spheres
 
@@ -264,23 +263,7 @@ def save(folder, checkpoint, config):
         path.write_text(json.dumps(config, indent=1))
     with write_whole(folder / "model.safetensors") as path:
         save_file(checkpoint["model"], path)
-    with write_whole(folder / "losses.csv") as path, open(path, "w", newline="") as file:
-        csv.writer(file).writerows([COLUMNS, *checkpoint["history"]])
-    figure, rows = Figure((11, 4), layout="constrained"), np.array([row[:5] for row in checkpoint["history"]])  # (N, 5)
-    left, right = figure.subplots(1, 2)
-    window = np.ones(min(50, len(rows)))
-    for i, weight in ((2, 1), (3, GRIPPER_WEIGHT), (4, KL_WEIGHT)):
-        left.semilogy(rows[len(window) - 1:, 0], np.convolve(rows[:, i], window / window.sum(), "valid") * weight, label=f"{COLUMNS[i]} x {weight}")
-    validated = [row for row in checkpoint["history"] if len(row) == len(COLUMNS)]
-    for i, label in ((5, "all steps"), (6, "last step"), (7, "all steps, without the joints")):
-        right.plot([row[0] for row in validated], [row[i] for row in validated], ".-", label=label)
-    left.set(title="training loss (mean of 50 steps)", xlabel="step")
-    right.set(title="error on held-out episodes (rad)", xlabel="step", ylim=(0, None))
-    for axes in (left, right):
-        axes.legend()
-        axes.grid(alpha=0.3)
-    with write_whole(folder / "losses.png") as path:
-        figure.savefig(path, format="png", dpi=120)
+    write_losses(folder, COLUMNS, checkpoint["history"], ["joints", "gripper", "kl"], ["error", "error_last", "error_without_state"], "error, rad")
     with write_whole(folder / "training.pt") as path:  # last: what it says is done, is done
         torch.save(checkpoint, path)
 

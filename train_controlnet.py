@@ -23,7 +23,6 @@ picture its noise; predicted as such, an error in the noise is 15 times as large
 were noise after 1,500 steps.
 """
 
-import csv
 import math
 import signal
 import sys
@@ -39,13 +38,12 @@ import torch.nn.functional as F
 import tyro
 from accelerate import Accelerator
 from diffusers.models.attention_processor import AttnProcessor
-from matplotlib.figure import Figure
 from tqdm import tqdm
 from transformers.optimization import Adafactor
 
 from episodes import CAMERAS, UserError, find_episodes, ignore_interrupt, keep_last, read_checkpoint, read_episode, read_hdf5, run_stage, write_whole
 from episodes import FORMAT as EPISODE_FORMAT
-from films import write_grid
+from films import write_grid, write_losses
 from hub import check_hub, push, write_card
 from painter import PROMPT, TIMESTEP, Painter, build_tiny, compose, load_turbo, resize, tile, untile
 from render_spheres import FORMAT as SPHERES_FORMAT
@@ -85,8 +83,6 @@ class Settings:
     """Steps between checkpoints and validation pictures."""
     keep: int = 0
     """How many of the last checkpoints to keep in controlnet/step-<N>/ (the paper evaluates the last three)."""
-    workers: int | None = None
-    """Processes that read episodes beside the training; by default 2 for a GPU, and none on a CPU, whose cores they would take."""
     push_to_hub: str | None = None
     """Name of a repository on the Hugging Face Hub (user/name) to which the trained painter is uploaded, with its model card."""
 
@@ -283,7 +279,6 @@ def check_settings(settings, accelerator, view):
         if getattr(settings, name) is None:
             setattr(settings, name, value)
     settings.picture = 2 * view if settings.picture is None else settings.picture
-    settings.workers = (0 if accelerator.device.type == "cpu" else 2) if settings.workers is None else settings.workers
     processes, unit = accelerator.num_processes, 16 if settings.size == "tiny" else 8
     if min(settings.steps, settings.batch, settings.checkpoint_every, settings.paint_steps, settings.picture) < 1 or min(settings.keep, settings.crop) < 0:
         raise UserError("--steps, --batch, --checkpoint-every, --paint-steps and --picture must be 1 or more, --keep and --crop 0 or more.")
@@ -328,7 +323,8 @@ def train(settings, accelerator, painter, optimizer, training, held_out, folder,
     model, optimizer = accelerator.prepare(painter, optimizer)
     batches = torch.utils.data.DataLoader(
         Batches(training, settings, accelerator.process_index, accelerator.num_processes), batch_size=None,
-        sampler=range(step, settings.steps), num_workers=settings.workers, worker_init_fn=ignore_interrupt,
+        sampler=range(step, settings.steps), worker_init_fn=ignore_interrupt,
+        num_workers=0 if accelerator.device.type == "cpu" else 2,  # none on a CPU, whose cores they would take
     )  # fmt: skip
     if accelerator.is_main_process:
         trained = sum(parameter.numel() for parameter in painter.parameters() if parameter.requires_grad)
@@ -395,21 +391,13 @@ def validate(painter, frames, settings, folder):
     return overlap
 
 
+COLUMNS = ("step", "loss", "first_frame_iou")
+
+
 def save(folder, painter, optimizer, step, log, identity):
     """The checkpoint, the parts for inference, the log and its plot: each file whole."""
     painter.save(folder)
-    with write_whole(folder / "losses.csv") as path, open(path, "w", newline="") as file:
-        csv.writer(file).writerows([("step", "loss", "first_frame_iou"), *log])
-    left = (figure := Figure((7, 4), layout="constrained")).subplots()
-    losses, window = np.array([row[1] for row in log]), min(50, len(log))
-    left.plot(range(window, len(losses) + 1), np.convolve(losses, np.ones(window) / window, "valid"))
-    left.set(xlabel="step", ylabel="training loss (mean of 50 steps)", yscale="log", title="The painter learns")
-    right = left.twinx()
-    right.plot(*np.array([(row[0], row[2]) for row in log if row[2] != ""]).reshape(-1, 2).T, "o-", color="tab:orange")
-    right.set(ylim=(0, 1))
-    right.set_ylabel("overlap (IoU), first frames of unseen scenes", color="tab:orange")
-    with write_whole(folder / "losses.png") as path:
-        figure.savefig(path, dpi=100, format="png")
+    write_losses(folder, COLUMNS, log, ["loss"], ["first_frame_iou"], "overlap of painted and true spheres")
     model = {name: parameter for name, parameter in painter.named_parameters() if parameter.requires_grad}  # the rest is frozen
     with write_whole(folder / "training.pt") as path:  # last: after a kill before this, these steps are done and all is written again
         torch.save({"step": step, "identity": identity, "log": log, "model": model, "optimizer": optimizer.state_dict()}, path)

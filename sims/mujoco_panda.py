@@ -144,15 +144,18 @@ class PandaEnv(ArmEnv):
     def __init__(self, task="reach_target", image_size=128, cameras=CAMERAS, images=True):
         check_task(task)
         self.task = TASKS[task]()
-        spec, world = base_scene()
-        self.task.build(spec, world)
-        self.model = spec.compile()
+        self.model = self.build()[0].compile()
         self.data = mujoco.MjData(self.model)
         self.scratch = mujoco.MjData(self.model)  # for kinematics that must not touch the simulation
         self.renderers = {}
         self.substeps = round(1 / (CONTROL_HZ * self.model.opt.timestep))
         self.limits = self.model.jnt_range[:7].copy()  # (7, 2) rad
         super().__init__(image_size, cameras, images, *self.limits.T)
+
+    def build(self):
+        spec, world = base_scene()
+        self.task.build(spec, world)
+        return spec, world
 
     # ---- Gymnasium
     def reset(self, *, seed=None, options=None):

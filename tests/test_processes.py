@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from test_train_controlnet import recorded  # noqa: F401  (a fixture)
 from turbo import make_turbo
 
-OPTIONS = {"train_controlnet.py": ["--workers", 0], "train_act.py": ["--device", "cpu"]}
+OPTIONS = {"train_controlnet.py": [], "train_act.py": ["--device", "cpu"]}
 WEIGHTS = {"train_controlnet.py": "controlnet/controlnet/diffusion_pytorch_model.safetensors", "train_act.py": "act/model.safetensors"}
 PLAIN = {"train_controlnet.py": ["--precision", "fp32"]}  # rounded to bf16, no two orders of summing are the same
 TOLERANCE = 2e-5  # float32: the halves are summed in another order; a weight has moved by up to 5e-3

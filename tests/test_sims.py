@@ -13,6 +13,7 @@ from collect_demos import demonstration
 from episodes import CAMERAS, UserError
 from sims.mujoco_panda import PandaEnv, mujoco  # it sets the renderer before it imports mujoco
 from sims.mujoco_tasks import COLOURS, TASKS
+from sims.perturbed_panda import PERTURBATIONS, PerturbedEnv
 
 ROOT = Path(__file__).resolve().parent.parent
 SEVERAL = [task for task in TASKS if TASKS[task].candidates > 1]
@@ -276,3 +277,37 @@ def test_bad_actions(change, message):
     np.testing.assert_array_equal(env.data.qpos, before)  # nothing moved
     assert env.steps == 0
     env.step(hold)
+
+
+# ------------------------------------------------------------------------------------------------------ perturbations
+@pytest.mark.parametrize("kind", PERTURBATIONS)
+@pytest.mark.parametrize("task", ["push_button", "pick_and_lift"])
+def test_a_perturbation_changes_the_pictures_and_nothing_else(kind, task):
+    plain, env = PandaEnv(task, image_size=64), PerturbedEnv(kind, task, image_size=64)
+    before = {}
+    for seed in (0, 1, 0):
+        (usual, expected), (seen, info) = plain.reset(seed=seed), env.reset(seed=seed)
+        assert info == expected
+        for camera in ("front", "right_shoulder"):
+            different = np.abs(seen["images"][camera].astype(int) - usual["images"][camera]).max(-1) > 8
+            least, most = {"light": (0.3, 1), "table": (0.3, 1), "camera": (0.05, 0.5)}.get(kind, (0.002, 0.2))  # share of the picture
+            assert least < different.mean() < most
+        pictures = np.stack(list(seen["images"].values()))
+        if seed in before:  # the same seed looks the same, whatever was there in between
+            np.testing.assert_array_equal(pictures, before[seed])
+        before[seed] = pictures
+        for action, _ in zip(demonstration(plain), range(15)):
+            usual, seen = plain.step(action)[0], env.step(action)[0]
+            np.testing.assert_array_equal(seen["qpos"], usual["qpos"])
+        np.testing.assert_array_equal(env.tool(), plain.tool())
+    assert not np.array_equal(before[0], before[1])
+
+
+def test_cameras_tell_where_they_were_moved_to():
+    plain, env = PandaEnv("push_button", images=False), PerturbedEnv("camera", "push_button", images=False)
+    for seed in range(3):
+        plain.reset(seed=seed), env.reset(seed=seed)
+        for camera in CAMERAS:
+            (_, usual), (_, moved) = plain.camera(camera), env.camera(camera)
+            turn = np.degrees(np.arccos((np.trace(usual[:3, :3].T @ moved[:3, :3]) - 1) / 2))
+            assert 0 < np.abs(usual[:3, 3] - moved[:3, 3]).max() <= 0.03 * 3**0.5 and 0 < turn <= 3 * 3**0.5

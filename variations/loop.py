@@ -1,6 +1,5 @@
 """What the three variations share: the training loop of train_act.py with the loss left open, and evaluate.py's closed loop."""
 
-import csv
 import json
 import math
 import signal
@@ -13,13 +12,13 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
-from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import evaluate as closed_loop
 from episodes import CAMERAS, UserError, ignore_interrupt, read_checkpoint, write_whole
+from films import write_losses
 from train_act import Samples, read_run, words_in
 
 
@@ -142,16 +141,7 @@ def save(folder, config, checkpoint):
         path.write_text(json.dumps(config, indent=1))
     with write_whole(folder / "model.safetensors") as path:
         save_file({name: value.contiguous() for name, value in checkpoint["model"].items()}, path)
-    with write_whole(folder / "losses.csv") as path, open(path, "w", newline="") as file:
-        csv.writer(file).writerows([("step", "loss", "held_out"), *checkpoint["history"]])
-    figure, losses = Figure((7, 4), layout="constrained"), np.array([row[1] for row in checkpoint["history"]])
-    axes, window = figure.subplots(), np.ones(min(50, len(losses)))
-    axes.semilogy(range(len(window) - 1, len(losses)), np.convolve(losses, window / window.sum(), "valid"), label="training, mean of 50 steps")
-    axes.semilogy(*zip(*[(row[0], row[2]) for row in checkpoint["history"] if row[2] != ""] or [(0, np.nan)]), ".-", label="held-out scenes")
-    axes.set(xlabel="step", ylabel="loss", title=f"{folder.name} learns")
-    axes.legend()
-    with write_whole(folder / "losses.png") as path:
-        figure.savefig(path, format="png", dpi=100)
+    write_losses(folder, ("step", "loss", "held_out"), checkpoint["history"], ["loss"], ["held_out"], "loss")
     with write_whole(folder / "training.pt") as path:
         torch.save(checkpoint, path)
 
