@@ -87,10 +87,6 @@ class Settings:
     """Name of a repository on the Hugging Face Hub (user/name) to which the trained painter is uploaded, with its model card."""
 
 
-DEFAULTS = {"tiny": dict(steps=3600, learning_rate=8e-4, picture=None, at_once=None),
-            "sd-turbo": dict(steps=10_000, learning_rate=1e-5, picture=512, at_once=1)}  # fmt: skip
-
-
 # -------------------------------------------------------------------------------------------------------------- data
 class Batches(torch.utils.data.Dataset):
     """Item `step` is this process's share of that step's batch. Sample i is a function of (seed, step, i) alone: to resume, or to
@@ -274,100 +270,25 @@ def in_bf16(settings):
 
 
 def check_settings(settings, accelerator, view):
-    """Fill in what follows from others. Raises UserError for what cannot be trained."""
-    for name, value in DEFAULTS[settings.size].items():
-        if getattr(settings, name) is None:
-            setattr(settings, name, value)
-    settings.picture = 2 * view if settings.picture is None else settings.picture
-    processes, unit = accelerator.num_processes, 16 if settings.size == "tiny" else 8
-    if min(settings.steps, settings.batch, settings.checkpoint_every, settings.paint_steps, settings.picture) < 1 or min(settings.keep, settings.crop) < 0:
-        raise UserError("--steps, --batch, --checkpoint-every, --paint-steps and --picture must be 1 or more, --keep and --crop 0 or more.")
-    if settings.picture % unit:
-        raise UserError(f"The tiled picture has {settings.picture} pixels a side, which is no multiple of {unit}: give another --picture.")
+    """Fill in what follows from others. Raises UserError for what cannot be trained. view: height of a recorded picture."""
+    processes, tiny = accelerator.num_processes, settings.size == "tiny"
     if settings.batch < processes:
         raise UserError(f"There are more processes ({processes}) than samples a step ({settings.batch}): raise --batch.")
     share = settings.batch // processes
-    settings.at_once = share if settings.at_once is None else settings.at_once
-    if settings.at_once < 1 or settings.batch % processes or share % settings.at_once:
+    defaults = dict(steps=3600, learning_rate=8e-4, picture=2 * view, at_once=share) if tiny else \
+        dict(steps=10_000, learning_rate=1e-5, picture=512, at_once=1)
+    for name, value in defaults.items():
+        if getattr(settings, name) is None:
+            setattr(settings, name, value)
+    if min(settings.steps, settings.checkpoint_every, settings.paint_steps, settings.picture, settings.at_once) < 1 or min(settings.keep, settings.crop) < 0:
+        raise UserError("--steps, --batch, --at-once, --checkpoint-every, --paint-steps and --picture must be 1 or more, --keep and --crop 0 or more.")
+    unit = 16 if tiny else 8
+    if settings.picture % unit:
+        raise UserError(f"The tiled picture has {settings.picture} pixels a side, which is no multiple of {unit}: give another --picture.")
+    if settings.batch % processes or share % settings.at_once:
         raise UserError(f"--batch {settings.batch} is no multiple of {processes} processes times {settings.at_once} samples at once: change one.")
     if settings.push_to_hub:
         check_hub(settings.push_to_hub)
-
-
-def main():
-    settings = tyro.cli(Settings, description=__doc__)
-    folder = settings.run / "controlnet"
-    settings.precision = "bf16" if in_bf16(settings) else "fp32"
-    accelerator = Accelerator(mixed_precision="bf16" if settings.precision == "bf16" else "no")
-    training, held_out, horizon = find_frames(settings.run)
-    image_size = read_episode(training[0][0], images=False).image_sizes[CAMERAS[0]][0]
-    check_settings(settings, accelerator, image_size)
-    instructions = sorted({sentence for frame in training + held_out for sentence in frame[3]})
-    identity = {name: getattr(settings, name) for name in ("size", "objective", "picture", "steps", "batch", "learning_rate", "optimizer", "precision", "crop", "seed")}
-    identity |= {"image_size": image_size, "horizon": horizon, "frames": len(training)}
-
-    painter, optimizer = build(settings, accelerator, instructions, image_size, horizon)
-    step, log = resume(folder, painter, optimizer, identity)
-    trained = step == settings.steps
-    if not trained:
-        train(settings, accelerator, painter, optimizer, training, held_out or training, folder, step, log, identity)
-    if accelerator.is_main_process:
-        print(f"{folder}: {f'trained already, {step} steps; ' * trained}overlap (IoU) of painted and true spheres at the first frames of "
-              f"unseen scenes {log[-1][2]:.3f}.")  # fmt: skip
-        if settings.push_to_hub:
-            push(folder, [*painter.saved, "painter.json", "README.md", "validation.png", "losses.csv", "losses.png"], settings.push_to_hub)
-
-
-def train(settings, accelerator, painter, optimizer, training, held_out, folder, step, log, identity):
-    """The loop, from `step` on; `log` grows by a row (step, loss, IoU or "") a step."""
-    model, optimizer = accelerator.prepare(painter, optimizer)
-    batches = torch.utils.data.DataLoader(
-        Batches(training, settings, accelerator.process_index, accelerator.num_processes), batch_size=None,
-        sampler=range(step, settings.steps), worker_init_fn=ignore_interrupt,
-        num_workers=0 if accelerator.device.type == "cpu" else 2,  # none on a CPU, whose cores they would take
-    )  # fmt: skip
-    if accelerator.is_main_process:
-        trained = sum(parameter.numel() for parameter in painter.parameters() if parameter.requires_grad)
-        print(f"{len(training)} frames to train on, {len(held_out)} held out, {trained / 1e6:.1f} M parameters to train, on "
-              f"{accelerator.num_processes} processes ({accelerator.device.type}).")  # fmt: skip
-    loss_of = {"one-step": one_step_loss, "noise": noise_loss}[settings.objective]
-    stopping = []
-    signal.signal(signal.SIGINT, lambda *_: stopping.append(True))
-    bar = tqdm(batches, desc="painter", unit="step", initial=step, total=settings.steps, disable=not accelerator.is_main_process)
-    for batch in bar:
-        for group in optimizer.param_groups:  # a short warm-up; then constant for sd-turbo, half a cosine down to zero for tiny
-            fall = 0.5 * (1 + math.cos(math.pi * step / settings.steps)) if settings.size == "tiny" else 1
-            group["lr"] = settings.learning_rate * min((step + 1) / 100, fall)
-        share, loss = len(batch["prompts"]), torch.zeros((), device=accelerator.device)
-        for first in range(0, share, settings.at_once):  # gradient accumulation
-            part = {name: values[first : first + settings.at_once] for name, values in batch.items()}
-            part = {name: x.to(accelerator.device) if isinstance(x, torch.Tensor) else x for name, x in part.items()}
-            part["keys"] = None if settings.crop else part["keys"]
-            last = first + settings.at_once == share
-            with nullcontext() if last else accelerator.no_sync(model):  # processes exchange gradients once a step
-                part_loss = loss_of(painter, model, part) * (settings.at_once / share)
-                accelerator.backward(part_loss)
-            loss += part_loss.detach()
-        accelerator.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-        step, stop = step + 1, len(stopping)
-        if accelerator.num_processes > 1:  # the loss is of the whole batch, and all stop at the same step
-            loss, stop = accelerator.reduce(torch.stack([loss, torch.full_like(loss, stop)]), "mean")
-        log.append([step, loss.item(), ""])
-        bar.set_postfix(loss=f"{np.mean([row[1] for row in log[-50:]]):.4f}", refresh=False)
-        due = step % settings.checkpoint_every == 0 or step == settings.steps
-        if accelerator.is_main_process and (due or stop > 0):
-            if due:
-                log[-1][2] = validate(painter, held_out, settings, folder)
-            save(folder, painter, optimizer, step, log, identity)
-            write_card(folder, settings, log, identity["frames"], painter.horizon)
-            keep_last(folder, [*painter.saved, "painter.json"], step, settings.keep * due)
-        if stop > 0 and step < settings.steps:
-            if accelerator.is_main_process:
-                print(f"\nStopped after step {step}: run the same command again to go on.", file=sys.stderr)
-            sys.exit(130)
 
 
 @torch.no_grad()
@@ -416,6 +337,76 @@ def resume(folder, painter, optimizer, identity):
         raise UserError(f"{folder / 'training.pt'} is of a network of another size or vocabulary: delete {folder}, or use another --run.") from None
     optimizer.load_state_dict(saved["optimizer"])
     return saved["step"], saved["log"]
+
+
+def main():
+    settings = tyro.cli(Settings, description=__doc__)
+    folder = settings.run / "controlnet"
+    settings.precision = "bf16" if in_bf16(settings) else "fp32"
+    accelerator = Accelerator(mixed_precision="bf16" if settings.precision == "bf16" else "no")
+    training, held_out, horizon = find_frames(settings.run)
+    image_size = read_episode(training[0][0], images=False).image_sizes[CAMERAS[0]][0]
+    check_settings(settings, accelerator, image_size)
+    instructions = sorted({sentence for frame in training + held_out for sentence in frame[3]})
+    identity = {name: getattr(settings, name) for name in ("size", "objective", "picture", "steps", "batch", "learning_rate", "optimizer", "precision", "crop", "seed")}
+    identity |= {"image_size": image_size, "horizon": horizon, "frames": len(training)}
+
+    painter, optimizer = build(settings, accelerator, instructions, image_size, horizon)
+    begin, log = resume(folder, painter, optimizer, identity)  # log: a row (step, loss, IoU or "") a step
+    model, optimizer = accelerator.prepare(painter, optimizer)
+    first = accelerator.is_main_process  # the one that writes and prints
+    if first and begin < settings.steps:
+        trained = sum(parameter.numel() for parameter in painter.parameters() if parameter.requires_grad)
+        print(f"{len(training)} frames to train on, {len(held_out)} held out, {trained / 1e6:.1f} M parameters to train, on "
+              f"{accelerator.num_processes} processes ({accelerator.device.type}).")  # fmt: skip
+    batches = torch.utils.data.DataLoader(
+        Batches(training, settings, accelerator.process_index, accelerator.num_processes), batch_size=None,
+        sampler=range(begin, settings.steps), worker_init_fn=ignore_interrupt,
+        num_workers=0 if accelerator.device.type == "cpu" else 2,  # none on a CPU, whose cores they would take
+    )  # fmt: skip
+    loss_of = {"one-step": one_step_loss, "noise": noise_loss}[settings.objective]
+    stopping = []
+    signal.signal(signal.SIGINT, lambda *_: stopping.append(True))
+    bar = tqdm(batches, desc="painter", unit="step", initial=begin, total=settings.steps, disable=not first or begin == settings.steps)
+    for step, batch in enumerate(bar, begin + 1):
+        for group in optimizer.param_groups:  # a short warm-up; then constant for sd-turbo, half a cosine down to zero for tiny
+            fall = 0.5 * (1 + math.cos(math.pi * (step - 1) / settings.steps)) if settings.size == "tiny" else 1
+            group["lr"] = settings.learning_rate * min(step / 100, fall)
+        share, loss = len(batch["prompts"]), torch.zeros((), device=accelerator.device)
+        for i in range(0, share, settings.at_once):  # gradient accumulation
+            part = {name: values[i : i + settings.at_once] for name, values in batch.items()}
+            part = {name: x.to(accelerator.device) if isinstance(x, torch.Tensor) else x for name, x in part.items()}
+            part["keys"] = None if settings.crop else part["keys"]
+            last = i + settings.at_once == share
+            with nullcontext() if last else accelerator.no_sync(model):  # processes exchange gradients once a step
+                part_loss = loss_of(painter, model, part) * (settings.at_once / share)
+                accelerator.backward(part_loss)
+            loss += part_loss.detach()
+        accelerator.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        stop = len(stopping)
+        if accelerator.num_processes > 1:  # the loss is of the whole batch, and all stop at the same step
+            loss, stop = accelerator.reduce(torch.stack([loss, torch.full_like(loss, stop)]), "mean")
+        log.append([step, loss.item(), ""])
+        bar.set_postfix(loss=f"{np.mean([row[1] for row in log[-50:]]):.4f}", refresh=False)
+        due = step % settings.checkpoint_every == 0 or step == settings.steps
+        if first and due:
+            log[-1][2] = validate(painter, held_out or training, settings, folder)
+        if first and (due or stop > 0):
+            save(folder, painter, optimizer, step, log, identity)
+            write_card(folder, settings, log, identity["frames"], horizon)
+            keep_last(folder, [*painter.saved, "painter.json"], step, settings.keep * due)
+        if stop > 0 and step < settings.steps:
+            if first:
+                print(f"\nStopped after step {step}: run the same command again to go on.", file=sys.stderr)
+            sys.exit(130)
+    if first:
+        print(f"{folder}: {f'trained already, {begin} steps; ' * (begin == settings.steps)}overlap (IoU) of painted and true spheres at the first "
+              f"frames of unseen scenes {log[-1][2]:.3f}.")  # fmt: skip
+        if settings.push_to_hub:
+            push(folder, [*painter.saved, "painter.json", "README.md", "validation.png", "losses.csv", "losses.png"], settings.push_to_hub)
 
 
 def main_within_memory():
