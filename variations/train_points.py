@@ -11,7 +11,7 @@ Neither can be looked at; and where the painter marks a place *in the picture it
 What it gave: 16, 6 and 16 of 50 in reach_target, push_button and pick_and_lift (after two thirds of the steps, --bf16: 13, 1 and 12).
 Stage 3 is not what fails: given true numbers it is off by 0.02 rad, with the noise that it was taught to expect. Stage 2 places the gripper
 1.0 cm off in the median and 2.7 cm in the mean (the training prints it): sometimes at another object, and too far for a button. ACT
-(train_act.py --observation rgb) reaches 96 % and more with the same eyes: so it is this head or its training, not the eyes.
+(train_act.py --observation rgb) reaches 86 to 96 % with the same eyes: so it is this head or its training, not the eyes.
 """
 
 import sys
