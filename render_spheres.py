@@ -55,67 +55,49 @@ class Settings:
 
 def draw_spheres(poses, radii, colours, intrinsics, world_from_camera, height, width):
     """Draw striped spheres as a camera sees them: poses (S, 4, 4), radii (S,), colours (S, 3) -> (H, W, 4) uint8 RGBA."""
-    picture = np.zeros((height, width, 4), np.uint8)
-    focal_x, focal_y, middle_x, middle_y = intrinsics[[0, 1, 0, 1], [0, 1, 2, 2]].tolist()
+    picture, drawn = np.zeros((height, width, 4), np.uint8), []
     rotation = world_from_camera[:3, :3]
     centres = ((poses[:, :3, 3] - world_from_camera[:3, 3]) @ rotation).tolist()  # S times (x, y, z) in the camera
-    radii = [float(radius) for radius in radii]
-    boxes = []  # around each sphere that can be seen
-    for s, ((cx, cy, cz), radius) in enumerate(zip(centres, radii)):
-        tangent2 = cx * cx + cy * cy + cz * cz - radius * radius  # squared distance at which the camera's rays touch the sphere
-        if cz <= 0 or tangent2 <= 0:
-            continue  # behind the camera, or around it
-        reach = radius + cz / focal_x / 2  # half a pixel more, for the edge
-        left, right = visible_range(cx, cz, reach, focal_x, middle_x, width)
-        top, bottom = visible_range(cy, cz, reach, focal_y, middle_y, height)
-        if left < right and top < bottom:
-            boxes.append((tangent2, s, left, right, top, bottom))
-    boxes.sort(reverse=True)  # far to near: no sphere's edge lies before a sphere whose tangents are shorter
+    axes = (np.swapaxes(poses[:, :3, :3], 1, 2) @ rotation).astype(np.float32)  # (S, 3, 3) each joint's x, y, z in the camera
+    colours, radii = np.asarray(colours, np.float32), np.asarray(radii).tolist()
+    focal_x, focal_y, middle_x, middle_y = intrinsics[[0, 1, 0, 1], [0, 1, 2, 2]].tolist()
+    rays_x = (np.arange(0.5, width, dtype=np.float32) - middle_x) / focal_x  # (W,)  a pixel's ray is (x, y, 1)
+    rays_y = (np.arange(0.5, height, dtype=np.float32) - middle_y) / focal_y  # (H,)
 
-    # NumPy takes longer to begin than to compute a small box: those are computed together, S of them, with the largest one's size.
-    small = all((right - left) * (bottom - top) < 2048 for *_, left, right, top, bottom in boxes)
-    drawn = []
-    for group in [boxes] * bool(boxes) if small else [[box] for box in boxes]:
-        _, shown, left, right, top, bottom = map(list, zip(*group))
-        h, w = max(map(int.__sub__, bottom, top)), max(map(int.__sub__, right, left))
-        left, top = [min(pixel, width - w) for pixel in left], [min(pixel, height - h) for pixel in top]
-        x = (single(left) + np.arange(0.5, w, dtype=np.float32) - np.float32(middle_x)) / np.float32(focal_x)  # (S, 1, w)
-        y = (single(top) + np.arange(0.5, h, dtype=np.float32)[:, None] - np.float32(middle_y)) / np.float32(focal_y)  # (S, h, 1)
-        cx, cy, cz = single([centres[s] for s in shown]).swapaxes(0, 1)  # (S, 1, 1) each
-        radius = single([radii[s] for s in shown])
-        rho2, t = meet(x, y, cx, cy, cz, radius)  # (S, h, w)
-        footprint = cz / np.float32(focal_x)  # width of a pixel at the centre, metres
-        coverage = np.minimum(np.maximum((radius - np.sqrt(rho2)) / footprint + np.float32(0.5), 0), 1)
+    # Far to near, by the squared distance at which the camera's rays touch: no sphere's edge lies before one with a shorter distance.
+    tangents = [math.hypot(*centre) ** 2 - radius**2 for centre, radius in zip(centres, radii)]
+    for s in sorted(range(len(radii)), key=tangents.__getitem__, reverse=True):
+        (across, down, ahead), reach = centres[s], radii[s] + centres[s][2] / focal_x / 2  # half a pixel more, for the edge
+        if ahead <= 0 or tangents[s] <= 0:
+            continue  # behind the camera, or around it
+        left, right = np.searchsorted(rays_x, touching(across, ahead, reach))
+        top, bottom = np.searchsorted(rays_y, touching(down, ahead, reach))
+        if left == right or top == bottom:
+            continue
+        cx, cy, cz, radius = np.float32([*centres[s], radii[s]])
+        x, y, layer = rays_x[left:right], rays_y[top:bottom, None], picture[top:bottom, left:right]
+        rho2, t = meet(x, y, cx, cy, cz, radius)  # (h, w)
+        coverage = np.minimum(np.maximum((radius - np.sqrt(rho2)) / (cz / focal_x) + 0.5, 0), 1)  # cz / focal_x: a pixel's width there
+        for other in drawn:  # a sphere that reaches into this one may hide a part of it
+            if math.dist(centres[other], centres[s]) < radii[other] + radii[s]:
+                other_rho2, other_t = meet(x, y, *centres[other], radii[other])
+                coverage *= (other_t > t) | (other_rho2 > radii[other] ** 2)
+        drawn.append(s)
 
         # Stripes: which of six sectors around the joint's axis the point (u, v, .) lies in. sin(3 angle) is negative in every
         # other one, and is 3 sin cos² - sin³, so no angle is needed.
-        (a, b, c), (d, e, f) = single((np.swapaxes(poses[shown, :3, :3], 1, 2) @ rotation).transpose(1, 2, 0)[:2])
+        (a, b, c), (d, e, f), _ = axes[s]
         u = (x * a + (y * b + c)) * t - (a * cx + b * cy + c * cz)
         v = (x * d + (y * e + f)) * t - (d * cx + e * cy + f * cz)
         brightness = np.where(v * (3 * u * u - v * v) < 0, np.float32(DARK_STRIPE), np.float32(1))
 
-        for i, s in enumerate(shown):
-            new = coverage[i]
-            for other in drawn:  # a sphere that reaches into this one may hide a part of it
-                if math.dist(centres[other], centres[s]) < radii[other] + radii[s]:
-                    other_rho2, other_t = meet(x[i], y[i], *centres[other], radii[other])
-                    new = new * ((other_t > t[i]) | (other_rho2 > radii[other] ** 2))
-            drawn.append(s)
-            layer = picture[top[i]:top[i] + h, left[i]:left[i] + w]
-            old = (1 - new) * (layer[..., 3] * np.float32(1 / 255))
-            alpha = new + old
-            scale = 1 / np.maximum(alpha, np.float32(1e-6))
-            shade = new * brightness[i] * scale
-            old *= scale
-            for channel, value in enumerate(colours[s].tolist()):
-                layer[..., channel] = shade * value + old * layer[..., channel] + 0.5
-            layer[..., 3] = alpha * 255 + 0.5
+        below = (1 - coverage) * (layer[..., 3] * np.float32(1 / 255))  # what still shows of the layer's alpha
+        alpha = coverage + below
+        scale = 1 / np.maximum(alpha, np.float32(1e-6))
+        ours, theirs = (coverage * brightness * scale)[..., None], (below * scale)[..., None]  # shares of the colour, (h, w, 1)
+        layer[..., :3] = ours * colours[s] + theirs * layer[..., :3] + 0.5
+        layer[..., 3] = alpha * 255 + 0.5
     return picture
-
-
-def single(values):
-    """Numbers (..., S) as float32 (..., S, 1, 1): one for each box of pixels."""
-    return np.asarray(values, np.float32)[..., None, None]
 
 
 def meet(x, y, cx, cy, cz, radius):
@@ -127,15 +109,13 @@ def meet(x, y, cx, cy, cz, radius):
     return rho2, nearest - np.sqrt(np.maximum(radius * radius - rho2, 0) / length2)
 
 
-def visible_range(across, ahead, radius, focal, centre, size):
-    """First and last+1 pixel, along one axis of the picture, that may see a sphere at (across, ahead) in the camera."""
-    distance = math.hypot(across, ahead)
-    if distance <= radius:
-        return 0, size
-    middle, half = math.atan2(across, ahead), math.asin(radius / distance)
-    first = math.floor(focal * math.tan(middle - half) + centre) if middle - half > -math.pi / 2 else 0
-    last = math.ceil(focal * math.tan(middle + half) + centre) if middle + half < math.pi / 2 else size
-    return max(first, 0), min(last, size)
+def touching(across, ahead, radius):
+    """The slopes across / ahead between which rays from the camera meet a sphere, seen along one axis of the picture."""
+    if ahead <= radius:
+        return -math.inf, math.inf  # it reaches beside the camera
+    tangent2 = ahead**2 - radius**2
+    half = radius * math.sqrt(across**2 + tangent2)
+    return (across * ahead - half) / tangent2, (across * ahead + half) / tangent2
 
 
 def target_spheres(joint_poses, gripper_open, camera):
