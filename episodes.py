@@ -20,6 +20,7 @@ The world is the robot's base, in metres, z up. A joint's z axis is the axis it 
 """
 
 import errno
+import math
 import os
 import shutil
 import signal
@@ -189,100 +190,96 @@ class Episode:
 
 ATTRIBUTES = {"task": str, "variation": int, "instruction": str, "instructions": list, "success": bool, "fps": float,
               "robot": str, "sim": bool, "seed": int}
-ARRAYS = {"qpos": "observations/qpos", "qvel": "observations/qvel", "action": "action", "joint_poses": "observations/joint_poses"}
+DATASETS = {  # what lies where in the file ({}: one for each camera), its shape (T frames, N = D+1 numbers, None: any) and type
+    "qpos": ("observations/qpos", ("T", "N"), np.float32),
+    "qvel": ("observations/qvel", ("T", "N"), np.float32),
+    "action": ("action", ("T", "N"), np.float32),
+    "joint_poses": ("observations/joint_poses", ("T", "N", 4, 4), np.float32),
+    "images": ("observations/images/{}", ("T", None, None, 3), np.uint8),
+    "intrinsics": ("cameras/{}/intrinsics", (3, 3), np.float64),
+    "extrinsics": ("cameras/{}/extrinsics", ("T", 4, 4), np.float64),
+}
 
 
-def check_array(array, shape, kind, where):
-    """Raise a UserError unless the array has this shape (None: any length), this kind of numbers, and no NaN."""
-    matches = len(array.shape) == len(shape) and all(n in (None, m) and m > 0 for m, n in zip(array.shape, shape))
-    if not matches:
-        wanted = ", ".join("any" if n is None else str(n) for n in shape)
-        raise UserError(f"{where} has shape {tuple(array.shape)} where ({wanted}) is needed: delete the file and make it again.")
-    if not np.issubdtype(array.dtype, kind):
-        raise UserError(f"{where} holds {array.dtype} where {kind.__name__} is needed: delete the file and make it again.")
-    if kind is np.floating and not np.isfinite(array).all():
-        raise UserError(f"{where} holds NaN or infinite numbers: delete the file and make it again.")
+def check_array(array, shape, dtype, where):
+    """Raise a UserError unless the array has this shape (None: any length), numbers of this kind, and no NaN among them.
+
+    Of shape (..., 4, 4) it must be poses, of shape (3, 3) a camera's intrinsics.
+    """
+    wrong = None
+    if len(array.shape) != len(shape) or any(n not in (None, m) or m == 0 for n, m in zip(shape, array.shape)):
+        wrong = f"has shape {array.shape} where ({', '.join('any' if n is None else str(n) for n in shape)}) is needed"
+    elif not np.issubdtype(array.dtype, np.uint8 if dtype == np.uint8 else np.floating):
+        wrong = f"holds {array.dtype} where {np.dtype(dtype)} is needed"
+    elif dtype != np.uint8 and not np.isfinite(array).all():
+        wrong = "holds NaN or infinite numbers"
+    elif shape[-2:] == (4, 4):
+        rotation = np.asarray(array, np.float64)[..., :3, :3]
+        unit = np.abs(rotation @ np.swapaxes(rotation, -1, -2) - np.eye(3)).max() < 1e-3 and np.linalg.det(rotation).min() > 0
+        if not unit or np.abs(array[..., 3, :] - [0, 0, 0, 1]).max() > 1e-6:
+            wrong = "holds a matrix that is not a rotation and a translation"
+    elif shape == (3, 3):
+        fx, fy, cx, cy = array[[0, 1, 0, 1], [0, 1, 2, 2]]
+        if min(fx, fy) <= 0 or not np.allclose(array, [[fx, 0, cx], [0, fy, cy], [0, 0, 1]], atol=1e-6):
+            wrong = "is not [[fx, 0, cx], [0, fy, cy], [0, 0, 1]] with positive focal lengths in pixels"
+    if wrong:
+        raise UserError(f"{where} {wrong}: make it again.")
 
 
-def check_poses(poses, shape, where):
-    """Raise a UserError unless these are (..., 4, 4) matrices of this shape, each a rotation and a translation."""
-    check_array(poses, shape, np.floating, where)
-    rotation = np.asarray(poses, np.float64)[..., :3, :3]
-    unit = np.abs(rotation @ np.swapaxes(rotation, -1, -2) - np.eye(3)).max() < 1e-3 and np.linalg.det(rotation).min() > 0
-    if not unit or np.abs(poses[..., 3, :] - [0, 0, 0, 1]).max() > 1e-6:
-        raise UserError(f"{where} holds a matrix that is not a rotation and a translation: check the poses where they are made.")
-
-
-def check_intrinsics(matrix, where):
-    """Raise a UserError unless the matrix is [[fx, 0, cx], [0, fy, cy], [0, 0, 1]] with positive focal lengths."""
-    check_array(matrix, (3, 3), np.floating, where)
-    fx, fy, cx, cy = matrix[[0, 1, 0, 1], [0, 1, 2, 2]]
-    if not (fx > 0 and fy > 0 and np.allclose(matrix, [[fx, 0, cx], [0, fy, cy], [0, 0, 1]], atol=1e-6)):
-        raise UserError(f"{where} is not [[fx, 0, cx], [0, fy, cy], [0, 0, 1]] with positive focal lengths in pixels.")
+def arrays_of(episode):
+    """Each array of an episode: (its dataset in the file, the array, the shape that it must have, the type that it is stored in)."""
+    lengths = dict(zip("TN", episode.qpos.shape))
+    for name, (dataset, shape, dtype) in DATASETS.items():
+        arrays = getattr(episode, name)
+        for camera, array in arrays.items() if isinstance(arrays, dict) else [("", arrays)]:
+            yield dataset.format(camera), array, tuple(lengths.get(n, n) for n in shape), dtype
 
 
 def check_episode(episode):
     """Raise a UserError that names file and dataset unless the episode is whole. Fills in image_sizes."""
-    at = lambda dataset: f"{episode.path}: {dataset}"  # noqa: E731
-    shape = (None, None)
-    for name in ("qpos", "qvel", "action"):
-        check_array(getattr(episode, name), shape, np.floating, at(ARRAYS[name]))
-        shape = frames, columns = episode.qpos.shape
-    check_poses(episode.joint_poses, (frames, columns, 4, 4), at(ARRAYS["joint_poses"]))
+    for dataset, array, shape, dtype in arrays_of(episode):
+        check_array(array, shape, dtype, f"{episode.path}: {dataset}")
     if episode.action[:, -1].min() < 0 or episode.action[:, -1].max() > 1:
-        raise UserError(f"{at('action')} has a gripper command outside 0 (closed) to 1 (open) in its last column.")
-    if not set(episode.images) == set(episode.intrinsics) == set(episode.extrinsics) or not episode.images:
-        raise UserError(f"{at('observations/images')} and cameras must name the same cameras, at least one.")
-    for camera, images in episode.images.items():
-        check_array(images, (frames, None, None, 3), np.uint8, at(f"observations/images/{camera}"))
-        check_intrinsics(episode.intrinsics[camera], at(f"cameras/{camera}/intrinsics"))
-        check_poses(episode.extrinsics[camera], (frames, 4, 4), at(f"cameras/{camera}/extrinsics"))
-        episode.image_sizes[camera] = tuple(images.shape[1:3])
+        raise UserError(f"{episode.path}: action has a gripper command outside 0 (closed) to 1 (open) in its last column.")
+    if not episode.images.keys() == episode.intrinsics.keys() == episode.extrinsics.keys() or not episode.images:
+        raise UserError(f"{episode.path}: observations/images and cameras must name the same cameras, at least one.")
+    episode.image_sizes = {camera: images.shape[1:3] for camera, images in episode.images.items()}
 
 
 def write_episode(path, episode):
     """Write a whole episode to a new file."""
-    path = Path(path)
+    episode.path = path = Path(path)
     if path.exists():
         raise UserError(f"{path} exists already: delete it, or write to another folder.")
-    episode.path = path
     check_episode(episode)
-    pictures = {f"observations/images/{camera}": images for camera, images in episode.images.items()}
-    pictures |= {f"extras/{name}": data for name, data in episode.extras.items() if data.ndim == 4}
-    size = sum(int(np.prod(images.shape)) for images in pictures.values())
-    with write_hdf5(path, size) as root:
-        root.attrs["format"] = FORMAT
-        for name, kind in ATTRIBUTES.items():
-            root.attrs[name] = kind(getattr(episode, name))
-        for name, dataset in ARRAYS.items():
-            root[dataset] = np.asarray(getattr(episode, name), np.float32)
-        for name, data in episode.extras.items():
-            if data.ndim != 4:
-                root[f"extras/{name}"] = data
-        for name, images in pictures.items():
+    arrays = [(dataset, array, dtype) for dataset, array, _, dtype in arrays_of(episode)]
+    arrays += [(f"extras/{name}", array, array.dtype) for name, array in episode.extras.items()]
+    with write_hdf5(path, sum(math.prod(array.shape) for _, array, _ in arrays)) as root:
+        root.attrs.update({name: kind(getattr(episode, name)) for name, kind in ATTRIBUTES.items()}, format=FORMAT)
+        for dataset, array, dtype in arrays:
+            if dtype != np.uint8 or array.ndim != 4:
+                root[dataset] = np.asarray(array, dtype)
+                continue
             # Compressing takes twice as long as decoding a PNG: not worth it for noisy pictures, which hardly shrink.
-            shrinks = len(zlib.compress(images[0].tobytes(), 1)) < images[0].size / 2
-            dataset = root.create_dataset(name, images.shape, np.uint8, chunks=(1, *images.shape[1:]),
-                                          compression=1 if shrinks else None, fletcher32=not shrinks)  # a checksum either way; fmt: skip
-            for t in range(images.shape[0]):  # one by one: they may not fit into memory
-                dataset[t] = images[t]
-        for camera in episode.images:
-            root[f"cameras/{camera}/intrinsics"] = np.asarray(episode.intrinsics[camera], np.float64)
-            root[f"cameras/{camera}/extrinsics"] = np.asarray(episode.extrinsics[camera], np.float64)
+            shrinks = len(zlib.compress(array[0].tobytes(), 1)) < array[0].size / 2
+            pictures = root.create_dataset(dataset, array.shape, np.uint8, chunks=(1, *array.shape[1:]),
+                                           compression=1 if shrinks else None, fletcher32=not shrinks)  # a checksum either way; fmt: skip
+            for t in range(array.shape[0]):  # one by one: they may not fit into memory
+                pictures[t] = array[t]
 
 
 def read_episode(path, images=True):
     """Read and check an episode; without its images this takes a few milliseconds."""
     path = Path(path)
     with read_hdf5(path, FORMAT) as root:
-        episode = Episode(
-            path=path,
-            **{name: kind(root.attrs[name]) for name, kind in ATTRIBUTES.items()},
-            **{name: root[dataset][()] for name, dataset in ARRAYS.items()},
-            images=dict(root["observations/images"].items()),  # datasets: shape and dtype are known, nothing is read yet
-            intrinsics={camera: group["intrinsics"][()] for camera, group in root["cameras"].items()},
-            extrinsics={camera: group["extrinsics"][()] for camera, group in root["cameras"].items()},
-        )
+        fields = {name: kind(root.attrs[name]) for name, kind in ATTRIBUTES.items()}
+        for name, (dataset, *_) in DATASETS.items():
+            group, each, _ = dataset.partition("/{}")
+            found = {camera: root[dataset.format(camera)] for camera in (root[group] if each else [""])}
+            if name != "images":  # of those, shape and type are enough for now
+                found = {camera: data[()] for camera, data in found.items()}
+            fields[name] = found if each else found[""]
+        episode = Episode(path=path, **fields)
         check_episode(episode)
         episode.extras = {name: data[()] for name, data in root.get("extras", {}).items()} if images else {}
         episode.images = {camera: data[()] for camera, data in episode.images.items()} if images else {}
@@ -291,35 +288,27 @@ def read_episode(path, images=True):
 
 def find_episodes(folder, tasks=None):
     """The sorted paths <folder>/<task>/<name>.hdf5, of these tasks or of all."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"There is no folder {folder}: run the stage that makes it first.")
-    paths = sorted(folder.glob("*/[!.]*.hdf5"))  # what begins with a dot was left half-written by a killed process
-    for task in tasks or ():
-        if not any(path.parent.name == task for path in paths):
-            raise UserError(f"There is no HDF5 file of task '{task}' in {folder}.")
-    if not paths:
-        raise UserError(f"There is no HDF5 file in {folder}/<task>/: run the stage that makes them first.")
+    paths = sorted(Path(folder).glob("*/[!.]*.hdf5"))  # what begins with a dot was left half-written by a killed process
+    found = {path.parent.name for path in paths}
+    for task in (found or ["<task>"]) if tasks is None else tasks:
+        if task not in found:
+            raise UserError(f"There is no HDF5 file in {folder}/{task}: run the stage that makes it first.")
     return [path for path in paths if tasks is None or path.parent.name in tasks]
 
 
 def check_alike(episode, first):
     """Raise a UserError unless two episodes can be trained on together: same joints, same cameras, same image sizes."""
-    if episode.qpos.shape[1] != first.qpos.shape[1]:
-        raise UserError(f"{episode.path} has {episode.qpos.shape[1] - 1} joints where {first.path} has "
-                        f"{first.qpos.shape[1] - 1}: put the robots' episodes into folders of their own.")
-    if episode.image_sizes != first.image_sizes:
-        raise UserError(f"{episode.path} has images {episode.image_sizes} where {first.path} has {first.image_sizes}: "
-                        f"put them into folders of their own.")
+    ours, theirs = (f"{one.qpos.shape[1] - 1} joints and images of {one.image_sizes}" for one in (episode, first))
+    if ours != theirs:
+        raise UserError(f"{episode.path} has {ours}, where {first.path} has {theirs}: put them into folders of their own.")
 
 
 def beyond_limits(episode):
     """In how many frames a joint is, or is sent, beyond its limits; None for a robot whose limits we don't know."""
-    limits = [np.array(limits) for word, limits in JOINT_LIMITS.items() if word in episode.robot.lower()]
-    if not limits or limits[0].shape[1] != episode.qpos.shape[1] - 1:
-        return None
-    joints = np.stack([episode.qpos, episode.action])[:, :, :-1]  # (2, T, D)
-    return ((joints < limits[0][0] - 1e-3) | (joints > limits[0][1] + 1e-3)).any(axis=(0, 2)).sum()
+    for word, (low, high) in JOINT_LIMITS.items():
+        if word in episode.robot.lower() and len(low) == episode.qpos.shape[1] - 1:
+            joints = np.stack([episode.qpos, episode.action])[:, :, :-1]  # (2, T, D)
+            return ((joints < np.subtract(low, 1e-3)) | (joints > np.add(high, 1e-3))).any(axis=(0, 2)).sum()
 
 
 @dataclass

@@ -25,8 +25,8 @@ import tyro
 import yaml
 from PIL import Image
 
-from episodes import (CAMERAS, UserError, check_alike, check_array, check_intrinsics, check_poses, find_episodes, read_episode, read_hdf5,
-                      run_stage, write_hdf5, write_whole)  # fmt: skip
+from episodes import (CAMERAS, UserError, check_alike, check_array, find_episodes, read_episode, read_hdf5, run_stage, write_hdf5,
+                      write_whole)  # fmt: skip
 from films import two_columns, write_video
 from sims.parallel import in_parallel
 
@@ -210,8 +210,7 @@ def load_calibration(path):
         if set(entries) - {"intrinsics"} not in ({"world_from_camera"}, {"last_joint_from_camera"}) or "intrinsics" not in entries:
             raise UserError(f"{path}: {camera} needs intrinsics, and either world_from_camera or last_joint_from_camera.")
         for key, value in entries.items():
-            where = f"{path}: {camera}/{key}"
-            check_intrinsics(value, where) if key == "intrinsics" else check_poses(value, (4, 4), where)
+            check_array(value, (3, 3) if key == "intrinsics" else (4, 4), np.float64, f"{path}: {camera}/{key}")
     return cameras
 
 
@@ -272,7 +271,7 @@ def read_spheres(path):
     with read_hdf5(path, FORMAT) as root:
         qpos = root["target/qpos"][()]
         layers = {camera: data[()] for camera, data in root["layers"].items()}
-    check_array(qpos, (None, None), np.floating, f"{path}: target/qpos")
+    check_array(qpos, (None, None), np.float32, f"{path}: target/qpos")
     for camera, layer in layers.items():
         check_array(layer, (len(qpos), None, None, 4), np.uint8, f"{path}: layers/{camera}")
     return layers, qpos
