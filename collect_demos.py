@@ -26,7 +26,7 @@ import tyro
 
 from episodes import CAMERAS, Episode, UserError, read_episode, run_stage, write_episode
 from sims.mujoco_panda import CONTROL_HZ, PandaEnv, rotation_vector
-from sims.mujoco_tasks import check_task, rotation_from
+from sims.mujoco_tasks import TASKS, check_task, rotation_from
 from sims.parallel import in_parallel
 from sims.perturbed_panda import PERTURBATIONS, PerturbedEnv
 from sims.rlbench_dataset import find_demonstrations, read_demonstration
@@ -118,100 +118,91 @@ def environment(task, image_size, cameras, sim=None, images=False):
     return (RLBenchEnv if sim == "rlbench" else PandaEnv)(task, image_size, cameras, images)
 
 
-def record_rlbench(folder, task, seeds, image_size, cameras):
-    """One demonstration by RLBench's planner, of the first of these seeds for which there is one. Returns attempts, successes."""
-    if any(list((folder / task).glob(f"{seed:07d}_*.hdf5")) for seed in seeds):
-        return 0, 0
-    for attempts, seed in enumerate(seeds, 1):
-        try:
-            episode = environment(task, image_size, cameras, "rlbench", True).demonstrate(seed)
-        except NoSceneError:  # no place for the task, or no path: a failed attempt, not a broken program
-            continue
-        write_episode(folder / task / f"{seed:07d}_{episode.variation:02d}.hdf5", episode)
-        return attempts, 1
-    return len(seeds), 0
-
-
-def record_scene(folder, task, seed, image_size):
-    """All variations of one scene that are not on disk yet. Returns attempts, successes."""
-    env, attempts, successes = environment(task, image_size, CAMERAS, images=True), 0, 0
-    env.render()  # a machine that cannot draw says so here, instead of failing in every attempt
-    for variation in range(env.task.candidates):
-        path = folder / task / f"{seed:07d}_{variation:02d}.hdf5"
-        if path.exists():
-            continue
-        attempts += 1
-        try:
-            episode = record(env, task, seed, variation, ("anywhere", "near")[(seed + variation) % 2])
-        except UserError:  # a waypoint out of reach: a failed attempt, not a broken program
-            continue
-        if episode.success:
-            successes += 1
-            write_episode(path, episode)
-    return attempts, successes
-
-
-def import_episode(source, path, cameras, size):
-    """One demonstration of a dataset. Returns (is it new, what is wrong with it)."""
+# A job makes one episode in <run>/episodes/<task> unless it is there, and returns for each attempt None, or what went wrong.
+def record_one(folder, seed, variation, image_size):
+    """By the scripted expert."""
+    path = folder / f"{seed:07d}_{variation:02d}.hdf5"
     if path.exists():
-        return False, None
+        return []
+    env = environment(folder.name, image_size, CAMERAS, images=True)
+    env.render()  # a machine that cannot draw says so here, instead of failing in every attempt
     try:
-        write_episode(path, read_demonstration(source, cameras, size))
+        episode = record(env, folder.name, seed, variation, ("anywhere", "near")[(seed + variation) % 2])
+    except UserError as error:  # a waypoint out of reach: a failed attempt, not a broken program
+        return [str(error)]
+    if not episode.success:
+        return ["The expert failed."]
+    write_episode(path, episode)
+    return [None]
+
+
+def record_rlbench(folder, seeds, image_size, cameras):
+    """By RLBench's planner, with the first of these seeds for which it finds a scene and a way."""
+    faults = []
+    if any(list(folder.glob(f"{seed:07d}_*.hdf5")) for seed in seeds):
+        return faults
+    for seed in seeds:
+        try:
+            episode = environment(folder.name, image_size, cameras, "rlbench", True).demonstrate(seed)
+        except NoSceneError as error:
+            faults.append(str(error))
+            continue
+        write_episode(folder / f"{seed:07d}_{episode.variation:02d}.hdf5", episode)
+        return [*faults, None]
+    return faults
+
+
+def import_one(folder, source, image_size, cameras):
+    """From <task>/variation<N>/episodes/episode<M> of a dataset."""
+    path = folder / f"episode{int(source.name[7:]):03d}_variation{int(source.parents[1].name[9:]):02d}.hdf5"
+    if path.exists():
+        return []
+    try:
+        write_episode(path, read_demonstration(source, cameras, image_size and (image_size, image_size)))
     except UserError as error:
-        return False, str(error)
-    return True, None
+        return [str(error)]
+    return [None]
 
 
-def import_dataset(settings, folder, size):
-    """Turn a dataset of RLBench into episodes."""
-    jobs, counts, broken = [], {}, set()
-    for source in find_demonstrations(settings.from_rlbench, settings.tasks, settings.variations, settings.scenes):
-        task, variation, number = source.parents[2].name, int(source.parents[1].name[9:]), int(source.name[7:])
-        path = folder / task / f"episode{number:03d}_variation{variation:02d}.hdf5"
-        jobs.append((import_episode, source, path, settings.cameras, size))
-    for (_, _, path, *_), result in in_parallel(jobs, settings.workers, "importing", "demonstration"):
-        new, error = result or (False, "A process of the import died: run the same command again.")
-        counts[path.parent] = counts.get(path.parent, 0) + new
-        broken |= {error} - {None}
-    for target, new in sorted(counts.items()):
-        print(f"{target.name}: {new} new episodes; {len(list(target.glob('[!.]*.hdf5')))} in {target}")
-    if broken:
-        raise UserError("\n".join(sorted(broken)))
+def collect(settings):
+    rlbench, scenes, size = settings.sim == "rlbench", settings.scenes, settings.image_size
+    if min(number for number in (scenes, size, settings.workers, settings.seed + 1) if number is not None) < 1:
+        raise UserError("--scenes, --image-size and --workers must be 1 or more, and --seed 0 or more.")
+    folder, tasks = settings.run / "episodes", list(dict.fromkeys(settings.tasks)) or ["reach_target", "push_button", "pick_and_lift"]
+    if settings.from_rlbench:
+        sources = find_demonstrations(settings.from_rlbench, settings.tasks, settings.variations, scenes)
+        jobs = [(import_one, folder / source.parents[2].name, source, size, settings.cameras) for source in sources]
+    elif rlbench:
+        size, scenes = size or 128, scenes or 50
+        for task in tasks:
+            task_class(import_rlbench().tasks, task)
+        seeds = [range(settings.seed + i, settings.seed + i + 5 * scenes, scenes) for i in range(scenes)]  # of five attempts each
+        jobs = [(record_rlbench, folder / task, five, size, settings.cameras) for task in tasks for five in seeds]
+    else:
+        size, seeds = size or 64, range(settings.seed, settings.seed + (scenes or 300))
+        for task in tasks:
+            check_task(task)
+        jobs = [(record_one, folder / task, seed, variation, size)
+                for seed in seeds for task in tasks for variation in range(TASKS[task].candidates)]  # fmt: skip
+    for path in sorted(folder.glob("*/[!.]*.hdf5"))[:1]:  # what a killed process left half-written begins with a dot
+        if size and (sizes := set(read_episode(path, images=False).image_sizes.values())) != {(size, size)}:
+            raise UserError(f"{path} has pictures of {', '.join(map(str, sizes))} pixels, not {(size, size)}: use another --run.")
+
+    attempts, crash = {target: [] for _, target, *_ in jobs}, "The simulator crashed twice: run the same command again."
+    for (_, target, *_), result in in_parallel(jobs, settings.workers, "episodes", "episode", "spawn" if rlbench else None):
+        attempts[target] += [crash] if result is None else result
+    for target, results in attempts.items():
+        rate = f"{results.count(None) / len(results):.1%} of {len(results)} attempts succeeded" if results else "nothing left to record"
+        print(f"{target.name}: {rate}; {len(list(target.glob('[!.]*.hdf5')))} episodes in {target}")
+    wrong = {sentence for results in attempts.values() for sentence in results if sentence}
+    if settings.from_rlbench and wrong:
+        raise UserError("\n".join(sorted(wrong)))
+    if crash in wrong:
+        print(crash)
 
 
 def main():
-    settings = tyro.cli(Settings, description=__doc__)
-    rlbench, scenes = settings.sim == "rlbench", settings.scenes
-    if min(number for number in (scenes, settings.image_size, settings.workers, settings.seed + 1) if number is not None) < 1:
-        raise UserError("--scenes, --image-size and --workers must be 1 or more, and --seed 0 or more.")
-    folder, size = settings.run / "episodes", settings.image_size or (None if settings.from_rlbench else 128 if rlbench else 64)
-    for path in sorted(folder.glob("*/[!.]*.hdf5"))[:1]:  # what a killed process left half-written begins with a dot
-        if size and set(sizes := read_episode(path, images=False).image_sizes.values()) != {(size, size)}:
-            raise UserError(f"{path} has pictures of {', '.join(map(str, set(sizes)))} pixels, not {(size, size)}: use another --run.")
-    if settings.from_rlbench:
-        return import_dataset(settings, folder, size and (size, size))
-    tasks = tuple(dict.fromkeys(settings.tasks or ("reach_target", "push_button", "pick_and_lift")))
-    if rlbench:
-        for task in tasks:
-            task_class(import_rlbench().tasks, task)
-        count = scenes or 50
-        seeds = lambda i: tuple(settings.seed + i + attempt * count for attempt in range(5))  # noqa: E731
-        jobs = [(record_rlbench, folder, task, seeds(i), size, settings.cameras) for task in tasks for i in range(count)]
-    else:
-        for task in tasks:
-            check_task(task)
-        jobs = [(record_scene, folder, task, settings.seed + i, size) for i in range(scenes or 300) for task in tasks]
-    for task in tasks:
-        (folder / task).mkdir(parents=True, exist_ok=True)
-    counts, crashes = {task: np.zeros(2, int) for task in tasks}, 0
-    for (_, _, task, *_), result in in_parallel(jobs, settings.workers, "scenes", "scene", "spawn" if rlbench else None):
-        counts[task] += result or (0, 0)
-        crashes += result is None
-    for task, (attempts, successes) in counts.items():
-        rate = f"{successes / attempts:.1%} of {attempts} attempts succeeded" if attempts else "nothing left to record"
-        print(f"{task}: {rate}; {len(list((folder / task).glob('[!.]*.hdf5')))} episodes in {folder / task}")
-    if crashes:
-        print(f"In {crashes} scenes the simulator crashed twice; run the same command again to try them once more.")
+    collect(tyro.cli(Settings, description=__doc__))
 
 
 if __name__ == "__main__":
