@@ -16,12 +16,12 @@ Paper, sections 3.3 and 4: look, paint the target spheres, let the controller tu
 positions, run the beginning of the chunk, look again.
 """
 
-import csv
 import json
 import os
 import platform
 import re
 import subprocess
+import sys
 import time
 from dataclasses import dataclass, replace
 from functools import cache
@@ -49,7 +49,7 @@ from sims.rlbench_panda import PAPER_TASKS, NoSceneError, import_rlbench, task_c
 
 LANGUAGE_TASKS = ("push_button", "pick_and_lift")  # where several objects differ in nothing but colour
 ATTEMPTS = 10  # scenes to try in RLBench before an episode counts as failed: not every one has room for its task
-TRACE = ("step", "tool x", "tool y", "tool z", "object x", "object y", "object z", "gripper", "painted")  # columns of a trace
+TRACE = "step,tool x,tool y,tool z,object x,object y,object z,gripper,painted"  # columns of a trace
 PAPER = """The paper (arXiv 2407.07875): GENIMA is better than ACT on 16 of 25 tasks and than Diffusion Policy on all 25, and
 succeeds in 64 % of the episodes of 9 tasks of a real robot. Its 25 tasks may not all be these."""
 
@@ -77,8 +77,6 @@ class Settings:
     """genima: painter and controller; act: the controller alone on plain pictures; oracle: the controller with true spheres."""
     execute: int = 8
     """Steps of each chunk to run before looking again."""
-    drop_state: bool = False
-    """Leave the joint state out of the controller's input."""
     perturb: Literal[PERTURBATIONS] | None = None
     """In the embedded simulator: what looks different in every episode, and was never seen in training (sims/perturbed_panda.py)."""
     language: int = 50
@@ -169,25 +167,28 @@ def drive(task, seed, settings):
     """One episode in closed loop. Returns its outcome, and a log: seconds, a row per step, frames of a film if one is wanted."""
     painter, controller = load_networks(settings)
     env = environment(task, tuple(controller.config["image_size"]), tuple(controller.config["cameras"]), settings.perturb or settings.sim)
-    film, (outcome, log) = seed < settings.seed + settings.videos, nothing(seed)
-    options, attempts = {}, range(ATTEMPTS)
-    if settings.demos:  # spread over all variations; a recorded scene has no other to try instead
+    (outcome, log), options = nothing(seed), {}
+    if settings.demos:  # spread over all variations
         scenes = find_demonstrations(settings.demos, (task,))
-        options["demonstration"], attempts = scenes[(seed - settings.seed) * len(scenes) // settings.episodes], range(1)
-    for attempt in attempts:
+        options["demonstration"] = scenes[(seed - settings.seed) * len(scenes) // settings.episodes]
+    for attempt in range(1 if settings.demos else ATTEMPTS):  # a recorded scene has no other to try instead
         try:
             observation, info = env.reset(seed=seed + attempt * settings.episodes, options=options)
             break
         except NoSceneError as error:
-            outcome |= {"failed_resets": attempt + 1, "error": str(error)}
+            outcome["failed_resets"], reason = attempt + 1, str(error)
     else:
-        return outcome, log
-    outcome.pop("error", None)
+        return outcome | {"error": reason}, log
     outcome |= {"seed": env.seed, "variation": info["variation"], "instruction": info["instruction"]}
     try:
         oracle = Oracle(task, seed, info["variation"], controller.config["horizon"]) if settings.policy == "oracle" else None
     except UserError:  # out of the demonstrator's reach: counts as a failure
         return outcome, log
+
+    def film():
+        if seed < settings.seed + settings.videos:
+            log["frames"].append(np.concatenate([*panels, env.picture("front", PANEL, PANEL)], axis=1))
+
     done = False
     while not done:
         images = painted = look(env)
@@ -199,23 +200,20 @@ def drive(task, seed, settings):
             painted = oracle.paint(env, images, oracle.progress(observation["qpos"][:-1]))
         middle = time.perf_counter()
         seen = {camera: image[None] for camera, image in painted.items()}
-        chunk = controller(seen, observation["qpos"][None], [info["instruction"]], settings.drop_state)[0]  # (K, D+1)
+        chunk = controller(seen, observation["qpos"][None], [info["instruction"]])[0]  # (K, D+1)
         log["paint"].append(middle - start)
         log["control"].append(time.perf_counter() - middle)
         chunk[:, -1] = chunk[:, -1] > 0.5
         chunk = np.clip(chunk, env.action_space.low, env.action_space.high)  # a network may overshoot a joint's limit by a hair
-        panels = np.concatenate([env.picture("front", PANEL, PANEL), tile(painted)], axis=1) if film else None
+        panels = env.picture("front", PANEL, PANEL), tile(painted)
         for i, action in enumerate(chunk[: settings.execute]):
-            if film:
-                log["frames"].append(np.concatenate([panels, env.picture("front", PANEL, PANEL)], axis=1))
+            film()
             log["trace"].append([env.steps, *env.tool()[:3, 3], *env.task.focus(env), action[-1], int(i == 0)])
             observation, _, terminated, truncated, info = env.step(action)
             if done := terminated or truncated:
                 break
-    if film:
-        log["frames"].append(np.concatenate([panels, env.picture("front", PANEL, PANEL)], axis=1))
-    outcome |= {"steps": env.steps} | {key: info[key] for key in ("success", "error") if key in info}
-    return outcome, log
+    film()
+    return outcome | {"steps": env.steps} | {key: info[key] for key in ("success", "error") if key in info}, log
 
 
 # ---------------------------------------------------------------------------------------------------- does language matter?
@@ -249,9 +247,8 @@ def listen(task, seed, settings):
         except UserError:
             return []  # without a demonstration there is no knowing where the sphere belongs
         instructions.append(info["instruction"])
-        truth.append(gripper_spots(oracle.paint(env, images, 0), images))
-    truth = np.stack(truth)  # (variations, cameras, 2)
-    painted = painter.paint({c: np.repeat(image[None], len(truth), 0) for c, image in images.items()}, instructions)
+        truth.append(gripper_spots(oracle.paint(env, images, 0), images))  # (cameras, 2)
+    painted = painter.paint({camera: np.repeat(image[None], len(truth), 0) for camera, image in images.items()}, instructions)
     correct = []
     for variation in range(len(truth)):
         spots = gripper_spots({camera: batch[variation] for camera, batch in painted.items()}, images)
@@ -282,14 +279,6 @@ def summary(outcomes, logs):
     }  # fmt: skip
 
 
-def machine(device):
-    """The processor, and the GPU if the networks ran there, for the reader of the milliseconds."""
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
-    gpu = {"gpu": torch.cuda.get_device_name()} if device == "cuda" else {}
-    return {"cpu": (names or [platform.processor()])[0], "cores": os.cpu_count()} | gpu
-
-
 def print_table(report):
     print(f"\n{'task':<24}{'success':>10}{'rate':>7}{'95 % interval':>16}{'steps':>7}{'paint':>10}{'control':>10}")
     for name, task in report["tasks"].items():
@@ -317,13 +306,13 @@ def check_settings(settings):
             raise UserError(f"--{name} must be {least} or more.")
     settings.sim = settings.sim or ("rlbench" if settings.protocol else "mujoco")
     rlbench, folder = settings.sim == "rlbench", settings.run / "episodes"
-    settings.tasks = settings.tasks or (PAPER_TASKS if rlbench and settings.protocol else ())
-    recorded = find_episodes(folder) if folder.is_dir() or not settings.tasks else []
-    settings.tasks = tuple(dict.fromkeys(settings.tasks or [path.parent.name for path in recorded]))
-    for task in settings.tasks:
-        task_class(import_rlbench().tasks, task) if rlbench else check_task(task)
     if settings.demos and not rlbench or rlbench and (settings.policy == "oracle" or settings.perturb):
         raise UserError("--demos is for --sim rlbench, --policy oracle and --perturb are for the embedded simulator.")
+    tasks = settings.tasks or (PAPER_TASKS if rlbench and settings.protocol else ())
+    recorded = find_episodes(folder) if folder.is_dir() or not tasks else []
+    settings.tasks = tuple(dict.fromkeys(tasks or [path.parent.name for path in recorded]))
+    for task in settings.tasks:
+        task_class(import_rlbench().tasks, task) if rlbench else check_task(task)
     if settings.demos:
         find_demonstrations(settings.demos, settings.tasks)
     if settings.policy != "genima" or rlbench or settings.perturb:
@@ -338,57 +327,54 @@ def check_settings(settings):
     settings.out = settings.out or settings.run / "evaluation"
     settings.controller = settings.controller or settings.run / ("act_rgb" if settings.policy == "act" else "act")
     settings.painter = settings.painter or settings.run / "controlnet"
-    # a painter that lies elsewhere may be on the Hub: Painter.load will see
-    paints_here = settings.policy == "genima" and settings.painter.parent == settings.run
-    for folder in (settings.controller, settings.painter)[: 1 + paints_here]:
-        if not folder.is_dir():
-            raise UserError(f"There is no checkpoint {folder}: train it first.")
     checkpoints(settings)
 
 
 def checkpoints(settings):
     """The settings of each checkpoint to average over, the last one first: painter and controller are paired from there backwards."""
-    each = [replace(settings, videos=0 if i else settings.videos) for i in range(settings.checkpoints)]
-    for what in ("controller", "painter")[: 1 + (settings.policy == "genima")] if len(each) > 1 else ():
+    count = settings.checkpoints
+    each = [replace(settings, videos=0 if i else settings.videos) for i in range(count)]
+    for what in () if count == 1 else ("controller", "painter") if settings.policy == "genima" else ("controller",):
         folder = getattr(settings, what)
         found = sorted(folder.glob("step-*"), key=lambda path: int(path.name[5:]), reverse=True)
-        if len(found) < len(each):
-            raise UserError(f"{folder} holds {len(found)} of the {len(each)} checkpoints to average over: train it with "
-                            f"--keep {len(each)}, or give --checkpoints 1.")
+        if len(found) < count:
+            raise UserError(f"{folder} holds {len(found)} of the {count} checkpoints to average over: train it with --keep {count}, "
+                            "or give --checkpoints 1.")
         each = [replace(one, **{what: path}) for one, path in zip(each, found)]
     return each
 
 
 def write_report(settings):
     """Drive all episodes, write and print the results. A variation's policy is a function (run, device) -> painter or None, controller."""
-    each, tasks = checkpoints(settings), settings.tasks
-    jobs = [(drive, task, settings.seed + i, checkpoint) for checkpoint in each for task in tasks for i in range(settings.episodes)]
+    each, tasks, count = checkpoints(settings), settings.tasks, settings.episodes
+    jobs = [(drive, task, settings.seed + i, checkpoint) for checkpoint in each for task in tasks for i in range(count)]
     jobs += [(listen, task, settings.seed + i, each[0]) for i in range(settings.language) for task in LANGUAGE_TASKS if task in tasks]
     # CUDA does not survive a fork, and CoppeliaSim's libraries had better not be asked to
     start = None if settings.device == "cpu" and settings.sim == "mujoco" else "spawn"
-    runs, heard = [{task: [] for task in tasks} for _ in each], []  # per checkpoint and task [(outcome, log), ...]; [correct, ...]
     done = in_parallel(jobs, settings.workers, "evaluating", "episode", start)
-    for (what, task, seed, checkpoint), result in sorted(done, key=lambda pair: pair[0][2]):  # by seed
+    results, heard = {task: [] for task in tasks}, []  # of each task (outcome, log), of one checkpoint after the other; [correct, ...]
+    for (what, task, seed, checkpoint), result in sorted(done, key=lambda pair: (each.index(pair[0][3]), pair[0][2])):
         if what is listen:
             heard += result or []
         else:
             outcome, log = nothing(seed)
-            runs[each.index(checkpoint)][task].append(result or (outcome | {"error": "the simulator crashed"}, log))
+            results[task].append(result or (outcome | {"error": "the simulator crashed"}, log))
 
-    results = {task: sum((run[task] for run in runs), []) for task in tasks}
     policy = getattr(settings.policy, "__name__", settings.policy)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    cpus = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else "")
+    gpu = torch.cuda.get_device_name() if settings.device == "cuda" else None
     report = {
-        "policy": policy, "sim": settings.sim, "git_commit": commit.stdout.strip() if commit.returncode == 0 else None,
-        "machine": machine(settings.device), "execute": settings.execute, "perturb": settings.perturb,
-        "seeds": {"first": settings.seed, "last": settings.seed + settings.episodes - 1},
+        "policy": policy, "sim": settings.sim, "git_commit": commit or None, "execute": settings.execute, "perturb": settings.perturb,
+        "machine": {"cpu": cpus[0] if cpus else platform.processor(), "cores": os.cpu_count(), "gpu": gpu},
+        "seeds": {"first": settings.seed, "last": settings.seed + count - 1},
         "tasks": {task: summary(*zip(*pairs)) for task, pairs in results.items()},
     }  # fmt: skip
-    if settings.checkpoints > 1:
+    if len(each) > 1:
         report["checkpoints"] = [
             {"painter": str(checkpoint.painter), "controller": str(checkpoint.controller),
-             "rates": {task: sum(outcome["success"] for outcome, _ in run[task]) / settings.episodes for task in tasks}}
-            for checkpoint, run in zip(each, runs)]  # fmt: skip
+             "rates": {task: np.mean([outcome["success"] for outcome, _ in results[task][i * count:][:count]]) for task in tasks}}
+            for i, checkpoint in enumerate(each)]  # fmt: skip
     if heard:
         report["language"] = {"correct": sum(heard), "cases": len(heard), **rate(sum(heard), len(heard))}
     suffix = "".join(f"_{name}" for name in (policy, settings.perturb) if name not in ("genima", None))
@@ -398,10 +384,10 @@ def write_report(settings):
     for task, pairs in results.items():
         if films := [(outcome, log["frames"]) for outcome, log in pairs if log["frames"]]:
             write_film(settings.out, f"{task}{suffix}", films, shown, HZ if settings.sim == "rlbench" else CONTROL_HZ)
-        for outcome, log in pairs if settings.trace else ():
-            if not outcome["success"]:
-                with write_whole(settings.out / f"trace{suffix}_{task}_{outcome['seed']}.csv") as path, open(path, "w", newline="") as file:
-                    csv.writer(file).writerows([TRACE, *log["trace"]])
+        for outcome, log in pairs:
+            if settings.trace and not outcome["success"]:
+                with write_whole(settings.out / f"trace{suffix}_{task}_{outcome['seed']}.csv") as path:
+                    np.savetxt(path, log["trace"], "%.6g", ",", header=TRACE, comments="")
     write_bars(settings.out / f"success{suffix}.png", report)
     print_table(report)
     if settings.protocol:
