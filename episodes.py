@@ -27,7 +27,7 @@ import signal
 import sys
 import zlib
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import h5py
@@ -79,8 +79,10 @@ def write_whole(path):
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = error.filename or str(path)  # a failed write does not know it
         raise
 
 
@@ -128,22 +130,17 @@ def write_hdf5(path, size=0):
     It grows in memory: HDF5 cannot close a file whose disk is full, a plain write can fail cleanly. A large one grows on the disk,
     which must have room for it.
     """
-    if size >= LARGE:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if shutil.disk_usage(path.parent).free < size:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        with write_whole(path) as temporary, h5py.File(temporary, "w") as root:
-            yield root
-        return
-    with h5py.File(str(path), "w", driver="core", backing_store=False) as root:
-        yield root
-        root.flush()
-        data = root.id.get_file_image()
     with write_whole(path) as temporary:
-        try:
-            temporary.write_bytes(data)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(path)) from error
+        if size < LARGE:
+            with h5py.File(str(path), "w", driver="core", backing_store=False) as root:
+                yield root
+                root.flush()
+                temporary.write_bytes(root.id.get_file_image())
+        else:
+            if shutil.disk_usage(temporary.parent).free < size:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            with h5py.File(temporary, "w") as root:
+                yield root
 
 
 @contextmanager
@@ -163,42 +160,38 @@ def read_hdf5(path, file_format):
         raise UserError(f"{path} cannot be read ({reason}): delete it and make it again.") from error
 
 
+def stored(dataset, *shape, dtype=np.float32):
+    """A part of an episode that is an array: its dataset in the file ({}: one for each camera), its shape (None: any) and type."""
+    return field(metadata={"dataset": dataset, "shape": shape, "dtype": dtype})
+
+
 @dataclass
 class Episode:
-    """One demonstration in memory; T frames, D joints, J = D+1 frames with a pose."""
+    """One demonstration in memory, and what of it lies where in the file: T frames, N = D+1 numbers (D joints, the gripper)."""
 
     path: Path
     task: str
     variation: int
     instruction: str
-    instructions: list[str]
+    instructions: list
     success: bool
     fps: float
     robot: str
     sim: bool
     seed: int
-    qpos: np.ndarray  # (T, D+1) float32
-    qvel: np.ndarray  # (T, D+1) float32
-    action: np.ndarray  # (T, D+1) float32
-    joint_poses: np.ndarray  # (T, J, 4, 4) float32
-    images: dict[str, np.ndarray]  # camera: (T, H, W, 3) uint8; empty when read without
-    intrinsics: dict[str, np.ndarray]  # camera: (3, 3) float64
-    extrinsics: dict[str, np.ndarray]  # camera: (T, 4, 4) float64
-    image_sizes: dict[str, tuple[int, int]] = field(default_factory=dict)  # camera: (H, W); there even when read without images
+    qpos: np.ndarray = stored("observations/qpos", "T", "N")
+    qvel: np.ndarray = stored("observations/qvel", "T", "N")
+    action: np.ndarray = stored("action", "T", "N")
+    joint_poses: np.ndarray = stored("observations/joint_poses", "T", "N", 4, 4)
+    images: dict = stored("observations/images/{}", "T", None, None, 3, dtype=np.uint8)  # {camera: array}; empty when read without
+    intrinsics: dict = stored("cameras/{}/intrinsics", 3, 3, dtype=np.float64)
+    extrinsics: dict = stored("cameras/{}/extrinsics", "T", 4, 4, dtype=np.float64)
+    image_sizes: dict = field(default_factory=dict)  # {camera: (H, W)}; there even when read without images
     extras: dict = field(default_factory=dict)  # what else a log holds, by the name of its dataset below /extras; read with the images
 
 
-ATTRIBUTES = {"task": str, "variation": int, "instruction": str, "instructions": list, "success": bool, "fps": float,
-              "robot": str, "sim": bool, "seed": int}
-DATASETS = {  # what lies where in the file ({}: one for each camera), its shape (T frames, N = D+1 numbers, None: any) and type
-    "qpos": ("observations/qpos", ("T", "N"), np.float32),
-    "qvel": ("observations/qvel", ("T", "N"), np.float32),
-    "action": ("action", ("T", "N"), np.float32),
-    "joint_poses": ("observations/joint_poses", ("T", "N", 4, 4), np.float32),
-    "images": ("observations/images/{}", ("T", None, None, 3), np.uint8),
-    "intrinsics": ("cameras/{}/intrinsics", (3, 3), np.float64),
-    "extrinsics": ("cameras/{}/extrinsics", ("T", 4, 4), np.float64),
-}
+ATTRIBUTES = {part.name: part.type for part in fields(Episode)[1:10]}
+DATASETS = {part.name: part.metadata for part in fields(Episode) if part.metadata}
 
 
 def check_array(array, shape, dtype, where):
@@ -229,10 +222,10 @@ def check_array(array, shape, dtype, where):
 def arrays_of(episode):
     """Each array of an episode: (its dataset in the file, the array, the shape that it must have, the type that it is stored in)."""
     lengths = dict(zip("TN", episode.qpos.shape))
-    for name, (dataset, shape, dtype) in DATASETS.items():
-        arrays = getattr(episode, name)
+    for name, part in DATASETS.items():
+        arrays, shape = getattr(episode, name), tuple(lengths.get(n, n) for n in part["shape"])
         for camera, array in arrays.items() if isinstance(arrays, dict) else [("", arrays)]:
-            yield dataset.format(camera), array, tuple(lengths.get(n, n) for n in shape), dtype
+            yield part["dataset"].format(camera), array, shape, part["dtype"]
 
 
 def check_episode(episode):
@@ -272,14 +265,14 @@ def read_episode(path, images=True):
     """Read and check an episode; without its images this takes a few milliseconds."""
     path = Path(path)
     with read_hdf5(path, FORMAT) as root:
-        fields = {name: kind(root.attrs[name]) for name, kind in ATTRIBUTES.items()}
-        for name, (dataset, *_) in DATASETS.items():
-            group, each, _ = dataset.partition("/{}")
-            found = {camera: root[dataset.format(camera)] for camera in (root[group] if each else [""])}
+        parts = {name: kind(root.attrs[name]) for name, kind in ATTRIBUTES.items()}
+        for name, part in DATASETS.items():
+            group, each, _ = part["dataset"].partition("/{}")
+            found = {camera: root[part["dataset"].format(camera)] for camera in (root[group] if each else [""])}
             if name != "images":  # of those, shape and type are enough for now
                 found = {camera: data[()] for camera, data in found.items()}
-            fields[name] = found if each else found[""]
-        episode = Episode(path=path, **fields)
+            parts[name] = found if each else found[""]
+        episode = Episode(path=path, **parts)
         check_episode(episode)
         episode.extras = {name: data[()] for name, data in root.get("extras", {}).items()} if images else {}
         episode.images = {camera: data[()] for camera, data in episode.images.items()} if images else {}
