@@ -191,11 +191,10 @@ def constant(poses, otherwise):
 
 def turns(angles):
     """Rotations about z: (...) -> (..., 4, 4)."""
-    matrices = np.zeros((*angles.shape, 4, 4))
+    matrices = np.tile(np.eye(4), (*angles.shape, 1, 1))
     matrices[..., 0, 0] = matrices[..., 1, 1] = np.cos(angles)
     matrices[..., 1, 0] = np.sin(angles)
     matrices[..., 0, 1] = -matrices[..., 1, 0]
-    matrices[..., 2, 2] = matrices[..., 3, 3] = 1
     return matrices
 
 
@@ -226,14 +225,17 @@ def render(source, target, horizon, size, calibration, first):
             episode.extrinsics[camera][:] = measured["world_from_camera"]
         else:
             episode.extrinsics[camera] = episode.joint_poses[:, -2] @ measured["last_joint_from_camera"]
-    settings = fingerprint(episode, horizon, size)
+    drawn_from = [episode.qpos, episode.action, episode.joint_poses]
+    for camera in sorted(episode.image_sizes):
+        drawn_from += [episode.intrinsics[camera], episode.extrinsics[camera]]
+    fingerprint = repr([horizon, size, sorted(episode.image_sizes.items())]).encode() + b"".join(array.tobytes() for array in drawn_from)
+    settings = hashlib.sha256(fingerprint).hexdigest()[:16]
     if target.exists():
         with read_hdf5(target, FORMAT) as root:
-            if root.attrs["horizon"] != horizon:
-                raise UserError(f"{target} was drawn with horizon {root.attrs['horizon']}, not {horizon}: "
-                                f"delete {target.parent.parent} or use another --run.")
-            if root.attrs["settings"] != settings:
-                raise UserError(f"{target} was drawn from another recording, size or calibration: delete {target.parent.parent}.")
+            drawn, before = root.attrs["settings"], root.attrs["horizon"]
+        if drawn != settings:
+            other = f"with horizon {before}, not {horizon}" if before != horizon else "from another recording, size or calibration"
+            raise UserError(f"{target} was drawn {other}: delete {target.parent.parent} or use another --run.")
         return True
 
     frames = len(episode.qpos)
@@ -254,16 +256,6 @@ def render(source, target, horizon, size, calibration, first):
                              intrinsics, episode.extrinsics[camera][t], height, width) for t in range(frames)])
             root.create_dataset(f"layers/{camera}", data=layers, chunks=(1, height, width, 4), compression=1)
     return True
-
-
-def fingerprint(episode, horizon, size):
-    """A short text that changes with anything that the drawing of an episode depends on."""
-    numbers = hashlib.sha256(repr([horizon, size, sorted(episode.image_sizes.items())]).encode())
-    for array in (episode.qpos, episode.action, episode.joint_poses):
-        numbers.update(array.tobytes())
-    for camera in sorted(episode.image_sizes):
-        numbers.update(episode.intrinsics[camera].tobytes() + episode.extrinsics[camera].tobytes())
-    return numbers.hexdigest()[:16]
 
 
 def read_spheres(path):
