@@ -1,69 +1,45 @@
 """Jobs in several processes that may crash, as simulators do: a job whose process died is begun once more in a fresh one."""
 
-import signal
-import sys
-import traceback
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
-from multiprocessing import connection, get_context
+from multiprocessing import active_children, get_context
 
 from tqdm import tqdm
 
-from episodes import UserError
-
-
-def serve(pipe, other_end):
-    """A process's life: jobs (function, arguments...) in, (result, error) out, until nobody is at the other end."""
-    other_end.close()  # this process's copy of it
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first process's business
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that a half-written file is removed
-    with suppress(EOFError):
-        while True:
-            function, *arguments = pipe.recv()
-            try:
-                answer = function(*arguments), None
-            except (UserError, OSError) as error:
-                answer = None, error
-            except Exception as error:  # others may not survive the journey
-                answer = None, RuntimeError("".join(traceback.format_exception(error)))
-            pipe.send(answer)
+from episodes import ignore_interrupt
 
 
 def in_parallel(jobs, workers, description, unit, start=None):
     """Yield (job, result) for jobs (function, arguments...) as they are done, under a progress bar; result is None for a job that
     killed two processes. An exception in a job ends everything. start: how processes start (None: the system's way)."""
-    context, waiting = get_context(start), [(job, 0) for job in jobs][::-1]  # with the number of processes that it has killed
-    processes, idle, running = [], [], {}  # idle: pipes; running: pipe -> what it waits for
+    waiting = [(job, False) for job in jobs][::-1]  # and whether it has killed a process
+    pools, idle, running = [], [], {}  # pools of one process, for one that dies takes its pool along; future -> (pool, job, killed)
     try:
         with tqdm(total=len(waiting), desc=description, unit=unit) as bar:
             while waiting or running:
                 while waiting and len(running) < workers:
                     if not idle:
-                        ours, theirs = context.Pipe()
-                        processes.append(context.Process(target=serve, args=(theirs, ours), daemon=True))
-                        processes[-1].start()
-                        theirs.close()
-                        idle.append(ours)
-                    pipe = idle.pop()
-                    running[pipe] = waiting.pop()
-                    with suppress(ConnectionError):  # a process that has died since will not answer
-                        pipe.send(running[pipe][0])
-                for pipe in connection.wait(list(running)):
-                    job, killed = running.pop(pipe)
+                        idle.append(ProcessPoolExecutor(1, get_context(start), ignore_interrupt, (0,)))
+                        pools += idle
+                    pool = idle.pop()
+                    with suppress(BrokenProcessPool):  # it died when it had nothing to do: the next one
+                        future = pool.submit(*waiting[-1][0])
+                        running[future] = pool, *waiting.pop()
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    pool, job, killed = running.pop(future)
                     try:
-                        result, error = pipe.recv()
-                        idle.append(pipe)
-                    except (EOFError, ConnectionError):  # the process is dead
+                        result = future.result()
+                        idle.append(pool)
+                    except BrokenProcessPool:
                         if not killed:
-                            waiting.append((job, 1))
+                            waiting.append((job, True))
                             continue
-                        result, error = None, None
-                    if error:
-                        raise error
+                        result = None
                     bar.update()
                     yield job, result
     finally:
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            process.join(10)
+        for process in active_children() if running else ():  # those with nothing to do end by themselves
             process.kill()
+        for pool in pools:
+            pool.shutdown()

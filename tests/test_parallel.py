@@ -43,7 +43,7 @@ def test_a_process_that_dies_between_two_jobs_is_replaced():
     assert len(numbers) == 6
 
 
-@pytest.mark.parametrize("error, kind", [(UserError("a sentence"), UserError), (OSError(28, "full"), OSError), (ValueError("x"), RuntimeError)])
+@pytest.mark.parametrize("error, kind", [(UserError("a sentence"), UserError), (OSError(28, "full"), OSError), (ValueError("x"), ValueError)])
 def test_an_error_ends_everything(error, kind):
     with pytest.raises(kind):
         list(in_parallel([(square, 1), (fail, error), *[(square, 2)] * 50], 2, "jobs", "job"))
