@@ -142,13 +142,11 @@ def networks(policy, run, painting, folder, device, size=None, taesd=None, compi
     if policy != "genima":
         return None, controller
     painter = Painter.load(painting, device, taesd, compile)
-    if size and size != painter.config["size"]:
-        raise UserError(f"{painting} holds a painter of size {painter.config['size']}, not {size}: "
-                        f"train one with --size {size}, or name it by --painter.")
-    ours, theirs = controller.config, painter.config | {"image_size": [painter.config["image_size"]] * 2}
-    for what in ("cameras", "horizon", "image_size"):
-        if theirs[what] != ours[what]:
-            raise UserError(f"{painting} was trained with {what} {theirs[what]}, but {folder} with {ours[what]}: train one again.")
+    theirs = painter.config | {"image_size": [painter.config["image_size"]] * 2}
+    wanted = {what: controller.config[what] for what in ("cameras", "horizon", "image_size")} | ({"size": size} if size else {})
+    for what, value in wanted.items():
+        if theirs[what] != value:
+            raise UserError(f"{painting} was trained with {what} {theirs[what]}, where {folder} or --size wants {value}: train one again.")
     return painter, controller
 
 
@@ -287,10 +285,6 @@ def print_table(report):
               f"{task['paint_ms']:>7.1f} ms{task['control_ms']:>7.1f} ms")
         if "failed_resets" in task:
             print(f"{'':<24}{task['failed_resets']} scenes without room for it, {task['episodes_with_errors']} episodes with an error")
-    if "checkpoints" in report:
-        print(f"{'checkpoint':<40}" + "mean success over the tasks")
-        for checkpoint in report["checkpoints"]:
-            print(f"{checkpoint['controller']:<40}{np.mean(list(checkpoint['rates'].values())):.1%}")
     print(f"{'mean over the tasks':<24}{np.mean([task['rate'] for task in report['tasks'].values()]):>16.1%}")
     if "language" in report:
         correct, cases, share, (low, high) = report["language"].values()
