@@ -63,8 +63,7 @@ def run_stage(main):
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        where = f" while writing {error.filename}" if error.filename else ""
-        print(f"The disk is full{where}: make room and run the same command again; finished files are kept.", file=sys.stderr)
+        print(f"The disk is full ({error}): make room and run the same command again; finished files are kept.", file=sys.stderr)
         sys.exit(2)
 
 
@@ -119,7 +118,7 @@ def read_checkpoint(path, identity):
 
 
 def ignore_interrupt(_worker):
-    """Ctrl-C is the trainer's business. (A function of the module: macOS starts workers by name.)"""
+    """Ctrl-C is the first process's business. (A function of the module: macOS starts workers by name.)"""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
