@@ -188,7 +188,7 @@ def collect(settings):
         if size and (sizes := set(read_episode(path, images=False).image_sizes.values())) != {(size, size)}:
             raise UserError(f"{path} has pictures of {', '.join(map(str, sizes))} pixels, not {(size, size)}: use another --run.")
 
-    attempts, crash = {target: [] for _, target, *_ in jobs}, "The simulator crashed twice: run the same command again."
+    attempts, crash = {target: [] for _, target, *_ in jobs}, "A process died twice at an episode: run the same command again."
     for (_, target, *_), result in in_parallel(jobs, settings.workers, "episodes", "episode", "spawn" if rlbench else None):
         attempts[target] += [crash] if result is None else result
     for target, results in attempts.items():

@@ -189,7 +189,7 @@ class Episode:
     extras: dict = field(default_factory=dict)  # what else a log holds, by the name of its dataset below /extras; read with the images
 
 
-ATTRIBUTES = {part.name: part.type for part in fields(Episode)[1:10]}
+ATTRIBUTES = {part.name: part.type for part in fields(Episode) if part.type in (str, int, float, bool, list)}
 DATASETS = {part.name: part.metadata for part in fields(Episode) if part.metadata}
 
 

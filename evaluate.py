@@ -77,6 +77,8 @@ class Settings:
     """genima: painter and controller; act: the controller alone on plain pictures; oracle: the controller with true spheres."""
     execute: int = 8
     """Steps of each chunk to run before looking again."""
+    drop_state: bool = False
+    """Leave the joint state out of the controller's input."""
     perturb: Literal[PERTURBATIONS] | None = None
     """In the embedded simulator: what looks different in every episode, and was never seen in training (sims/perturbed_panda.py)."""
     language: int = 50
@@ -183,11 +185,7 @@ def drive(task, seed, settings):
     except UserError:  # out of the demonstrator's reach: counts as a failure
         return outcome, log
 
-    def film():
-        if seed < settings.seed + settings.videos:
-            log["frames"].append(np.concatenate([*panels, env.picture("front", PANEL, PANEL)], axis=1))
-
-    done = False
+    film, done = seed < settings.seed + settings.videos, False
     while not done:
         images = painted = look(env)
         start = time.perf_counter()
@@ -198,19 +196,21 @@ def drive(task, seed, settings):
             painted = oracle.paint(env, images, oracle.progress(observation["qpos"][:-1]))
         middle = time.perf_counter()
         seen = {camera: image[None] for camera, image in painted.items()}
-        chunk = controller(seen, observation["qpos"][None], [info["instruction"]])[0]  # (K, D+1)
+        chunk = controller(seen, observation["qpos"][None], [info["instruction"]], settings.drop_state)[0]  # (K, D+1)
         log["paint"].append(middle - start)
         log["control"].append(time.perf_counter() - middle)
         chunk[:, -1] = chunk[:, -1] > 0.5
         chunk = np.clip(chunk, env.action_space.low, env.action_space.high)  # a network may overshoot a joint's limit by a hair
-        panels = env.picture("front", PANEL, PANEL), tile(painted)
+        panels = np.concatenate([env.picture("front", PANEL, PANEL), tile(painted)], axis=1) if film else None
         for i, action in enumerate(chunk[: settings.execute]):
-            film()
+            if film:
+                log["frames"].append(np.concatenate([panels, env.picture("front", PANEL, PANEL)], axis=1))
             log["trace"].append([env.steps, *env.tool()[:3, 3], *env.task.focus(env), action[-1], int(i == 0)])
             observation, _, terminated, truncated, info = env.step(action)
             if done := terminated or truncated:
                 break
-    film()
+    if film:
+        log["frames"].append(np.concatenate([panels, env.picture("front", PANEL, PANEL)], axis=1))
     return outcome | {"steps": env.steps} | {key: info[key] for key in ("success", "error") if key in info}, log
 
 

@@ -66,7 +66,7 @@ class Follower:
 
     config = CONFIG
 
-    def __call__(self, images, qpos, instructions):
+    def __call__(self, images, qpos, instructions, drop_state):
         demo, frame = Shared.last.demo, Shared.last.frame
         chunk = demo.action[np.minimum(np.arange(frame, frame + 8), len(demo.action) - 1)].copy()
         chunk[:, :-1] += (qpos[0] - demo.qpos[frame])[:-1] * (1 - np.arange(1, 9)[:, None] / 8)
@@ -78,7 +78,7 @@ class Stayer:
 
     config = CONFIG
 
-    def __call__(self, images, qpos, instructions):
+    def __call__(self, images, qpos, instructions, drop_state):
         chunk = np.repeat(qpos[:, None], 8, axis=1)
         chunk[..., 0], chunk[..., -1] = 3.5, 1.2
         return chunk
@@ -137,7 +137,7 @@ PROGRAM = """
 import sys, evaluate
 run = sys.argv[1]
 for out, *arguments in (["one", "--policy", "oracle", "--workers", "1"], ["two", "--policy", "oracle", "--workers", "2", "--trace"],
-                        ["rgb", "--policy", "act", "--episodes", "1"]):
+                        ["rgb", "--policy", "act", "--episodes", "1", "--drop-state"]):
     sys.argv = ["evaluate.py", "--run", run, "--tasks", "reach_target", "--episodes", "2", "--out", f"{run}/{out}", *arguments]
     evaluate.run_stage(evaluate.main)
 """

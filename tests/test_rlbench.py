@@ -474,7 +474,7 @@ class Knowing:
 
     config = test_evaluate.CONFIG | {"image_size": [16, 16]}
 
-    def __call__(self, images, qpos, instructions):
+    def __call__(self, images, qpos, instructions, drop_state):
         assert all(image.shape == (1, 16, 16, 3) for image in images.values())
         goal = evaluate.environment("reach_target", (16, 16), CAMERAS, "rlbench").live._task.goal
         steps = np.linspace(0, 1, 9)[1:, None]
