@@ -83,8 +83,8 @@ def write_bars(path, report):
 
 
 def write_losses(folder, columns, rows, training, held_out, measured):
-    """losses.csv, a row a step, the step first ("" or nothing where a column was not measured); and losses.png: the columns `training`, each
-    the mean of 50 steps, beside the columns `held_out`; `measured` says what those are."""
+    """losses.csv, a row a step, the step first ("" or nothing where a column was not measured); and losses.png: the columns `training`,
+    each the mean of 50 steps, beside the columns `held_out`; `measured` says what those are."""
     with write_whole(folder / "losses.csv") as path, open(path, "w", newline="") as file:
         csv.writer(file).writerows([columns, *rows])
     left, right = (figure := Figure((11, 4), layout="constrained")).subplots(1, 2)

@@ -529,7 +529,7 @@ def test_the_paper_s_protocol(tmp_path):
 
 @pytest.mark.parametrize("changes, sentence", [
     ({"checkpoints": 3}, "act_rgb holds 1 of the 3 checkpoints"), ({"checkpoints": 0}, "--checkpoints must be 1 or more"),
-    ({"tasks": ("open_bax",)}, "is it 'open_box'"), ({"policy": "oracle"}, "oracle for the embedded simulator"),
+    ({"tasks": ("open_bax",)}, "is it 'open_box'"), ({"policy": "oracle"}, "oracle and --perturb are for the embedded simulator"),
     ({"sim": None, "demos": Path("data")}, "--demos is for --sim rlbench"),
     ({"demos": Path("data")}, "There is no folder data"),
 ])  # fmt: skip
