@@ -114,9 +114,8 @@ class Oracle:
 
     def progress(self, joints):
         """The demonstration's frame nearest to these joints (D,), at least one further than the last time."""
-        last = len(self.demo.qpos) - 1
         # No further than a chunk: a hand that goes down and up again passes the same place twice.
-        ahead = np.arange(min(self.frame + 1, last), min(self.frame + self.horizon, last) + 1)
+        ahead = np.minimum(np.arange(self.frame + 1, self.frame + self.horizon + 1), len(self.demo.qpos) - 1)
         distance = np.linalg.norm(self.demo.qpos[ahead, :-1] - joints, axis=1)
         self.frame = int(ahead[np.argmin(distance)])
         return self.frame
