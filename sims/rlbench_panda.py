@@ -13,9 +13,8 @@ import difflib
 import importlib
 import os
 import pkgutil
-import sys
+from contextlib import contextmanager
 from multiprocessing.util import Finalize
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,7 +22,7 @@ from PIL import Image
 
 from episodes import CAMERAS, JOINT_LIMITS, UserError
 from sims.mujoco_panda import ArmEnv
-from sims.rlbench_dataset import HZ, Observation, arm, camera_matrices, convert, load
+from sims.rlbench_dataset import HZ, arm, camera_matrices, convert, load
 
 # What the paper evaluates: 25 tasks of RLBench. It does not list them with its code; these are the 23 that the authors' laboratory
 # configured for RLBench in its RoboBase library, and two others that GENIMA's code names. The paper's own table may list others.
@@ -40,38 +39,24 @@ class NoSceneError(Exception):
     """RLBench could not lay out the scene, or plan a demonstration in it: another seed may do."""
 
 
-# ------------------------------------------------------------------------------------------------------- installation
-def missing():
-    """One sentence about what CoppeliaSim lacks on this machine, or None."""
-    root, see = os.environ.get("COPPELIASIM_ROOT"), "see requirements-rlbench.txt"
-    if not root:
-        return f"CoppeliaSim was not found: the variable COPPELIASIM_ROOT is not set; {see}."
-    if not list(Path(root).glob("libcoppeliaSim.so*")):
-        return f"CoppeliaSim was not found: COPPELIASIM_ROOT is {root}, where there is no libcoppeliaSim.so; {see}."
-    if not any(Path(root).resolve() == Path(part).resolve() for part in os.environ.get("LD_LIBRARY_PATH", "").split(":") if part):
-        return f"CoppeliaSim's libraries are not found: add {root} to the variable LD_LIBRARY_PATH; {see}."
-    if not (Path(os.environ.get("QT_QPA_PLATFORM_PLUGIN_PATH", "")) / "platforms").is_dir():
-        return f"CoppeliaSim cannot open a window: set the variable QT_QPA_PLATFORM_PLUGIN_PATH to {root}; {see}."
-    if not os.environ.get("DISPLAY"):
-        return "CoppeliaSim needs a display, and the variable DISPLAY is not set: put `xvfb-run -a` before the command."
-
-
+# ---------------------------------------------------------------------------------------------------------- CoppeliaSim
 def import_rlbench():
-    """The parts of RLBench used here. Raises UserError where it, PyRep or CoppeliaSim is missing."""
+    """The package rlbench, with its modules used here. Raises UserError where it, PyRep or CoppeliaSim is missing."""
+    variables = ("COPPELIASIM_ROOT", "LD_LIBRARY_PATH", "QT_QPA_PLATFORM_PLUGIN_PATH", "DISPLAY")
     try:
-        names = {
-            "rlbench.environment": ["Environment"], "rlbench.demo": ["Demo"], "rlbench.observation_config": ["ObservationConfig"],
-            "rlbench.action_modes.action_mode": ["MoveArmThenGripper"], "rlbench.action_modes.arm_action_modes": ["JointPosition"],
-            "rlbench.action_modes.gripper_action_modes": ["Discrete"],
-            "rlbench.backend.exceptions": ["BoundaryError", "InvalidActionError", "TaskEnvironmentError", "WaypointError"],
-        }  # fmt: skip
-        parts = {name: getattr(importlib.import_module(module), name) for module, names in names.items() for name in names}
-        parts["tasks"] = importlib.import_module("rlbench.tasks")
+        if unset := [name for name in variables if not os.environ.get(name)]:  # without the last two Qt would end the process
+            raise UserError(f"{' and '.join(unset)} not set; without a display, put `xvfb-run -a` before the command")
+        import rlbench.action_modes.action_mode
+        import rlbench.action_modes.arm_action_modes
+        import rlbench.action_modes.gripper_action_modes
+        import rlbench.backend.exceptions
+        import rlbench.demo
+        import rlbench.environment
+        import rlbench.observation_config
+        import rlbench.tasks
     except Exception as error:  # ImportError, and whatever PyRep makes of a missing library
-        raise UserError(missing() or f"RLBench cannot be imported ({error}): pip install -r requirements-rlbench.txt.") from error
-    if "pyrep.backend.sim" in sys.modules and (reason := missing()):  # Qt would end the process without a word
-        raise UserError(reason)
-    return SimpleNamespace(**parts)
+        raise UserError(f"RLBench cannot be used here ({error}): see requirements-rlbench.txt.") from error
+    return rlbench
 
 
 def task_class(tasks, name):
@@ -82,47 +67,49 @@ def task_class(tasks, name):
     return getattr(importlib.import_module(f"rlbench.tasks.{name}"), "".join(word.capitalize() for word in name.split("_")))
 
 
-class Simulator:
-    """The process's CoppeliaSim, and the task that is loaded in it."""
+running = SimpleNamespace(settings=None, environment=None, live=None, stop=lambda: None)  # this process's CoppeliaSim and its task
 
-    running = None
 
-    def __init__(self, size, cameras):
-        self.settings, self.rlbench, self.name = (size, cameras), import_rlbench(), None
-        config = self.rlbench.ObservationConfig()
+def load_task(name, size, cameras):
+    """RLBench's TaskEnvironment of this task, with these cameras of size (height, width); begun and loaded only where that is new."""
+    rlbench = import_rlbench()
+    if running.settings != (size, cameras):
+        stop()
+        config, modes = rlbench.observation_config.ObservationConfig(), rlbench.action_modes
         config.set_all(False)
-        for what in ("joint_positions", "joint_velocities", "gripper_open", "gripper_pose", "gripper_matrix"):
+        for what in ("joint_positions", "joint_velocities", "gripper_open", "gripper_pose"):
             setattr(config, what, True)
-        for name in cameras:
-            camera = getattr(config, f"{name}_camera", None)
-            if camera is None:
-                raise UserError(f"RLBench has no camera '{name}'; choose from wrist, front, left_shoulder, right_shoulder, overhead.")
-            camera.rgb, camera.image_size = True, size[::-1]  # PyRep: width, height
-        mode = self.rlbench.MoveArmThenGripper(self.rlbench.JointPosition(), self.rlbench.Discrete())
-        self.environment = self.rlbench.Environment(action_mode=mode, obs_config=config, headless=True)
+        for camera in cameras:
+            if not hasattr(config, f"{camera}_camera"):
+                raise UserError(f"RLBench has no camera '{camera}'; choose from wrist, front, left_shoulder, right_shoulder, overhead.")
+            settings = getattr(config, f"{camera}_camera")
+            settings.rgb, settings.image_size = True, size[::-1]  # PyRep: width, height
+        mode = modes.action_mode.MoveArmThenGripper(modes.arm_action_modes.JointPosition(), modes.gripper_action_modes.Discrete())
+        running.environment = rlbench.environment.Environment(action_mode=mode, obs_config=config, headless=True)
         try:
-            self.environment.launch()
+            running.environment.launch()
         except Exception as error:
-            reason = " ".join(str(error).split())
-            raise UserError(missing() or f"CoppeliaSim does not start ({reason}); see requirements-rlbench.txt.") from error
-        self.end = Finalize(self, self.environment.shutdown, exitpriority=10)  # also at the process's end
+            raise UserError(f"CoppeliaSim does not start ({' '.join(str(error).split())}): see requirements-rlbench.txt.") from error
+        running.stop = Finalize(None, running.environment.shutdown, exitpriority=10)  # also at the process's end
+        running.settings = size, cameras
+    if running.live is None or running.live.get_name() != name:
+        running.live = running.environment.get_task(task_class(rlbench.tasks, name))
+    return running.live
 
-    @classmethod
-    def load(cls, name, size, cameras):
-        """RLBench's TaskEnvironment of this task, in a CoppeliaSim with these cameras; begun and loaded only where that is new."""
-        if cls.running is None or cls.running.settings != (size, cameras):
-            cls.stop()
-            cls.running = cls(size, cameras)
-        if cls.running.name != name:
-            cls.running.live = cls.running.environment.get_task(task_class(cls.running.rlbench.tasks, name))
-            cls.running.name = name
-        return cls.running.live
 
-    @classmethod
-    def stop(cls):
-        if cls.running is not None:
-            cls.running.end()
-            cls.running = None
+def stop():
+    running.stop()
+    running.settings, running.live, running.stop = None, None, lambda: None
+
+
+@contextmanager
+def laying_out():
+    """RLBench's errors while it lays out a scene, or plans in it, as a NoSceneError."""
+    errors = import_rlbench().backend.exceptions
+    try:
+        yield
+    except (errors.BoundaryError, errors.TaskEnvironmentError, errors.WaypointError, RuntimeError) as error:
+        raise NoSceneError(" ".join(str(error).split())) from error
 
 
 # -------------------------------------------------------------------------------------------------------- environment
@@ -136,39 +123,31 @@ class RLBenchEnv(ArmEnv):
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": HZ}
 
-    def __init__(self, task="reach_target", image_size=128, cameras=CAMERAS, images=True, max_steps=MAX_STEPS):
+    def __init__(self, task="reach_target", image_size=128, cameras=CAMERAS, images=True):
         task_class(import_rlbench().tasks, task)
         super().__init__(image_size, cameras, images, *JOINT_LIMITS["panda"])
-        self.name, self.max_steps = task, max_steps
+        self.name = task
         self.task = SimpleNamespace(candidates=0, focus=lambda env: np.full(3, np.nan))  # RLBench does not say what a task is about
 
-    def attempt(self, what, *arguments, **named):
-        """Call one of RLBench's methods that lay out a scene or plan in it."""
-        rlbench = Simulator.running.rlbench
-        try:
-            return what(*arguments, **named)
-        except (rlbench.BoundaryError, rlbench.TaskEnvironmentError, rlbench.WaypointError, RuntimeError) as error:
-            raise NoSceneError(" ".join(str(error).split())) from error
-
-    def begin(self, seed, variation):
-        """Seed RLBench, which draws from NumPy's global state, and choose the variation. Returns the TaskEnvironment."""
-        live = Simulator.load(self.name, (self.height, self.width), tuple(dict.fromkeys([*self.cameras, "front"])))  # front: films
+    def begin(self, seed, variation=None):
+        """Seed RLBench, which draws from NumPy's global state, and choose the variation, or draw it."""
+        self.live = load_task(self.name, (self.height, self.width), tuple(dict.fromkeys([*self.cameras, "front"])))  # front: films
         np.random.seed(seed % 2**32)
         if variation is not None:
-            self.attempt(live.set_variation, variation)
-        self.variation = int(live.sample_variation()) if variation is None else variation
-        return live
+            self.live.set_variation(variation)
+        self.variation = int(self.live.sample_variation()) if variation is None else variation
 
     # ---- Gymnasium
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         options = options or {}
-        self.live = self.begin(self.seed, options.get("variation"))
-        if options.get("demonstration"):
-            demo, self.variation = recorded(options["demonstration"])
-            self.instructions, self.last = self.attempt(self.live.reset_to_demo, demo)
-        else:
-            self.instructions, self.last = self.attempt(self.live.reset)
+        with laying_out():
+            self.begin(self.seed, options.get("variation"))
+            if options.get("demonstration"):
+                demo, self.variation = recorded(options["demonstration"])
+                self.instructions, self.last = self.live.reset_to_demo(demo)
+            else:
+                self.instructions, self.last = self.live.reset()
         self.instruction = self.instructions[self.seed % len(self.instructions)]
         self.succeeded, self.error = False, None
         self.chain, self.base_from_world = arm(self.joints()[None], [self.last], f"RLBench's task {self.name}")
@@ -179,13 +158,13 @@ class RLBenchEnv(ArmEnv):
         self.steps += 1
         try:
             self.last, reward, terminated = self.live.step(action)
-        except Simulator.running.rlbench.InvalidActionError as error:
+        except import_rlbench().backend.exceptions.InvalidActionError as error:
             reward, terminated, self.error = 0.0, True, str(error)
         self.succeeded = reward > 0
-        return self.observe(), float(self.succeeded), bool(terminated or self.succeeded), self.steps >= self.max_steps, self.info()
+        return self.observe(), float(self.succeeded), bool(terminated or self.succeeded), self.steps >= MAX_STEPS, self.info()
 
     def close(self):
-        Simulator.stop()
+        stop()
 
     def info(self):
         info = {"instruction": self.instruction, "instructions": self.instructions, "variation": self.variation, "success": self.succeeded}
@@ -217,15 +196,15 @@ class RLBenchEnv(ArmEnv):
         return intrinsics, self.base_from_world @ pose[0]
 
     # ---- demonstrations
-    def demonstrate(self, seed, variation=None):
+    def demonstrate(self, seed):
         """A demonstration by RLBench's own planner, as an Episode without a path. Raises NoSceneError where there is none."""
-        live = self.begin(seed, variation)
-        descriptions, _ = self.attempt(live.reset)  # get_demos does not tell them
-        (demo,) = self.attempt(live.get_demos, amount=1, live_demos=True)
-        observations = [demo[t] for t in range(len(demo))]
+        with laying_out():
+            self.begin(seed)
+            descriptions, _ = self.live.reset()  # get_demos does not tell them
+            (demo,) = self.live.get_demos(amount=1, live_demos=True)
+        observations = list(demo)
         images = {camera: np.stack([getattr(o, f"{camera}_rgb") for o in observations]).astype(np.uint8) for camera in self.cameras}
-        where = f"RLBench's demonstration of {self.name}"
-        return convert(observations, images, list(descriptions), self.name, self.variation, seed, where)
+        return convert(observations, images, list(descriptions), self.name, self.variation, seed, f"RLBench's demonstration of {self.name}")
 
 
 def recorded(folder):
@@ -233,8 +212,6 @@ def recorded(folder):
     content, variation = load(folder / "low_dim_obs.pkl"), int(folder.parent.parent.name[9:])
     if getattr(content, "random_seed", None) is None:
         raise UserError(f"{folder / 'low_dim_obs.pkl'} does not say how its scene was laid out: evaluate without --demos.")
-    first = Observation()
-    first.misc = {"variation_index": variation}
-    demo = import_rlbench().Demo([first])
+    demo = import_rlbench().demo.Demo([SimpleNamespace(misc={"variation_index": variation})])
     demo.random_seed, demo.num_reset_attempts = content.random_seed, getattr(content, "num_reset_attempts", None)
     return demo, variation
