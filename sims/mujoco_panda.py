@@ -154,7 +154,7 @@ class PandaEnv(ArmEnv):
 
     def build(self):
         spec, world = base_scene()
-        self.task.build(spec, world)
+        self.task.build(world)
         return spec, world
 
     # ---- Gymnasium

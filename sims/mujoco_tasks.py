@@ -12,7 +12,6 @@ To add a task, write a class like `ReachTarget` below (about thirty lines) and l
 World frame: the robot's base on the table top, metres, z up, x away from the robot.
 """
 
-import difflib
 from dataclasses import dataclass
 
 import mujoco
@@ -68,21 +67,44 @@ def about_z(angle):
     return np.cos(angle / 2), 0, 0, np.sin(angle / 2)
 
 
+def lay(env, name, point, yaw=0.0):
+    """Lays a body on the table at a point (x, y), turned about the vertical."""
+    body, joint = env.model.body(name), env.model.body(name).jntnum
+    if joint:  # it can be carried
+        pose = env.data.joint(name).qpos
+        pose[:2], pose[3:] = point, about_z(yaw)
+    else:
+        body.pos[:2], body.quat[:] = point, about_z(yaw)
+
+
 def scatter(rng, count, low, high, apart):
     """`count` points in the box low..high, at least `apart` metres from one another in the table plane."""
     while True:
         points = rng.uniform(low, high, (count, len(low)))
         gaps = np.linalg.norm(points[:, None, :2] - points[None, :, :2], axis=-1)[np.triu_indices(count, 1)]
-        if count == 1 or gaps.min() >= apart:
+        if gaps.min() >= apart:
             return points
 
 
 def rotation_from(vector):
     """Rotation matrix (3, 3) of an axis times an angle."""
     angle, matrix, quaternion = np.linalg.norm(vector), np.zeros(9), np.zeros(4)
-    mujoco.mju_axisAngle2Quat(quaternion, vector / angle if angle else np.array([1.0, 0, 0]), angle)
+    mujoco.mju_axisAngle2Quat(quaternion, vector / max(angle, 1e-12), angle)
     mujoco.mju_quat2Mat(matrix, quaternion)
     return matrix.reshape(3, 3)
+
+
+def above(env, point, low, high=np.inf):
+    """Over a point, between two heights (m), and rather where the tool is already."""
+    return np.append(point[:2], np.clip(env.tool()[2, 3], low, high))
+
+
+def grasp(start, point, rotation=None):
+    """Waypoints: from a start nearby to the point, and close the fingers."""
+    yield Move(start, rotation=rotation)
+    # The pauses around the closing add up to the horizon (8 steps): a target that many steps ahead never skips the contact.
+    yield Move(point, rotation=rotation, dwell=4, speed=0.25)
+    yield Move(point, rotation=rotation, gripper=0, dwell=5)
 
 
 # ------------------------------------------------------------------------------------------------------------- tasks
@@ -111,11 +133,11 @@ class Task:
     def focus(self, env):
         return env.data.geom(self.geom.format(env.variation)).xpos.copy()
 
-    def draw_colours(self, env, rng):
-        """Gives each candidate its own colour for this episode, and its name."""
+    def draw_colours(self, env, rng, each=1):
+        """Gives each candidate, which is `each` geoms, its own colour for this episode, and its name."""
         self.names = [str(name) for name in rng.permutation(list(COLOURS))[: self.candidates]]
-        for i, name in enumerate(self.names):
-            env.model.geom(self.geom.format(i)).rgba[:3] = COLOURS[name]
+        for i in range(self.candidates * each):
+            env.model.geom(self.geom.format(i)).rgba[:3] = COLOURS[self.names[i // each]]
 
 
 class ReachTarget(Task):
@@ -125,7 +147,7 @@ class ReachTarget(Task):
     templates = ("reach the {} target", "touch the {} ball with the panda gripper", "reach the {} sphere")
     radius = 0.03
 
-    def build(self, spec, world):
+    def build(self, world):
         for i in range(self.candidates):
             body = world.add_body(name=f"ball{i}", mocap=True)
             body.add_geom(name=f"ball{i}", type=mujoco.mjtGeom.mjGEOM_SPHERE, size=[self.radius, 0, 0], contype=0, conaffinity=0)
@@ -148,7 +170,7 @@ class PushButton(Task):
     templates = ("push the {} button", "push down the {} button", "press the button with the {} color", "press the {} button")
     height, travel = 0.03, 0.010  # of the button's top above the table; how far it goes down
 
-    def build(self, spec, world):
+    def build(self, world):
         for i in range(self.candidates):
             body = world.add_body(name=f"button{i}")
             add_box(body, f"base{i}", (0.035, 0.035, 0.01), (0, 0, 0.01), (0.45, 0.45, 0.45))
@@ -160,15 +182,14 @@ class PushButton(Task):
     def place(self, env, rng):
         self.draw_colours(env, rng)
         for i, point in enumerate(scatter(rng, self.candidates, (0.36, -0.24), (0.62, 0.24), apart=0.13)):
-            env.model.body(f"button{i}").pos[:2] = point
+            lay(env, f"button{i}", point)
 
     def focus(self, env):
         return np.append(env.model.body(f"button{env.variation}").pos[:2], self.height)
 
     def plan(self, env):
         top = self.focus(env)
-        height = np.clip(env.tool()[2, 3], top[2] + 0.05, top[2] + 0.10)
-        yield Move(np.append(top[:2], height), gripper=0)
+        yield Move(above(env, top, top[2] + 0.05, top[2] + 0.10), gripper=0)
         yield Move(top - (0, 0, self.travel + 0.005), gripper=0, dwell=4, speed=0.25)
 
     def pressed(self, env, i):
@@ -181,14 +202,6 @@ class PushButton(Task):
         return any(self.pressed(env, i) for i in range(self.candidates) if i != env.variation)
 
 
-def grasp(env, point, low, high):
-    """Waypoints: over the point, between two heights and rather where the tool is already, down to it, and close the fingers."""
-    yield Move(np.append(point[:2], np.clip(env.tool()[2, 3], low, high)))
-    # The pauses around the closing add up to the horizon (8 steps): a target that many steps ahead never skips the contact.
-    yield Move(point, dwell=4, speed=0.25)
-    yield Move(point, gripper=0, dwell=5)
-
-
 class PickAndLift(Task):
     """Grasp the block of the named colour and lift it 10 cm; the other blocks are distractors."""
 
@@ -196,18 +209,18 @@ class PickAndLift(Task):
     templates = ("pick up the {} block and lift it", "grasp the {} block and lift it up", "lift the {} block up")
     half = 0.02
 
-    def build(self, spec, world):
+    def build(self, world):
         for i in range(self.candidates):
             add_block(world, f"block{i}", [self.half] * 3, (0.5, 0.2 * (i - 1), self.half), mass=0.05, **GRIPPED)
 
     def place(self, env, rng):
         self.draw_colours(env, rng)
         for i, point in enumerate(scatter(rng, self.candidates, (0.38, -0.22), (0.60, 0.22), apart=0.13)):
-            env.data.joint(f"block{i}").qpos[:] = [*point, self.half, *about_z(rng.uniform(-0.3, 0.3))]
+            lay(env, f"block{i}", point, rng.uniform(-0.3, 0.3))
 
     def plan(self, env):
         point = self.focus(env)
-        yield from grasp(env, point, point[2] + 0.06, point[2] + 0.12)
+        yield from grasp(above(env, point, point[2] + 0.06, point[2] + 0.12), point)
         yield Move(point + (0, 0, 0.15), gripper=0, dwell=2)
 
     def success(self, env):
@@ -227,23 +240,22 @@ class SlideBlockToTarget(Task):
     posture = ELBOW_UP
     half = np.array([0.03, 0.055, 0.025])
 
-    def build(self, spec, world):
+    def build(self, world):
         add_box(world.add_body(name="target"), "target", (0.055, 0.055, 0.001), (0, 0, 0), COLOURS["blue"], **PAINTED)
         slippery = {"friction": (0.3, 0.005, 0.0001), "priority": 1}  # rough blocks jam between fingers and table
         add_block(world, "block", self.half, (0.4, 0, self.half[2]), COLOURS["orange"], mass=0.1, **slippery)
 
     def place(self, env, rng):
         block, yaw, distance = rng.uniform((0.39, -0.12), (0.46, 0.12)), rng.uniform(-1.2, 1.2), rng.uniform(0.11, 0.17)
-        env.data.joint("block").qpos[:] = [*block, self.half[2], *about_z(yaw)]
-        env.model.body("target").pos[:2] = block + distance * np.array([np.cos(yaw), np.sin(yaw)])
-        env.model.body("target").quat[:] = env.data.joint("block").qpos[3:]
+        lay(env, "block", block, yaw)
+        lay(env, "target", block + distance * np.array([np.cos(yaw), np.sin(yaw)]), yaw)
 
     def plan(self, env):
         block, target = self.focus(env), np.append(env.model.body("target").pos[:2], self.half[2])
         direction = (target - block) / np.linalg.norm(target - block)
         turned = rotation_from(np.arctan2(direction[1], direction[0]) * np.array([0, 0, 1.0])) @ TOOL_DOWN
         behind = block - (self.half[0] + 0.04) * direction
-        yield Move(np.append(behind[:2], np.clip(env.tool()[2, 3], 0.09, 0.14)), rotation=turned)
+        yield Move(above(env, behind, 0.09, 0.14), rotation=turned)
         yield Move(behind, dwell=2, rotation=turned, speed=0.25)
         yield Move(target - (self.half[0] + 0.008) * direction, dwell=4, rotation=turned, speed=0.15)
 
@@ -259,7 +271,7 @@ class OpenDrawer(Task):
     start_box = np.array([[0.32, -0.28, 0.15], [0.62, -0.08, 0.40]])  # in front of the cabinet
     posture = ELBOW_UP
 
-    def build(self, spec, world):
+    def build(self, world):
         cabinet, white, bar = world.add_body(name="cabinet"), (0.85, 0.85, 0.82), COLOURS["black"]
         add_box(cabinet, "plinth", (0.11, 0.08, 0.0375), (0, 0, 0.0375), white, **FURNITURE)
         add_box(cabinet, "back", (0.11, 0.005, 0.13), (0, 0.075, 0.205), white, **FURNITURE)
@@ -276,9 +288,8 @@ class OpenDrawer(Task):
             add_box(drawer, f"handle{i}", (0.035, 0.006, 0.008), (0, -0.035, 0), bar, mass=0.02, **FURNITURE)
 
     def place(self, env, rng):
-        cabinet, yaw = env.model.body("cabinet"), rng.uniform(-0.3, 0.3)
-        cabinet.pos[:2] = rng.uniform((0.44, 0.17), (0.54, 0.21))
-        cabinet.quat[:] = about_z(yaw)
+        yaw = rng.uniform(-0.3, 0.3)
+        lay(env, "cabinet", rng.uniform((0.44, 0.17), (0.54, 0.21)), yaw)
 
     def near(self, env):
         return self.focus(env) - (0, 0.18, 0)
@@ -286,9 +297,7 @@ class OpenDrawer(Task):
     def plan(self, env):
         handle, axes = self.focus(env), env.data.body("cabinet").xmat.reshape(3, 3)
         forward, inward = axes @ rotation_from(np.array([np.pi / 2, 0, 0])) @ TOOL_DOWN, axes[:, 1]
-        yield Move(handle - 0.08 * inward, rotation=forward)
-        yield Move(handle, dwell=4, rotation=forward, speed=0.25)
-        yield Move(handle, gripper=0, dwell=5, rotation=forward)
+        yield from grasp(handle - 0.08 * inward, handle, forward)
         yield Move(handle - 0.13 * inward, gripper=0, dwell=3, rotation=forward, speed=0.25)
 
     def success(self, env):
@@ -308,7 +317,7 @@ class TakeLidOffSaucepan(Task):
     radius, height = 0.08, 0.07  # of the pan
     rest = height + 0.005  # where the lid's centre lies when it is on
 
-    def build(self, spec, world):
+    def build(self, world):
         cylinder, steel = mujoco.mjtGeom.mjGEOM_CYLINDER, (0.3, 0.32, 0.35)
         pan = world.add_body(name="pan")
         pan.add_geom(name="bottom", type=cylinder, size=[self.radius, 0.004, 0], pos=(0, 0, 0.004), rgba=(*steel, 1))
@@ -324,9 +333,8 @@ class TakeLidOffSaucepan(Task):
 
     def place(self, env, rng):
         point, yaw = rng.uniform((0.42, -0.16), (0.56, 0.16)), rng.uniform(-np.pi, np.pi)
-        env.model.body("pan").pos[:2] = point
-        env.model.body("pan").quat[:] = about_z(yaw)
-        env.data.joint("lid").qpos[:2] = point
+        lay(env, "pan", point, yaw)
+        lay(env, "lid", point)
 
     def success(self, env):
         lid = env.data.body("lid").xpos
@@ -343,7 +351,7 @@ class CloseBox(Task):
     half = np.array([0.07, 0.09, 0.04])
     open_angle = 1.85  # rad; leaning back against its stop
 
-    def build(self, spec, world):
+    def build(self, world):
         box, (x, y, z), card = world.add_body(name="box"), self.half, (0.9, 0.9, 0.85)
         add_box(box, "bottom", (x, y, 0.004), (0, 0, 0.004), card, **FURNITURE)
         for side in (-1, 1):
@@ -354,9 +362,8 @@ class CloseBox(Task):
         add_box(lid, "lid", (x, y, 0.004), (x, 0, 0.004), COLOURS["blue"], mass=0.1, **FURNITURE)
 
     def place(self, env, rng):
-        box, yaw = env.model.body("box"), rng.uniform(-0.4, 0.4)
-        box.pos[:2] = rng.uniform((0.47, -0.14), (0.54, 0.14))
-        box.quat[:] = about_z(yaw)
+        yaw = rng.uniform(-0.4, 0.4)
+        lay(env, "box", rng.uniform((0.47, -0.14), (0.54, 0.14)), yaw)
         env.data.joint("lid").qpos[0] = self.open_angle
 
     def edge(self, env, angle, reach=0.13):
@@ -370,7 +377,7 @@ class CloseBox(Task):
 
     def plan(self, env):
         behind = self.focus(env) - 0.03 * env.data.body("box").xmat.reshape(3, 3)[:, 0]
-        yield Move(np.append(behind[:2], np.maximum(env.tool()[2, 3], behind[2] + 0.05)), gripper=0)
+        yield Move(above(env, behind, behind[2] + 0.05), gripper=0)
         yield Move(behind, gripper=0, dwell=2, speed=0.25)
         for angle in np.linspace(self.open_angle, 0.1, 8):
             yield Move(self.edge(env, angle), gripper=0, speed=0.25)
@@ -393,18 +400,17 @@ class StackBlocks(Task):
     posture = ELBOW_UP
     half = 0.02
 
-    def build(self, spec, world):
+    def build(self, world):
         add_box(world.add_body(name="target"), "target", (0.04, 0.04, 0.001), (0, 0, 0), (0.3, 0.3, 0.3), **PAINTED)
         for i in range(4):
             add_block(world, f"block{i}", [self.half] * 3, (0.5, 0.1 * i, self.half), mass=0.05, **GRIPPED)
 
     def place(self, env, rng):
-        self.draw_colours(env, rng)
-        points = scatter(rng, 5, (0.38, -0.22), (0.60, 0.22), apart=0.11)
-        env.model.body("target").pos[:2] = points[4]
-        for i in range(4):
-            env.model.geom(f"block{i}").rgba[:3] = COLOURS[self.names[i // 2]]
-            env.data.joint(f"block{i}").qpos[:] = [*points[i], self.half, *about_z(rng.uniform(-0.3, 0.3))]
+        self.draw_colours(env, rng, each=2)
+        *points, square = scatter(rng, 5, (0.38, -0.22), (0.60, 0.22), apart=0.11)
+        lay(env, "target", square)
+        for i, point in enumerate(points):
+            lay(env, f"block{i}", point, rng.uniform(-0.3, 0.3))
 
     def blocks(self, env):
         """The two named blocks' centres, the one nearest to the square first."""
@@ -419,7 +425,7 @@ class StackBlocks(Task):
     def plan(self, env):
         for layer in range(2):
             block, target = self.focus(env), env.model.body("target").pos + (0, 0, self.half * (1 + 2 * layer) + 0.002)
-            yield from grasp(env, block, 0.10, 0.16)
+            yield from grasp(above(env, block, 0.10, 0.16), block)
             yield Move(np.append(block[:2], 0.14), gripper=0)
             yield Move(np.append(target[:2], 0.14), gripper=0)
             yield Move(target, gripper=0, dwell=4, speed=0.25)
@@ -440,7 +446,6 @@ TASKS = {
 
 
 def check_task(name):
-    """Raises UserError for a task that does not exist, with the nearest name."""
+    """Raises UserError for a task that does not exist."""
     if name not in TASKS:
-        near = difflib.get_close_matches(name, TASKS, 1)
-        raise UserError(f"There is no task '{name}'; " + (f"is it '{near[0]}'?" if near else f"choose from {', '.join(TASKS)}."))
+        raise UserError(f"There is no task '{name}'; choose from {', '.join(TASKS)}.")
