@@ -361,7 +361,7 @@ def record(settings):
     options = dict(size=(settings.size,) * 2) if settings.size else dict(size=(480, 640), fps=HZ)
     safety = Safety(settings.arm, stale=1.0)  # nothing is sent: a camera may pause
     path, waited = settings.run / "episodes" / settings.task / f"real_{time.strftime(STAMP)}.hdf5", 0
-    with closing(station(settings, guided=True, cameras=settings.cameras or CAMERAS, **options)) as bench:
+    with closing(station(settings, cameras=settings.cameras or CAMERAS, **options)) as bench:
         with held(settings, bench, safety, path, settings.size) as (robot, log, _):
             if not (settings.yes or bench.sim):
                 ask("Hold the arm by the buttons at its wrist. Enter starts the recording, and Enter stops it.")

@@ -22,21 +22,26 @@ from franky_sim.base_simulator import BaseSimulator
 from franky_sim.constants import FRANKA_HAND_MAX_WIDTH
 from franky_sim.mujoco_simulator import FrankaMujocoRobot
 
+from collect_demos import demonstration
 from episodes import CAMERAS, UserError
 from sims.mujoco_panda import PandaEnv
 
-STATE = ("time", "success", "failed", "speed", "guided", "lost")  # what precedes qpos and the mocap poses in shared memory
 ROUNDS = 4  # rounds of pictures kept, so that a reader has time to copy one
+
+
+class State(ctypes.Structure):
+    """What the arm's process says in shared memory: the task's success and failure, how fast the fastest joint is (rad/s), whether the
+    demonstrator guides the arm (asked for by the main program), and seconds that the simulated clock has lost."""
+
+    _fields_ = [(name, ctypes.c_double) for name in ("success", "failed", "speed", "guided", "lost")]
 
 
 class Arm(FrankaMujocoRobot):
     """The protocol's robot, moved by the servos of sims/mujoco_panda.py instead of franky-sim's own."""
 
-    guided = None  # (8,) joints and gripper that a demonstrator wants, whatever the network says; None: the network decides
-
     def _joint_position_control(self, target):
         self.torque_control(np.zeros(7))  # the protocol reports a torque; the servos make the real one
-        self._data.ctrl[:7] = target if self.guided is None else self.guided[:7]
+        self._data.ctrl[:7] = target
 
     def _torque_control(self, torques):
         self._applied_torques = self._data.actuator_force[:7].copy()
@@ -45,12 +50,13 @@ class Arm(FrankaMujocoRobot):
         self._data.ctrl[7] = 255 * np.clip(width / FRANKA_HAND_MAX_WIDTH, 0, 1)
 
     def _pre_step(self):
-        if self.guided is not None:
-            self._data.ctrl[7] = 255 * (self.guided[7] > 0.5)
+        pass  # franky-sim's own hand
 
 
 class Scene(BaseSimulator):
     """A PandaEnv that has been reset, as franky-sim wants a simulator."""
+
+    guided = None  # (8,) joints and gripper that the demonstrator wants, whatever the network says; None: the network decides
 
     def __init__(self, env):
         super().__init__()
@@ -62,153 +68,133 @@ class Scene(BaseSimulator):
         return [self.arm]
 
     def _step(self):
+        if self.guided is not None:
+            self.env.data.ctrl[:] = *self.guided[:7], 255 * (self.guided[7] > 0.5)
         mujoco.mj_step(self.env.model, self.env.data)
 
 
-def scene(task, seed, variation, size, cameras):
-    """The environment at the beginning of an episode -> env, info."""
-    env = PandaEnv(task, size, cameras, images=False)
-    _, info = env.reset(seed=seed, options={"variation": variation})
-    return env, info
-
-
-def first_of_all():
-    """What others do on this machine is not to slow the arm and its cameras down: root may ask for that."""
-    with suppress(OSError):
-        os.nice(-10)
-
-
-def serve(task, seed, variation, size, cameras, guided, prepare, state, pipe):
-    """The arm's process."""
+def begin(bench):
+    """How both processes begin -> the scene, and a function that says whether the main program is still there."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a robot does not hear Ctrl-C
-    parent, view = os.getppid(), np.frombuffer(state)
-    env, info = scene(task, seed, variation, size, cameras)
-    simulation = Scene(env)
+    with suppress(OSError):
+        os.nice(-10)  # root may ask that others on this machine do not slow the arm and its cameras down
+    parent = os.getppid()
+    return bench.scene(), lambda: os.getppid() == parent
+
+
+def serve(bench, prepare, pipe):
+    """The arm's process."""
+    env, needed = begin(bench)
+    scene, state, qpos = Scene(env), bench.state, np.frombuffer(bench.qpos)
     if prepare:
         prepare()
-    first_of_all()
-    with simulation, franky_sim.SimulationServer(simulation) as server:
-        calibration, last = {}, env.joint_poses()[-2]
-        for camera in cameras:
-            intrinsics, pose = env.camera(camera)
-            seen = {"last_joint_from_camera": np.linalg.inv(last) @ pose} if camera == "wrist" else {"world_from_camera": pose}
-            calibration[camera] = {"intrinsics": intrinsics} | seen
-        about = {"max_steps": env.task.max_steps} | {key: info[key] for key in ("variation", "instruction")}
-        pipe.send({"host": simulation.arm.hostname, "calibration": calibration} | about)
-        demonstration, tick, begin = None, 0, time.monotonic()
-        while os.getppid() == parent:
+    with scene, franky_sim.SimulationServer(scene) as server:
+        pipe.send(scene.arm.hostname)
+        script, tick, start = None, 0, time.monotonic()
+        while needed():
             if tick % 100 == 0:  # ten times a second, as in PandaEnv.step
-                view[1:3] = np.maximum(view[1:3], [env.task.success(env), env.task.failed(env)])
-                if guided and pipe.poll():
-                    pipe.recv()
-                    from collect_demos import demonstration as demonstrate
-
-                    demonstration, simulation.arm.guided = demonstrate(env), np.append(env.data.ctrl[:7], env.data.ctrl[7] / 255)
-                if demonstration:
-                    action = next(demonstration, None)
-                    simulation.arm.guided = simulation.arm.guided if action is None else action
-                    view[STATE.index("guided")] = action is not None
-            for robot_server in server.robot_servers:  # franky-sim's run_once, less its sleep
-                robot_server.process_commands()
-            simulation.step()
-            for robot_server in server.robot_servers:
-                robot_server.send_state()
-            poses = np.concatenate([env.data.mocap_pos, env.data.mocap_quat], axis=1)
-            view[len(STATE):] = np.concatenate([env.data.qpos, poses.ravel()])
-            view[STATE.index("speed")] = np.abs(env.data.qvel[:7]).max()
-            view[0] = time.monotonic()
+                state.success = max(state.success, env.task.success(env))
+                state.failed = max(state.failed, env.task.failed(env))
+                if state.guided:
+                    script = script or demonstration(env)
+                    action = next(script, None)
+                    scene.guided = scene.guided if action is None else action
+                    state.guided = action is not None
+            server.run_once(realtime=False)
+            qpos[:], state.speed = env.data.qpos, np.abs(env.data.qvel[:7]).max()
             tick += 1
-            ahead = begin + tick * 0.001 - time.monotonic()
-            if ahead > 0:
-                time.sleep(ahead)
-            elif ahead < -0.1:  # too slow for real time: the robot's clock loses it, rather than hurrying afterwards
-                begin -= ahead
-                view[STATE.index("lost")] -= ahead
+            ahead = start + tick * 0.001 - time.monotonic()
+            time.sleep(max(ahead, 0))
+            if ahead < -0.1:  # too slow for real time: the robot's clock loses it, rather than hurrying afterwards
+                start -= ahead
+                state.lost -= ahead
 
 
-def watch(task, seed, variation, size, cameras, fps, state, stamps, pixels):
+def watch(bench, fps):
     """The cameras' process: each round of pictures goes into the next of ROUNDS places."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent, view = os.getppid(), np.frombuffer(state)
-    stamps, pixels = np.frombuffer(stamps), np.frombuffer(pixels, np.uint8).reshape(ROUNDS, len(cameras), *size, 3)
-    env, _ = scene(task, seed, variation, size, cameras)
-    count, data = 0, env.data
-    first_of_all()
-    for camera in cameras:
-        env.picture(camera, *size)  # the first one takes longer
-    due = time.monotonic()
-    while os.getppid() == parent:
-        if view[0]:
-            stamp = time.monotonic()
-            data.qpos[:] = view[len(STATE):][: env.model.nq]
-            poses = view[len(STATE) + env.model.nq:].reshape(-1, 7)
-            data.mocap_pos[:], data.mocap_quat[:] = poses[:, :3], poses[:, 3:]
-            mujoco.mj_kinematics(env.model, data)
-            mujoco.mj_comPos(env.model, data)
-            mujoco.mj_camlight(env.model, data)
-            place = count % ROUNDS
-            stamps[place] = 0
-            for i, camera in enumerate(cameras):
-                pixels[place, i] = env.picture(camera, *size)
-            stamps[place] = stamp
-            count += 1
+    env, needed = begin(bench)
+    stamps, pixels = bench.rounds()
+    for camera in bench.cameras:
+        env.picture(camera, *bench.size)  # the first one takes longer
+    count, due = 0, time.monotonic()
+    while needed():
+        stamp, place = time.monotonic(), count % ROUNDS
+        env.data.qpos[:] = bench.qpos
+        mujoco.mj_forward(env.model, env.data)
+        stamps[place] = 0
+        for i, camera in enumerate(bench.cameras):
+            pixels[place, i] = env.picture(camera, *bench.size)
+        stamps[place] = stamp
+        count += 1
         due = max(due + 1 / fps, time.monotonic() - (ROUNDS - 1) / fps)  # a round that was late is made up for
         time.sleep(max(due - time.monotonic(), 0))
 
 
 class Bench:
     """Starts both processes and waits until the arm listens. size: (height, width) of the pictures; fps: rounds of pictures a second;
-    guided: the scripted demonstrator moves the arm, once `demonstrate` is called; prepare: called first in the arm's process (tests
-    break things there)."""
+    prepare: called first in the arm's process (tests break things there)."""
 
     sim = True
 
-    def __init__(self, task, seed=0, variation=None, size=(64, 64), cameras=CAMERAS, fps=20, guided=False, prepare=None):
+    def __init__(self, task, seed=0, variation=None, size=(64, 64), cameras=CAMERAS, fps=20, prepare=None):
         if unknown := set(cameras) - set(CAMERAS):
             raise UserError(f"There is no simulated camera '{unknown.pop()}', only {', '.join(CAMERAS)}; a robot's need --robot too.")
-        env, info = scene(task, seed, variation, size, cameras)
-        variation, self.cameras, self.size, self.seed = info["variation"], cameras, size, seed
-        self.policy = partial(demonstrator, task, seed, variation)
+        self.task, self.seed, self.variation, self.size, self.cameras = task, seed, variation, size, cameras
+        env = self.scene()
+        self.variation, self.instruction, self.max_steps = env.variation, env.instruction, env.task.max_steps
+        self.policy, self.calibration = partial(demonstrator, task, seed, self.variation), {}
+        for camera in cameras:
+            intrinsics, pose = env.camera(camera)
+            mounted = {"last_joint_from_camera": np.linalg.inv(env.joint_poses()[-2]) @ pose}
+            self.calibration[camera] = {"intrinsics": intrinsics} | (mounted if camera == "wrist" else {"world_from_camera": pose})
         context = multiprocessing.get_context("spawn")
-        self.state = context.RawArray(ctypes.c_double, len(STATE) + env.model.nq + 7 * env.model.nmocap)
+        self.state, self.qpos = context.RawValue(State), context.RawArray(ctypes.c_double, env.data.qpos.tolist())
         self.stamps = context.RawArray(ctypes.c_double, ROUNDS)
         self.pixels = context.RawArray(ctypes.c_uint8, ROUNDS * len(cameras) * size[0] * size[1] * 3)
-        self.pipe, there = context.Pipe()
-        scene_of = (task, seed, variation, size, cameras)
-        self.processes = [context.Process(target=serve, args=(*scene_of, guided, prepare, self.state, there), daemon=True),
-                          context.Process(target=watch, args=(*scene_of, fps, self.state, self.stamps, self.pixels), daemon=True)]
-        for process in self.processes:
-            process.start()
+        here, there = context.Pipe()
+        self.processes = []
+        for target, arguments in ((serve, (self, prepare, there)), (watch, (self, fps))):
+            self.processes.append(context.Process(target=target, args=arguments, daemon=True))
+            self.processes[-1].start()
         there.close()
         try:
-            self.__dict__.update(self.pipe.recv())  # host, calibration, variation, max_steps, instruction
+            self.host = here.recv()
         except EOFError:
             self.close()
             raise UserError("The simulated robot did not start: its own message is above.") from None
 
-    def __getstate__(self):  # what another process can be given: the shared memory and where the arm listens
-        return {name: value for name, value in self.__dict__.items() if name not in ("pipe", "processes")} | {"processes": []}
+    def __getstate__(self):  # what another process can be given
+        return vars(self) | {"processes": []}
+
+    def scene(self):
+        """The environment at the beginning of the episode."""
+        env = PandaEnv(self.task, self.size, self.cameras, images=False)
+        env.reset(seed=self.seed, options={"variation": self.variation})
+        return env
+
+    def rounds(self):
+        """The shared memory of stamps (ROUNDS,), s of time.monotonic(), and pictures (ROUNDS, cameras, H, W, 3)."""
+        return np.frombuffer(self.stamps), np.frombuffer(self.pixels, np.uint8).reshape(ROUNDS, len(self.cameras), *self.size, 3)
 
     def read(self):
         """The newest whole round of pictures -> {camera: stamp (s, time.monotonic()), 0 before the first}, {camera: (H, W, 3) uint8}."""
-        stamps = np.frombuffer(self.stamps)
-        pixels = np.frombuffer(self.pixels, np.uint8).reshape(ROUNDS, len(self.cameras), *self.size, 3)
+        stamps, pixels = self.rounds()
         newest = int(stamps.argmax())
-        stamp, pictures = float(stamps[newest]), pixels[newest].copy()
-        return dict.fromkeys(self.cameras, stamp), dict(zip(self.cameras, pictures))
+        return dict.fromkeys(self.cameras, float(stamps[newest])), dict(zip(self.cameras, pixels[newest].copy()))
 
     def get(self, name):
-        return np.frombuffer(self.state)[STATE.index(name)]
+        return getattr(self.state, name)
 
     def success(self):
-        return bool(self.get("success"))
+        return bool(self.state.success)
 
     def over(self):
         """Whether there is nothing left to do."""
-        return self.get("success") or self.get("failed")
+        return self.state.success or self.state.failed
 
     def demonstrate(self):
-        self.pipe.send("go")
+        """Lets the scripted demonstrator move the arm, until it is done and state.guided is 0."""
+        self.state.guided = 1
 
     def close(self):
         for process in self.processes:
