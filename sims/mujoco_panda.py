@@ -11,12 +11,11 @@ the table top, metres, z up, x away from the robot. The tasks are in sims/mujoco
 import sys
 from pathlib import Path
 
-CANNOT_DRAW = ("Neither EGL nor OSMesa can draw on this machine: install one of them "
-               "(Debian, Ubuntu: apt-get install libegl1 libgl1 libosmesa6). MuJoCo said: ")  # fmt: skip
 try:
     import mujoco
 except Exception as error:  # no EGL, and OSMesa is not there either
-    sys.exit(f"{CANNOT_DRAW}{error}")
+    sys.exit("Neither EGL nor OSMesa can draw on this machine: install one of them "
+             f"(Debian, Ubuntu: apt-get install libegl1 libgl1 libosmesa6). MuJoCo said: {error}")  # fmt: skip
 
 import franky_sim
 import gymnasium
@@ -33,7 +32,7 @@ GRIPPER_GAIN = 15  # the model's fingers squeeze with about 1 N and objects slip
 
 # ------------------------------------------------------------------------------------------------------------- scene
 def base_scene():
-    """Robot, table, light and cameras as an MjSpec. Returns it and the worldbody."""
+    """Robot, table, light and cameras as an MjSpec."""
     assets = Path(franky_sim.__file__).parent / "assets"
     spec = mujoco.MjSpec.from_file(str(assets / "fr3.xml"))
     spec.meshdir = str(assets / "meshes")
@@ -73,7 +72,7 @@ def base_scene():
     add_camera(world, "right_shoulder", (0.16, -0.80, 0.62), (0.44, 0.02, 0.12), 38)
     add_camera(world, "left_shoulder", (0.16, 0.80, 0.62), (0.44, -0.02, 0.12), 38)
     add_camera(spec.body("hand"), "wrist", (0.12, 0, 0.01), (0.02, 0, 0.14), 70, up=(1, 0, 0))
-    return spec, world
+    return spec
 
 
 def add_camera(body, name, position, target, fovy, up=(0, 0, 1)):
@@ -144,18 +143,18 @@ class PandaEnv(ArmEnv):
     def __init__(self, task="reach_target", image_size=128, cameras=CAMERAS, images=True):
         check_task(task)
         self.task = TASKS[task]()
-        self.model = self.build()[0].compile()
+        self.model = self.build().compile()
         self.data = mujoco.MjData(self.model)
         self.scratch = mujoco.MjData(self.model)  # for kinematics that must not touch the simulation
         self.renderers = {}
         self.substeps = round(1 / (CONTROL_HZ * self.model.opt.timestep))
-        self.limits = self.model.jnt_range[:7].copy()  # (7, 2) rad
-        super().__init__(image_size, cameras, images, *self.limits.T)
+        super().__init__(image_size, cameras, images, *self.model.jnt_range[:7].T)
 
     def build(self):
-        spec, world = base_scene()
-        self.task.build(world)
-        return spec, world
+        """The whole scene as an MjSpec."""
+        spec = base_scene()
+        self.task.build(spec.worldbody)
+        return spec
 
     # ---- Gymnasium
     def reset(self, *, seed=None, options=None):
@@ -181,17 +180,14 @@ class PandaEnv(ArmEnv):
         else:
             tool = start_rng.uniform(*self.task.start_box)
         qpos = self.ik(tool, TOOL_DOWN)
-        self.data.qpos[:7] = qpos
-        self.data.qpos[7:9] = 0.04 * opening
-        self.data.ctrl[:7], self.data.ctrl[7] = qpos, 255 * opening
-        self.data.qvel[:] = 0
+        self.data.qpos[:9] = *qpos, 0.04 * opening, 0.04 * opening
+        self.data.ctrl[:] = *qpos, 255 * opening
         mujoco.mj_forward(self.model, self.data)
         return self.observe(), self.info()
 
     def step(self, action):
         action = self.checked(action)
-        self.data.ctrl[:7] = action[:7]
-        self.data.ctrl[7] = 255 if action[7] > 0.5 else 0
+        self.data.ctrl[:] = *action[:7], 255 * (action[7] > 0.5)
         mujoco.mj_step(self.model, self.data, self.substeps)
         mujoco.mj_forward(self.model, self.data)  # so that poses and pictures belong to the new state
         self.steps += 1
@@ -215,13 +211,9 @@ class PandaEnv(ArmEnv):
     def picture(self, camera, height, width):
         """What the camera sees now: (height, width, 3) uint8."""
         if (height, width) not in self.renderers:
-            try:
-                renderer = mujoco.Renderer(self.model, height, width)
-            except Exception as error:
-                raise UserError(f"{CANNOT_DRAW}{error}") from error
+            renderer = self.renderers[height, width] = mujoco.Renderer(self.model, height, width)
             renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
             renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
-            self.renderers[height, width] = renderer
         renderer = self.renderers[height, width]
         renderer.update_scene(self.data, camera)
         return renderer.render()
@@ -264,7 +256,7 @@ class PandaEnv(ArmEnv):
             pseudo = J.T @ np.linalg.inv(J @ J.T + 1e-6 * np.eye(6))
             rest = self.task.posture * (HOME - data.qpos[:7])  # the base joint turns towards the target; no pull
             step = pseudo @ error + 0.3 * (np.eye(7) - pseudo @ J) @ rest
-            data.qpos[:7] = np.clip(data.qpos[:7] + np.clip(step, -0.3, 0.3), *self.limits.T)
+            data.qpos[:7] = np.clip(data.qpos[:7] + np.clip(step, -0.3, 0.3), *self.model.jnt_range[:7].T)
             if np.abs(step).max() < 1e-4:
                 break
         if np.linalg.norm(error) > 5e-3:

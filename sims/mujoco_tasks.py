@@ -20,7 +20,6 @@ import numpy as np
 from episodes import UserError
 
 TOOL_DOWN = np.diag([1.0, -1.0, -1.0])  # world from tool: z down, fingers open along y
-START_BOX = np.array([[0.32, -0.28, 0.15], [0.62, 0.28, 0.40]])  # where the tool may be when an episode begins
 
 # RLBench's colours, less those that would be taken for a sphere (red, green, purple, cyan, yellow and their neighbours)
 COLOURS = {
@@ -69,21 +68,10 @@ def about_z(angle):
 
 def lay(env, name, point, yaw=0.0):
     """Lays a body on the table at a point (x, y), turned about the vertical."""
-    body, joint = env.model.body(name), env.model.body(name).jntnum
-    if joint:  # it can be carried
-        pose = env.data.joint(name).qpos
-        pose[:2], pose[3:] = point, about_z(yaw)
+    if env.model.body(name).jntnum:  # it can be carried
+        env.data.joint(name).qpos[[0, 1, 3, 4, 5, 6]] = *point, *about_z(yaw)
     else:
-        body.pos[:2], body.quat[:] = point, about_z(yaw)
-
-
-def scatter(rng, count, low, high, apart):
-    """`count` points in the box low..high, at least `apart` metres from one another in the table plane."""
-    while True:
-        points = rng.uniform(low, high, (count, len(low)))
-        gaps = np.linalg.norm(points[:, None, :2] - points[None, :, :2], axis=-1)[np.triu_indices(count, 1)]
-        if gaps.min() >= apart:
-            return points
+        env.model.body(name).pos[:2], env.model.body(name).quat[:] = point, about_z(yaw)
 
 
 def rotation_from(vector):
@@ -116,7 +104,7 @@ class Task:
     geom = ""  # the geom that the instruction is about; {} is the candidate's number
     templates = ()  # RLBench's phrasings; {} is the named candidate
     max_steps = 100
-    start_box = START_BOX
+    start_box = np.array([[0.32, -0.28, 0.15], [0.62, 0.28, 0.40]])  # where the tool may be when an episode begins, two corners
     posture = np.array([0, 1, 1, 1, 1, 1, 1])  # which joints are drawn to HOME where the tool's pose leaves a choice
 
     def near(self, env):
@@ -133,11 +121,18 @@ class Task:
     def focus(self, env):
         return env.data.geom(self.geom.format(env.variation)).xpos.copy()
 
-    def draw_colours(self, env, rng, each=1):
-        """Gives each candidate, which is `each` geoms, its own colour for this episode, and its name."""
+    def draw(self, env, rng, low, high, apart, each=1, more=0):
+        """Gives each candidate, which is `each` geoms, its own colour for this episode, and its name. Returns a point for each geom and
+        for `more` things, in the box low..high, at least `apart` metres from one another in the table plane."""
         self.names = [str(name) for name in rng.permutation(list(COLOURS))[: self.candidates]]
-        for i in range(self.candidates * each):
+        count = each * self.candidates
+        for i in range(count):
             env.model.geom(self.geom.format(i)).rgba[:3] = COLOURS[self.names[i // each]]
+        while True:
+            points = rng.uniform(low, high, (count + more, len(low)))
+            gaps = np.linalg.norm(points[:, None, :2] - points[None, :, :2], axis=-1)[np.triu_indices(count + more, 1)]
+            if gaps.min() >= apart:
+                return points
 
 
 class ReachTarget(Task):
@@ -153,8 +148,7 @@ class ReachTarget(Task):
             body.add_geom(name=f"ball{i}", type=mujoco.mjtGeom.mjGEOM_SPHERE, size=[self.radius, 0, 0], contype=0, conaffinity=0)
 
     def place(self, env, rng):
-        self.draw_colours(env, rng)
-        env.data.mocap_pos[:] = scatter(rng, self.candidates, (0.36, -0.25, 0.05), (0.62, 0.25, 0.30), apart=0.12)
+        env.data.mocap_pos[:] = self.draw(env, rng, (0.36, -0.25, 0.05), (0.62, 0.25, 0.30), apart=0.12)
 
     def plan(self, env):
         yield Move(self.focus(env), dwell=4)
@@ -180,8 +174,7 @@ class PushButton(Task):
             cap.add_geom(name=f"cap{i}", type=mujoco.mjtGeom.mjGEOM_CYLINDER, size=[0.025, 0.01, 0], mass=0.05)
 
     def place(self, env, rng):
-        self.draw_colours(env, rng)
-        for i, point in enumerate(scatter(rng, self.candidates, (0.36, -0.24), (0.62, 0.24), apart=0.13)):
+        for i, point in enumerate(self.draw(env, rng, (0.36, -0.24), (0.62, 0.24), apart=0.13)):
             lay(env, f"button{i}", point)
 
     def focus(self, env):
@@ -214,8 +207,7 @@ class PickAndLift(Task):
             add_block(world, f"block{i}", [self.half] * 3, (0.5, 0.2 * (i - 1), self.half), mass=0.05, **GRIPPED)
 
     def place(self, env, rng):
-        self.draw_colours(env, rng)
-        for i, point in enumerate(scatter(rng, self.candidates, (0.38, -0.22), (0.60, 0.22), apart=0.13)):
+        for i, point in enumerate(self.draw(env, rng, (0.38, -0.22), (0.60, 0.22), apart=0.13)):
             lay(env, f"block{i}", point, rng.uniform(-0.3, 0.3))
 
     def plan(self, env):
@@ -406,8 +398,7 @@ class StackBlocks(Task):
             add_block(world, f"block{i}", [self.half] * 3, (0.5, 0.1 * i, self.half), mass=0.05, **GRIPPED)
 
     def place(self, env, rng):
-        self.draw_colours(env, rng, each=2)
-        *points, square = scatter(rng, 5, (0.38, -0.22), (0.60, 0.22), apart=0.11)
+        *points, square = self.draw(env, rng, (0.38, -0.22), (0.60, 0.22), apart=0.11, each=2, more=1)
         lay(env, "target", square)
         for i, point in enumerate(points):
             lay(env, f"block{i}", point, rng.uniform(-0.3, 0.3))

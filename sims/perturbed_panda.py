@@ -36,7 +36,8 @@ class PerturbedEnv(PandaEnv):
         self.usual = [values.copy() for values in self.changeable]
 
     def build(self):
-        spec, world = super().build()
+        spec = super().build()
+        world = spec.worldbody
         if self.kind in TILES:
             half, height, middle = TILES[self.kind]
             for i, j in np.ndindex(GRID, GRID):
@@ -44,7 +45,7 @@ class PerturbedEnv(PandaEnv):
                 add_box(world, f"changed{i}{j}", (half[0] / GRID, half[1] / GRID, 0.0005), (x, y, height), **PAINTED)
         for i in range(4 * (self.kind == "distractors")):
             add_box(world.add_body(name=f"distractor{i}"), f"changed{i}", (0.025, 0.025, 0.025), **PAINTED)
-        return spec, world
+        return spec
 
     def reset(self, *, seed=None, options=None):
         model = self.model
