@@ -18,7 +18,6 @@ from functools import partial
 import franky_sim
 import mujoco
 import numpy as np
-from franky_sim.base_simulator import BaseSimulator
 from franky_sim.constants import FRANKA_HAND_MAX_WIDTH
 from franky_sim.mujoco_simulator import FrankaMujocoRobot
 
@@ -49,29 +48,6 @@ class Arm(FrankaMujocoRobot):
     def set_hand_goal(self, width, max_velocity, max_force):
         self._data.ctrl[7] = 255 * np.clip(width / FRANKA_HAND_MAX_WIDTH, 0, 1)
 
-    def _pre_step(self):
-        pass  # franky-sim's own hand
-
-
-class Scene(BaseSimulator):
-    """A PandaEnv that has been reset, as franky-sim wants a simulator."""
-
-    guided = None  # (8,) joints and gripper that the demonstrator wants, whatever the network says; None: the network decides
-
-    def __init__(self, env):
-        super().__init__()
-        self.env, self.arm = env, Arm(initial_q=env.data.qpos[:7])
-        env.model.opt.timestep = 0.001  # the protocol's tick
-        self.arm._attach_to_scene(env.model, env.data, "")
-
-    def _get_robots(self):
-        return [self.arm]
-
-    def _step(self):
-        if self.guided is not None:
-            self.env.data.ctrl[:] = *self.guided[:7], 255 * (self.guided[7] > 0.5)
-        mujoco.mj_step(self.env.model, self.env.data)
-
 
 def begin(bench):
     """How both processes begin -> the scene, and a function that says whether the main program is still there."""
@@ -85,29 +61,38 @@ def begin(bench):
 def serve(bench, prepare, pipe):
     """The arm's process."""
     env, needed = begin(bench)
-    scene, state, qpos = Scene(env), bench.state, np.frombuffer(bench.qpos)
+    data, state, qpos = env.data, bench.state, np.frombuffer(bench.qpos)
+    env.model.opt.timestep = 0.001  # the protocol's tick
+    arm = Arm(initial_q=data.qpos[:7])
+    arm._attach_to_scene(env.model, data, "")
     if prepare:
         prepare()
-    with scene, franky_sim.SimulationServer(scene) as server:
-        pipe.send(scene.arm.hostname)
-        script, tick, start = None, 0, time.monotonic()
-        while needed():
-            if tick % 100 == 0:  # ten times a second, as in PandaEnv.step
-                state.success = max(state.success, env.task.success(env))
-                state.failed = max(state.failed, env.task.failed(env))
-                if state.guided:
-                    script = script or demonstration(env)
-                    action = next(script, None)
-                    scene.guided = scene.guided if action is None else action
-                    state.guided = action is not None
-            server.run_once(realtime=False)
-            qpos[:], state.speed = env.data.qpos, np.abs(env.data.qvel[:7]).max()
-            tick += 1
-            ahead = start + tick * 0.001 - time.monotonic()
-            time.sleep(max(ahead, 0))
-            if ahead < -0.1:  # too slow for real time: the robot's clock loses it, rather than hurrying afterwards
-                start -= ahead
-                state.lost -= ahead
+    server = franky_sim.FrankaRobotServer(arm, franky_sim.LocalHostnames())
+    server.init()
+    pipe.send(arm.hostname)
+    script = action = None  # of the demonstrator, and where it wants joints and gripper (8,), whatever the network says
+    tick, start = 0, time.monotonic()
+    while needed():
+        if tick % 100 == 0:  # ten times a second, as in PandaEnv.step
+            state.success = max(state.success, env.task.success(env))
+            state.failed = max(state.failed, env.task.failed(env))
+            if state.guided:
+                script = script or demonstration(env)
+                wanted = next(script, None)
+                action, state.guided = action if wanted is None else wanted, wanted is not None
+        server.process_commands()
+        if action is not None:
+            data.ctrl[:] = *action[:7], 255 * (action[7] > 0.5)
+        mujoco.mj_step(env.model, data)
+        arm._post_step()
+        server.send_state()
+        qpos[:], state.speed = data.qpos, np.abs(data.qvel[:7]).max()
+        tick += 1
+        ahead = start + tick * 0.001 - time.monotonic()
+        time.sleep(max(ahead, 0))
+        if ahead < -0.1:  # too slow for real time: the robot's clock loses it, rather than hurrying afterwards
+            start -= ahead
+            state.lost -= ahead
 
 
 def watch(bench, fps):

@@ -147,7 +147,6 @@ class PandaEnv(ArmEnv):
         self.data = mujoco.MjData(self.model)
         self.scratch = mujoco.MjData(self.model)  # for kinematics that must not touch the simulation
         self.renderers = {}
-        self.substeps = round(1 / (CONTROL_HZ * self.model.opt.timestep))
         super().__init__(image_size, cameras, images, *self.model.jnt_range[:7].T)
 
     def build(self):
@@ -188,7 +187,7 @@ class PandaEnv(ArmEnv):
     def step(self, action):
         action = self.checked(action)
         self.data.ctrl[:] = *action[:7], 255 * (action[7] > 0.5)
-        mujoco.mj_step(self.model, self.data, self.substeps)
+        mujoco.mj_step(self.model, self.data, round(1 / (CONTROL_HZ * self.model.opt.timestep)))
         mujoco.mj_forward(self.model, self.data)  # so that poses and pictures belong to the new state
         self.steps += 1
         success = bool(self.task.success(self))

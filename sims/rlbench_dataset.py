@@ -22,6 +22,7 @@ import io
 import pickle
 import re
 from _compat_pickle import IMPORT_MAPPING
+from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image
@@ -36,14 +37,6 @@ NEAR = 0.02  # metres, and parts of a rotation matrix: how well a Panda must fit
 
 
 # ------------------------------------------------------------------------------------------------------------ pickles
-class Observation:
-    """RLBench's observation, as a plain container of attributes."""
-
-
-class Demo:
-    """RLBench's demonstration: _observations, and random_seed: NumPy's random state before the scene was laid out."""
-
-
 def empty_array(kind, shape, dtype):
     """To be filled by the pickle's next instruction: NumPy's _reconstruct makes no other."""
     if kind is not np.ndarray or tuple(shape) != (0,):
@@ -52,7 +45,8 @@ def empty_array(kind, shape, dtype):
 
 
 class Unpickler(pickle.Unpickler):
-    """Knows two empty classes, and what NumPy's arrays of numbers are pickled with: our own functions in place of NumPy's."""
+    """Knows what NumPy's arrays of numbers are pickled with, our own functions in place of NumPy's, and two containers of attributes:
+    Observation, and Demo, which holds _observations and random_seed, NumPy's random state before the scene was laid out."""
 
     def __init__(self, path):
         super().__init__(io.BytesIO(path.read_bytes()))
@@ -62,9 +56,8 @@ class Unpickler(pickle.Unpickler):
             "numpy.core.multiarray._reconstruct": empty_array,
             "numpy.core.multiarray.scalar": lambda dtype, data: np.frombuffer(data, dtype)[0],
             "numpy.core.numeric._frombuffer": lambda data, dtype, shape, order: np.frombuffer(data, dtype).reshape(shape, order=order),
-            # Classes of their own for each file: a file can set attributes of a class, and shall not meddle with the next one's.
-            "rlbench.demo.Demo": type("Demo", (Demo,), {}),
-            "rlbench.backend.observation.Observation": type("Observation", (Observation,), {}),
+            # A class that no file can change: the next one meets it as it was.
+            "rlbench.demo.Demo": SimpleNamespace, "rlbench.backend.observation.Observation": SimpleNamespace,
         }  # fmt: skip
 
     def find_class(self, module, name):
@@ -229,13 +222,11 @@ def find_demonstrations(root, tasks=(), variations=(), count=None):
     if not found:
         raise UserError(f"{root} has no <task>/variation<N>/episodes/episode<M> inside: give the root of a dataset of RLBench.")
     present = sorted({task for task, _ in found})
-    for task in tasks or present:
-        if task not in present:
-            raise UserError(f"{root} has no task '{task}', only {', '.join(present)}.")
-        for variation in variations:
-            if (task, variation) not in found:
-                raise UserError(f"{root / task} has no variation{variation}, or no demonstration of it.")
-    chosen = [key for key in sorted(found) if key[0] in (tasks or present) and key[1] in (variations or [key[1]])]
+    for task in set(tasks) - set(present):
+        raise UserError(f"{root} has no task '{task}', only {', '.join(present)}.")
+    chosen = [(task, n) for task, n in sorted(found) if (not tasks or task in tasks) and (not variations or n in variations)]
+    for variation in set(variations) - {n for _, n in chosen}:
+        raise UserError(f"{root} has no variation{variation} of these tasks.")
     return [path for key in chosen for _, path in sorted(found[key])[:count]]
 
 
@@ -262,7 +253,7 @@ def read_demonstration(folder, cameras, size=None):
     if not isinstance(descriptions, list) or not descriptions or not all(isinstance(text, str) for text in descriptions):
         raise UserError(f"{variation / 'variation_descriptions.pkl'} is not a list of sentences: get it again.")
     observations = getattr(demo, "_observations", demo)
-    if not isinstance(observations, list) or len(observations) < 2 or not all(isinstance(o, Observation) for o in observations):
+    if not isinstance(observations, list) or len(observations) < 2 or not all(hasattr(o, "joint_positions") for o in observations):
         raise UserError(f"{where} does not hold a demonstration of two frames or more: record it again.")
     images, scales = {}, {}
     for camera in cameras:

@@ -178,8 +178,8 @@ class RLBenchEnv(ArmEnv):
 
     def picture(self, camera, height, width):
         """What the camera sees now: (height, width, 3) uint8."""
-        picture = np.array(getattr(self.last, f"{camera}_rgb"), np.uint8)
-        return picture if picture.shape[:2] == (height, width) else np.array(Image.fromarray(picture).resize((width, height)))
+        picture = Image.fromarray(np.array(getattr(self.last, f"{camera}_rgb"), np.uint8))
+        return np.array(picture.resize((width, height)))
 
     # ---- geometry, in the frame of the robot's base
     def joint_poses(self):
