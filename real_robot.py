@@ -271,7 +271,7 @@ def drive(robot, cameras, policy, safety, log, settings, instruction, steps, fin
                 action=np.append(previous, opened), reached=reached)
         # 3. Think: ask for the next chunk, so early that it is there when this one ends.
         ahead = math.ceil((latency + 0.015) * HZ)  # steps that pass meanwhile
-        if asked is None and (chunk is None or travelled - looked > min(settings.execute, K - ahead)):
+        if asked is None and (chunk is None or travelled - looked >= 1 + min(settings.execute, K - ahead)):
             policy.ask(pictures, qpos, instruction, travelled)
             age = max(start + tick / HZ - frame, 0)  # of the picture, s
             asked, looking = time.monotonic(), travelled - share * (1 + HZ * age)
