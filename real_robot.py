@@ -369,9 +369,9 @@ def main():
     from calibrate import Settings as Calibrate  # imported late: the policy's process has no use for OpenCV
     from calibrate import calibrate
 
-    commands = {"run": (Run, run), "record": (Record, record), "replay": (Replay, replay), "calibrate": (Calibrate, calibrate)}
-    settings = tyro.extras.subcommand_cli_from_dict({name: kind for name, (kind, _) in commands.items()}, description=__doc__)
-    next(command for kind, command in commands.values() if type(settings) is kind)(settings)
+    settings = tyro.extras.subcommand_cli_from_dict({"run": Run, "record": Record, "replay": Replay, "calibrate": Calibrate},
+                                                    description=__doc__)  # fmt: skip
+    {Run: run, Record: record, Replay: replay, Calibrate: calibrate}[type(settings)](settings)
 
 
 if __name__ == "__main__":
