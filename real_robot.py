@@ -20,7 +20,7 @@ import math
 import signal
 import sys
 import time
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -97,10 +97,11 @@ class Safety:
             raise Fault(f"Joint {np.abs(qvel[:7] / VELOCITY).argmax() + 1} moves at more than 95 % of its greatest velocity.")
 
     def check_fresh(self, stamps, now):
-        """stamps: camera -> when its picture was taken, s."""
+        """stamps: camera -> when its picture was taken, s; 0 before the first."""
         oldest = min(stamps, key=stamps.get)
         if now - stamps[oldest] > self.stale:
-            raise Fault(f"Camera '{oldest}' has sent no picture for {now - stamps[oldest]:.1f} s: check its cable.")
+            since = f" for {now - stamps[oldest]:.1f} s" if stamps[oldest] else ""
+            raise Fault(f"Camera '{oldest}' has sent no picture{since}: check its cable.")
 
     def check_heard(self, seconds):
         if seconds > self.stale:
@@ -139,8 +140,7 @@ class Settings:
     seed: int = 0
     """In the simulator: the first scene."""
     yes: bool = False
-    """Ask nothing and begin at once; record counts it as a success, run does not (in the simulator nobody is asked: the scene knows)."""
-    counts = False  # as a success, with --yes
+    """Begin at once, without asking (in the simulator nobody is asked)."""
 
 
 @dataclass
@@ -173,7 +173,6 @@ class Record(Settings):
     """Stop by itself after so long; 0: at Enter (in the simulator, when the script is done)."""
     seed: int = 500_000
     """In the simulator: the scene."""
-    counts = True
 
 
 # ---------------------------------------------------------------------------------------------------------- run and record
@@ -187,18 +186,18 @@ def station(settings, **options):
 
 
 @contextmanager
-def held(settings, bench, safety, path, size, names=None):
-    """-> robot, log, instruction, for a block that makes the episode `path`; names: the cameras of the policy that is to command the arm.
+def held(settings, bench, safety, path, names, size):
+    """-> robot, log, instruction, for a block that makes the episode `path` of these cameras, with their pictures at `size`.
     Whatever ends the block, a fault, Ctrl-C or its last line: first the arm holds, then the log is written, then a sentence says why."""
-    pictures, error = bench.read()[1], None  # of the right size, if black, before the first
-    if missing := set(names or ()) - set(pictures):
-        raise UserError(f"The policy was trained with camera '{missing.pop()}', which --cameras does not name.")
-    pictures, calibration = fit({name: pictures[name] for name in names or pictures}, bench.calibration, size)
+    pictures, error, calibration = bench.read()[1], None, {}  # the pictures are of the right size, if black, before the first
+    for name in names:
+        if name not in pictures:
+            raise UserError(f"The policy was trained with camera '{name}', which --cameras does not name.")
+        calibration[name] = bench.calibration[name] | {"intrinsics": fit(pictures[name], size, bench.calibration[name]["intrinsics"])[1]}
     instruction = settings.instruction or bench.instruction
     about = dict(task=settings.task, variation=bench.variation, instruction=instruction, instructions=[instruction], robot=settings.arm,
-                 sim=bench.sim, seed=bench.seed, commanded=bool(names))  # fmt: skip
-    robot = Franka(bench.host, safety)
-    log = Recording(path, about, calibration, {name: picture.shape[:2] for name, picture in pictures.items()}, bool(names))
+                 sim=bench.sim, seed=bench.seed)  # fmt: skip
+    robot, log = Franka(bench.host, safety), Recording(path, about, calibration)
     try:
         yield robot, log, instruction
     except BaseException as problem:
@@ -220,14 +219,6 @@ def held(settings, bench, safety, path, size, names=None):
         raise Fault("It was ended before its first step, so nothing was recorded.")
 
 
-def sleep_until(deadline, meanwhile):
-    """Return when time.monotonic() is `deadline`, and call meanwhile() a hundred times a second until then."""
-    while (left := deadline - time.monotonic()) > 0.015:
-        meanwhile()
-        time.sleep(0.01)
-    time.sleep(max(left, 0))
-
-
 # --------------------------------------------------------------------------------------------------------------------- run
 def between(chunk, position):
     """The action at a place between two steps of a chunk (K, 8); the last one beyond its end."""
@@ -242,66 +233,58 @@ def through(before, after):
 
 def drive(robot, cameras, policy, safety, log, settings, instruction, steps, finished):
     """The loop. Returns how late each command was (s) when finished() says so or after `steps` commands; raises what stops it."""
-    history, K = History(robot, cameras, safety), policy.needs["horizon"]
-    wanted = policy.needs["cameras"], policy.needs["image_size"][0]
-    answer = None  # of the policy, and when it came
-
-    def meanwhile():
-        nonlocal answer
-        history.sample()
-        safety.check_fresh(cameras.read()[0], time.monotonic())
-        if got := policy.answer():
-            answer = *got, time.monotonic()
-
+    history, K, wanted = History(robot, cameras, safety), policy.needs["horizon"], (policy.needs["cameras"], policy.needs["image_size"][0])
     pictures, _, _, qpos, _ = history.look(*wanted)
     policy.ask(pictures, qpos, instruction, 0)
-    painted, chunk = policy.answer(60) or safety.check_waiting(math.inf)
+    painted, chunk, _ = policy.answer(60) or safety.check_waiting(math.inf)
     safety.check_chunk(chunk)
     safety.confirm(painted, log.path.with_name("first_target.png"), settings.yes or settings.robot == "sim" or settings.dry_run)
     log.event("the first target was confirmed")
 
-    chunk, position = None, 0.0  # what is followed, and which of its steps was sent last; a slow one is played in parts of steps
-    progress = travelled = 0.0  # steps since the last look, and in all
-    asked, latency, lateness = None, 0.0, []
-    history.rows.clear(), history.sample()  # a person may have taken her time
-    previous, opened = history.last()[:7], history.last()[7] > 0.5
+    # The way is counted in steps of a chunk, of which a slow one is a part: how far the arm is sent, and how far it was in the picture
+    # that the chunk was made from. The chunk's action 0 is one step from there.
+    travelled = looked = 0.0
+    chunk, asked, latency, lateness = None, None, 0.0, []
+    history.rows.clear()  # a person may have taken her time
+    here = history.listen()
+    previous, opened = here[:7], here[7] > 0.5
     start, tick = time.monotonic() + 1 / HZ, 0
     while len(lateness) < steps and not finished():
-        sleep_until(start + tick / HZ, meanwhile)
+        history.wait(start + tick / HZ)
         late, share = time.monotonic() - start - tick / HZ, 0.0
         # 1. Send, before anything else.
-        if chunk is not None and position < K - 1:
-            wish = between(chunk, position + 1)
-            command, share = safety.step(previous, wish[:7])
-            position, progress, travelled = position + share, progress + share, travelled + share
-            after = between(chunk, position + 1)[:7] - command  # the chunk's next step, nothing at its end
-            opened = bool(chunk[min(math.ceil(position), K - 1), 7] > 0.5)
+        if chunk is not None and travelled - looked < K:
+            command, share = safety.step(previous, between(chunk, travelled - looked)[:7])
+            travelled += share
+            after = between(chunk, travelled - looked)[:7] - command  # the chunk's next step, nothing at its end
+            opened = bool(chunk[min(math.ceil(travelled - looked) - 1, K - 1), 7] > 0.5)
             if not settings.dry_run:
                 robot.send(command, through(command - previous, after))
                 robot.grip(opened)
             previous = command
             lateness.append(late)
         # 2. See, and write down.
-        reached = history.last()
+        reached = history.last
         pictures, _, frame, qpos, qvel = history.look(*wanted)
         safety.check_motion(qvel)
         log.add(pictures, painted, time=time.monotonic(), frame=frame, late=late, latency=latency, progress=share, qpos=qpos, qvel=qvel,
                 action=np.append(previous, opened), reached=reached)
         # 3. Think: ask for the next chunk, so early that it is there when this one ends.
-        ahead = math.ceil((latency + 0.015) * HZ) - 1  # steps that pass meanwhile, less the one that is always there
-        if asked is None and (chunk is None or position >= min(settings.execute, K - 1 - ahead)):
+        ahead = math.ceil((latency + 0.015) * HZ)  # steps that pass meanwhile
+        if asked is None and (chunk is None or travelled - looked >= 1 + min(settings.execute, K - ahead)):
             policy.ask(pictures, qpos, instruction, travelled)
-            asked, progress = time.monotonic(), share * (1 + HZ * max(start + tick / HZ - frame, 0))  # a picture is not of this moment
+            age = max(start + tick / HZ - frame, 0)  # of the picture, s
+            asked, looking = time.monotonic(), travelled - share * (1 + HZ * age)
         tick += 1
-        sleep_until(start + tick / HZ - 0.012, meanwhile)
-        if answer:
-            painted, chunk, came = answer
+        history.wait(start + tick / HZ - 0.012)
+        if answer := policy.answer():
+            painted, chunk, seconds = answer
             safety.check_chunk(chunk)
-            latency = max(came - asked, 0.8 * latency)  # slowly forgotten
-            log.event(f"a new target after {1000 * (came - asked):.0f} ms")
-            position, asked, answer = progress - 1, None, None  # the steps since its picture are over
+            latency = max(seconds, 0.8 * latency)  # slowly forgotten
+            log.event(f"a new target after {1000 * seconds:.0f} ms")
+            looked, asked = looking, None
             if settings.dry_run:
-                previous = history.last()[:7]
+                previous = history.last[:7]
         elif asked is not None:
             safety.check_waiting(time.monotonic() - asked)
     return lateness
@@ -312,10 +295,10 @@ def run_once(settings, policy, bench):
     speed = (1.0 if bench.sim else 0.2) if settings.speed is None else settings.speed
     safety = Safety(settings.arm, speed, settings.workspace, settings.watchdog)
     folder = settings.run / "robot" / f"{time.strftime(STAMP)}_{settings.task}"
-    steps, needs = settings.steps or bench.max_steps, policy.needs
     finished = bench.over if not (settings.steps and bench.sim) else lambda: False
-    with held(settings, bench, safety, folder / "log.hdf5", needs["image_size"][0], needs["cameras"]) as (robot, log, instruction):
-        lateness = drive(robot, bench, policy, safety, log, settings, instruction, steps, finished)
+    wanted = policy.needs["cameras"], policy.needs["image_size"][0]
+    with held(settings, bench, safety, folder / "log.hdf5", *wanted) as (robot, log, instruction):
+        lateness = drive(robot, bench, policy, safety, log, settings, instruction, settings.steps or bench.max_steps, finished)
     if lateness:
         write_timing(folder / "timing.png", lateness)
     if bench.sim and bench.get("lost") > 0.2:
@@ -333,21 +316,17 @@ def run(settings, load=None, bench=None):
         if settings.policy == "trained" and not load and not folder.is_dir():
             raise UserError(f"There is no checkpoint {folder}: train it first, or try --policy demonstrator.")
     recover(settings.run)
-    first, successes, policy = settings.seed, 0, None
-    with ExitStack() as loaded:
-        for settings.seed in tqdm(range(first, first + settings.episodes), desc="episodes", disable=settings.episodes == 1):
+    first, successes = settings.seed, 0
+    for settings.seed in tqdm(range(first, first + settings.episodes), desc="episodes", disable=settings.episodes == 1):
+        try:
             with nullcontext(bench) if bench else closing(station(settings)) as scene:
-                try:
-                    load = load or partial(trained, settings.run, settings.device)
-                    policy = policy or loaded.enter_context(closing(Policy(scene.policy if settings.policy == "demonstrator" else load)))
+                made = load or (scene.policy if settings.policy == "demonstrator" else partial(trained, settings.run, settings.device))
+                with closing(Policy(made)) as policy:
                     successes += run_once(settings, policy, scene)
-                    if settings.policy == "trained":
-                        continue
-                except Fault as error:
-                    if settings.episodes == 1:
-                        raise
-                    print(f"Seed {settings.seed}: {error}", file=sys.stderr)
-                policy = loaded.close()  # a script knows one scene alone, and a policy that failed had better start anew
+        except Fault as error:
+            if settings.episodes == 1:
+                raise
+            print(f"Seed {settings.seed}: {error}", file=sys.stderr)
     if settings.episodes > 1:
         print(f"{successes} of {settings.episodes} episodes of {settings.task} succeeded (seeds {first} to {settings.seed}).")
 
@@ -355,14 +334,14 @@ def run(settings, load=None, bench=None):
 # ------------------------------------------------------------------------------------------------------------------ record
 def record(settings):
     """One demonstration. Every frame has new pictures: where a camera is late, the frame waits, and those after it catch up.
-    Returns its path, and how many frames had to wait."""
+    Returns its path."""
     recover(settings.run)
     # The simulated cameras take 26 ms for a picture of 480x640, 2 ms for one of 64x64.
     options = dict(size=(settings.size,) * 2) if settings.size else dict(size=(480, 640), fps=HZ)
     safety = Safety(settings.arm, stale=1.0)  # nothing is sent: a camera may pause
-    path, waited = settings.run / "episodes" / settings.task / f"real_{time.strftime(STAMP)}.hdf5", 0
+    path = settings.run / "episodes" / settings.task / f"real_{time.strftime(STAMP)}.hdf5"
     with closing(station(settings, cameras=settings.cameras or CAMERAS, **options)) as bench:
-        with held(settings, bench, safety, path, settings.size) as (robot, log, _):
+        with held(settings, bench, safety, path, list(bench.calibration), settings.size) as (robot, log, _):
             if not (settings.yes or bench.sim):
                 ask("Hold the arm by the buttons at its wrist. Enter starts the recording, and Enter stops it.")
             history = History(robot, bench, safety)
@@ -370,23 +349,19 @@ def record(settings):
                 bench.demonstrate()
             stamps, start = bench.read()[0], None
             while settings.seconds == 0 or log.count < settings.seconds * HZ:
-                sleep_until(start + log.count / HZ if start else 0, history.sample)
-                before = stamps
-                while any((stamps := bench.read()[0])[camera] == stamp for camera, stamp in before.items()):
-                    history.sample()
-                    safety.check_fresh(stamps, time.monotonic())
-                    time.sleep(0.005)
+                history.wait(start + log.count / HZ if start else 0)
+                while any(stamp == stamps[camera] for camera, stamp in bench.read()[0].items()):
+                    history.wait(time.monotonic() + 0.02)
                 now = time.monotonic()
                 start = start or now + 0.5 / HZ  # midway between two pictures
-                waited += now - start - log.count / HZ > 0.01
                 pictures, stamps, frame, qpos, qvel = history.look(list(stamps), settings.size)
                 log.add(pictures, time=now, frame=frame, late=now - start - log.count / HZ, qpos=qpos, qvel=qvel)
                 if log.count % HZ == 0:
                     print(f"\rrecording, {log.count // HZ} s ", end="", flush=True)
                 if settings.seconds == 0 and (log.count > HZ and not bench.get("guided") if bench.sim else bench.over()):
                     break
-    print(f"\n{log.count} frames are in {path}" + (f"; {waited} of them waited for a camera." if waited else "."))
-    return path, waited
+    print(f"\n{log.count} frames are in {path}.")
+    return path
 
 
 def main():
@@ -394,9 +369,9 @@ def main():
     from calibrate import Settings as Calibrate  # imported late: the policy's process has no use for OpenCV
     from calibrate import calibrate
 
-    commands = {"run": (Run, run), "record": (Record, record), "replay": (Replay, replay), "calibrate": (Calibrate, calibrate)}
-    settings = tyro.extras.subcommand_cli_from_dict({name: kind for name, (kind, _) in commands.items()}, description=__doc__)
-    next(command for kind, command in commands.values() if type(settings) is kind)(settings)
+    settings = tyro.extras.subcommand_cli_from_dict({"run": Run, "record": Record, "replay": Replay, "calibrate": Calibrate},
+                                                    description=__doc__)  # fmt: skip
+    {Run: run, Record: record, Replay: replay, Calibrate: calibrate}[type(settings)](settings)
 
 
 if __name__ == "__main__":

@@ -15,43 +15,36 @@ import tyro
 from PIL import Image
 
 from episodes import Episode, UserError, read_episode, write_episode, write_whole
+from films import PANEL, tile, write_film
 from robot_io import HZ, Fault, franka_chain
 
-NUMBERS = ("time", "frame", "late", "latency", "progress")  # what a log holds of each frame, beside joints and pictures
+FILES = ("about.json", "events.jsonl", "frames.bin")  # of a recording that is not finished
 
 
 class Frames:
-    """One field of a recording, (T, H, W, 3) uint8, mapped anew for every frame: five minutes of pictures don't fit into memory."""
+    """The pictures of one field, (T, H, W, 3) uint8, mapped anew for every frame: five minutes of them don't fit into memory."""
 
     dtype, ndim = np.dtype(np.uint8), 4
 
-    def __init__(self, path, record, name, count):
+    def __init__(self, path, record, count, name):
         self.path, self.record, self.name, self.shape = path, record, name, (count, *record[name].shape)
 
     def __getitem__(self, t):
-        return np.memmap(self.path, self.record, "r", shape=self.shape[:1])[self.name][t].copy()
+        return np.array(np.memmap(self.path, self.record, "r", shape=self.shape[:1])[self.name][t])
 
 
 class Recording:
     """Frames go to disk as they come, into <name>.recording/, and become <name>.hdf5 at the end. After a crash `recover` does that."""
 
-    def __init__(self, path, about, cameras, sizes, painted=False):
-        """about: the episode's attributes, and whether actions were commanded (or follow from where the arm went); cameras: as in a
-        calibration file; sizes {camera: (H, W)}; painted: a target beside each picture."""
+    def __init__(self, path, about, cameras):
+        """about: the episode's attributes; cameras: as in a calibration file."""
         self.path, self.folder = Path(path), Path(path).with_suffix(".recording")
         if self.path.exists() or self.folder.exists():
             raise UserError(f"{self.path} exists already: delete it, or write to another folder.")
-        fields = [(name, "f8") for name in NUMBERS]
-        fields += [(name, "f4", (8,)) for name in ("qpos", "qvel", "action", "reached")]
-        kinds = ("images", "painted") if painted else ("images",)
-        fields += [(f"{kind}/{camera}", "u1", (*size, 3)) for kind in kinds for camera, size in sizes.items()]
-        self.dtype = np.dtype(fields)
         self.folder.mkdir(parents=True)
-        with write_whole(self.folder / "about.json") as temporary:
-            temporary.write_text(json.dumps({"about": about, "cameras": cameras, "fields": fields}, default=np.ndarray.tolist))
-        self.events, self.frames = (open(self.folder / name, "ab", buffering=0) for name in ("events.jsonl", "frames.bin"))
+        self.header, self.events, self.frames = (open(self.folder / name, "ab", buffering=0) for name in FILES)
         fcntl.flock(self.frames, fcntl.LOCK_EX)  # held while this program lives: what is not held was left behind
-        self.count, self.error, self.queue = 0, None, queue.Queue()
+        self.about, self.count, self.error, self.queue = {"about": about, "cameras": cameras}, 0, None, queue.Queue()
         self.writer = threading.Thread(target=self._write, daemon=True)
         self.writer.start()
 
@@ -65,17 +58,18 @@ class Recording:
                 self.error = OSError(error.errno, error.strerror, str(self.folder))
 
     def add(self, pictures, painted=None, **values):
-        """One frame. Raises the OSError of an earlier one that could not be written."""
+        """One frame, always of the same fields. Raises the OSError of an earlier one that could not be written."""
         if self.error:
             raise self.error
         if self.queue.qsize() > 10 * HZ:
             raise Fault(f"The disk of {self.folder} is ten seconds behind the cameras: record fewer or smaller pictures (--size).")
         values |= {f"images/{camera}": picture for camera, picture in pictures.items()}
         values |= {f"painted/{camera}": picture for camera, picture in (painted or {}).items()}
-        record = np.zeros((), self.dtype)
-        for name, value in values.items():
-            record[name] = value
-        self.queue.put((self.frames, record.tobytes()))
+        arrays = {name: np.asarray(value) for name, value in values.items()}
+        fields = {"names": list(arrays), "formats": [f"{array.shape}{array.dtype.str}" for array in arrays.values()]}
+        if not self.count:
+            self.queue.put((self.header, json.dumps(self.about | {"fields": fields}, default=np.ndarray.tolist).encode()))
+        self.queue.put((self.frames, np.array(tuple(arrays.values()), fields).tobytes()))
         self.count += 1
 
     def event(self, text):
@@ -85,7 +79,7 @@ class Recording:
         """Write the episode file and remove the scratch folder. Returns the path, or None when there is no frame."""
         self.queue.put(None)
         self.writer.join()
-        self.frames.close(), self.events.close()
+        self.frames.close()
         if self.error:
             raise self.error
         return finish(self.folder, success)
@@ -93,34 +87,31 @@ class Recording:
 
 def finish(folder, success):
     """Make the episode file of a recording's folder, and remove the folder. A last frame that was cut off is left out."""
-    path = folder.with_suffix(".hdf5")
-    if path.exists():  # killed between writing the file and removing the folder
-        shutil.rmtree(folder)
-        return path
-    saved = json.loads((folder / "about.json").read_text())
-    about, cameras = saved["about"], {c: {k: np.array(v) for k, v in entry.items()} for c, entry in saved["cameras"].items()}
-    commanded, dtype = about.pop("commanded"), np.dtype([(name, kind, *map(tuple, shape)) for name, kind, *shape in saved["fields"]])
-    count = (folder / "frames.bin").stat().st_size // dtype.itemsize
-    if not count:
-        shutil.rmtree(folder)
-        return None
-    rows = np.memmap(folder / "frames.bin", dtype, "r", shape=(count,))
-    rows = {name: np.array(rows[name]) for name in dtype.names if "/" not in name}
-    rows["qvel"][:, 7] = np.gradient(rows["qpos"][:, 7]) * HZ if count > 1 else 0  # the hand does not tell
+    path, (about, events, frames) = folder.with_suffix(".hdf5"), (folder / name for name in FILES)
+    if frames.stat().st_size and not path.exists():  # killed before the first frame, or between writing the file and removing the folder
+        saved = json.loads(about.read_text())
+        record = np.dtype(saved["fields"])
+        if count := frames.stat().st_size // record.itemsize:
+            rows = np.memmap(frames, record, "r", shape=(count,))
+            fields = {name: Frames(frames, record, count, name) if "/" in name else np.array(rows[name]) for name in record.names}
+            write_episode(path, as_episode(saved, fields, events.read_bytes(), success))
+    shutil.rmtree(folder)
+    return path if path.exists() else None
+
+
+def as_episode(saved, fields, events, success):
+    cameras = {camera: {key: np.array(value) for key, value in entry.items()} for camera, entry in saved["cameras"].items()}
+    qpos, qvel, images = fields.pop("qpos"), fields.pop("qvel"), {camera: fields.pop(f"images/{camera}") for camera in cameras}
+    qvel[:, 7] = np.gradient(qpos[:, 7]) * HZ if len(qpos) > 1 else 0  # the hand does not tell
     chain = franka_chain(cameras)
-    poses = chain.joint_poses(rows["qpos"][:, :7].astype(np.float64))
-    frames = {name: Frames(folder / "frames.bin", dtype, name, count) for name in dtype.names if "/" in name}
-    extras = {name: rows[name] for name in (*NUMBERS, "reached")} | {"events": np.array((folder / "events.jsonl").read_bytes() or b" ")}
-    extras |= {name.replace("/", "_"): data for name, data in frames.items() if name.startswith("painted/")}
-    write_episode(path, Episode(
-        path=path, **about, success=success, fps=float(HZ), qpos=rows["qpos"], qvel=rows["qvel"], extras=extras,
-        action=rows["action"] if commanded else followed(rows["qpos"]), joint_poses=poses.astype(np.float32),
-        images={camera: frames[f"images/{camera}"] for camera in cameras},
+    poses = chain.joint_poses(qpos[:, :7])
+    return Episode(
+        path=None, **saved["about"], success=success, fps=float(HZ), qpos=qpos, qvel=qvel, joint_poses=poses, images=images,
+        action=fields.pop("action") if "action" in fields else followed(qpos),
         intrinsics={camera: entry["intrinsics"] for camera, entry in cameras.items()},
         extrinsics={camera: np.array(chain.camera_pose(camera, poses)) for camera in cameras},
-    ))  # fmt: skip
-    shutil.rmtree(folder)
-    return path
+        extras={name.replace("/", "_"): data for name, data in fields.items()} | {"events": np.array(events or b" ")},
+    )  # fmt: skip
 
 
 def followed(qpos):
@@ -171,8 +162,6 @@ class Replay:
 
 def replay(settings):
     """Observation, painted target and motion side by side."""
-    from evaluate import PANEL, tile, write_film
-
     path = settings.log / "log.hdf5" if settings.log.is_dir() else settings.log
     episode = read_episode(path)
     painted = {name.removeprefix("painted_"): data for name, data in episode.extras.items() if name.startswith("painted_")}

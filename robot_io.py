@@ -58,9 +58,9 @@ def franka_chain(cameras=None):
                       for i, (sine, cosine) in enumerate(zip(np.sin(alpha), np.cos(alpha)))])  # fmt: skip
     tool = turns(np.array(-np.pi / 4))
     tool[2, 3] = 0.107 + 0.1034  # flange and fingertips
-    poses = {key: {camera: entry[key] for camera, entry in (cameras or {}).items() if key in entry}
-             for key in ("last_joint_from_camera", "world_from_camera")}
-    return Chain(links.round(12), tool, *poses.values())
+    mounted, fixed = ({camera: entry[key] for camera, entry in (cameras or {}).items() if key in entry}
+                      for key in ("last_joint_from_camera", "world_from_camera"))
+    return Chain(links.round(12), tool, mounted, fixed)
 
 
 class Franka:
@@ -201,18 +201,15 @@ class RealSense:
         self.closing.set()
 
 
-def fit(pictures, cameras, size):
-    """The middle square of each picture at size x size pixels, and the cameras' entries with intrinsics to match; size 0: as it is."""
+def fit(picture, size, intrinsics=np.eye(3)):
+    """The middle square of a picture (H, W, 3) at size x size pixels, and its camera's intrinsics (3, 3) to match; size 0: as they are."""
     if not size:
-        return pictures, cameras
-    fitted = {camera: np.asarray(ImageOps.fit(Image.fromarray(picture), (size, size), Image.BOX)) for camera, picture in pictures.items()}
-    entries = {}
-    for camera, picture in pictures.items() if cameras else ():
-        height, width = picture.shape[:2]
-        side = min(height, width)
-        moved = cameras[camera]["intrinsics"] - [[0, 0, (width - side) / 2], [0, 0, (height - side) / 2], [0, 0, 0]]
-        entries[camera] = cameras[camera] | {"intrinsics": np.diag([size / side, size / side, 1]) @ moved}
-    return fitted, entries
+        return picture, intrinsics
+    height, width = picture.shape[:2]
+    side = min(height, width)
+    square = intrinsics - [[0, 0, (width - side) / 2], [0, 0, (height - side) / 2], [0, 0, 0]]
+    fitted = ImageOps.fit(Image.fromarray(picture), (size, size), Image.BOX)
+    return np.asarray(fitted), np.diag([size / side, size / side, 1]) @ square
 
 
 class Station(RealSense):
@@ -228,42 +225,48 @@ class Station(RealSense):
         if not (instruction := settings.instruction or ask("Instruction: ")):
             raise UserError("There is no instruction: give one with --instruction.")
         super().__init__(serials)
-        self.settings, self.instruction, self.calibration = settings, instruction, {camera: calibration[camera] for camera in serials}
+        self.instruction, self.calibration = instruction, {camera: calibration[camera] for camera in serials}
         self.host, self.seed = settings.robot, int(time.time())
 
     def success(self):
-        return self.settings.counts if self.settings.yes else ask("Did it succeed? y Enter: ") == "y"
+        return ask("Did it succeed? y Enter: ") == "y"
 
 
 class History:
-    """What arm and cameras said in the last two seconds, so that the joints can be had at the time of a picture."""
+    """What the arm said in the last two seconds, so that its joints can be had at the time of a picture."""
 
     def __init__(self, robot, cameras, safety):
         """Waits until the arm and every camera have been heard of."""
         self.robot, self.cameras, self.safety, self.rows = robot, cameras, safety, deque(maxlen=200)
-        begin = time.monotonic()
+        end = time.monotonic() + 10
         while len(self.rows) < 20 or time.monotonic() - min(cameras.read()[0].values()) > safety.stale / 2:
-            self.sample()
+            self.listen()
             time.sleep(0.01)
-            if time.monotonic() > begin + 10:
-                safety.check_fresh({camera: max(stamp, begin) for camera, stamp in cameras.read()[0].items()}, time.monotonic())
+            if time.monotonic() > end:
+                safety.check_fresh(cameras.read()[0], time.monotonic())
 
-    def sample(self):
-        now, qpos, qvel = self.robot.state()
-        self.rows.append((now, *qpos, *qvel))
+    def listen(self):
+        """-> joint positions and gripper opening (8,) now."""
+        now, self.last, qvel = self.robot.state()
+        self.rows.append((now, *self.last, *qvel))
+        return self.last
 
-    def last(self):
-        """Joint positions and gripper opening (8,) at the latest sample."""
-        return np.array(self.rows[-1][1:9])
+    def wait(self, until):
+        """Return when time.monotonic() is `until`; a hundred times a second see that arm and cameras are alive."""
+        while (left := until - time.monotonic()) > 0.015:
+            self.listen()
+            self.safety.check_fresh(self.cameras.read()[0], time.monotonic())
+            time.sleep(0.01)
+        time.sleep(max(left, 0))
 
     def look(self, names, size):
         """-> pictures {camera: (H, W, 3)} as `fit` makes them, their stamps, the mean stamp; joints (8,) and their velocities (8,) then."""
-        self.sample()
+        self.listen()
         stamps, pictures = self.cameras.read()
         self.safety.check_fresh(stamps, time.monotonic())
         frame, rows = float(np.mean([stamps[name] for name in names])), np.array(self.rows)
         values = np.array([np.interp(frame, rows[:, 0], column) for column in rows[:, 1:].T])
-        return fit({name: pictures[name] for name in names}, None, size)[0], stamps, frame, values[:8], values[8:]
+        return {name: fit(pictures[name], size)[0] for name in names}, stamps, frame, values[:8], values[8:]
 
 
 # --------------------------------------------------------------------------------------------------------------- the policy
@@ -281,19 +284,20 @@ def trained(run, device):
 
 
 def think(load, pipe):
-    """The policy's process: what it needs, then an answer to one picture at a time, each with the number of its question."""
+    """The policy's process: says what it needs, then answers one question at a time, and how many seconds that took."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         needs, policy = load()
-        pipe.send((0, needs))
+        pipe.send(needs)
         while True:
-            number, *question = pipe.recv()
+            asked, *question = pipe.recv()
             painted, chunk = policy(*question)
-            pipe.send((number, painted, np.asarray(chunk, np.float64)))
+            pipe.send((painted, np.asarray(chunk, np.float64), time.monotonic() - asked))
     except (EOFError, BrokenPipeError):  # the main program is gone
         pass
     except Exception as error:
-        pipe.send((None, str(error) if isinstance(error, UserError) else f"The policy failed ({type(error).__name__}: {one_line(error)})."))
+        words = str(error) if isinstance(error, UserError) else f"The policy failed ({type(error).__name__}: {one_line(error)})."
+        pipe.send(Fault(words))
 
 
 class Policy:
@@ -302,30 +306,27 @@ class Policy:
     def __init__(self, load):
         context = multiprocessing.get_context("spawn")
         self.pipe, there = context.Pipe()
-        self.process, self.asked = context.Process(target=think, args=(load, there), daemon=True), 0
+        self.process = context.Process(target=think, args=(load, there), daemon=True)
         self.process.start()
         there.close()
-        if not (loaded := self.answer(LOADING)):
+        if not (needs := self.answer(LOADING)):
             self.close()
             raise Fault(f"The policy was not loaded within {LOADING} s: is the machine busy, or the disk slow? Start it again.")
-        self.needs = loaded[0]
+        self.needs = needs
 
     def ask(self, pictures, qpos, instruction, step):
-        self.asked += 1
         with suppress(OSError):  # that its process has ended is what `answer` says
-            self.pipe.send((self.asked, pictures, qpos, instruction, step))
+            self.pipe.send((time.monotonic(), pictures, qpos, instruction, step))
 
     def answer(self, timeout=0.0):
-        """The painted pictures and the chunk for what was asked last; None when they are not there within `timeout` seconds."""
+        """For what was asked: painted pictures, chunk, after how many seconds; None when it is not there within `timeout` seconds."""
         try:
-            while self.pipe.poll(timeout):
-                number, *answer = self.pipe.recv()
-                if number is None:
-                    raise Fault(*answer)
-                if number == self.asked:  # not to a question of an episode that was stopped
-                    return answer
+            answer = self.pipe.recv() if self.pipe.poll(timeout) else None
         except (EOFError, OSError):
             raise Fault("The policy's process has ended: is there enough memory?") from None
+        if isinstance(answer, Fault):
+            raise answer
+        return answer
 
     def close(self):
         self.process.kill()

@@ -21,7 +21,7 @@ INTRINSICS = np.array([[615.0, 0, 322], [0, 613, 237], [0, 0, 1]])
 SIZE = (480, 640)
 REST = np.array([0.0, -0.3, 0.0, -2.2, 0.0, 1.9, 0.7853])
 CHAIN = franka_chain()
-POINTS = make_board(Settings()).getChessboardCorners().astype(float)  # (M, 3)
+POINTS = make_board(0.03).getChessboardCorners().astype(float)  # (M, 3)
 
 
 def scene(random, on_arm, views=20):
@@ -89,9 +89,9 @@ def test_within_a_millimetre_with_noise_of_a_third_of_a_pixel(on_arm, seed):
 
 def photograph(random, to_camera, noise=3):
     """A picture (480, 640, 3) of the board on a table, slightly blurred and noisy."""
-    across, down = Settings().squares
+    across, down = calibrate.SQUARES
     dots = 60  # of a square
-    printed = make_board(Settings()).generateImage((across * dots, down * dots))
+    printed = make_board(0.03).generateImage((across * dots, down * dots))
     printed = cv2.copyMakeBorder(printed, dots // 2, dots // 2, dots // 2, dots // 2, cv2.BORDER_CONSTANT, value=255)
     metres = np.diag([0.03 / dots, 0.03 / dots, 1]) @ [[1, 0, 0.5 - dots // 2], [0, 1, 0.5 - dots // 2], [0, 0, 1]]  # from dots
     plane = INTRINSICS @ to_camera[:3, [0, 1, 3]] @ metres
@@ -133,8 +133,8 @@ def pictures(tmp_path_factory, taken):
 
 def test_corners_are_found_where_they_are(taken):
     _, _, pictures, to_camera = taken["front"]
-    found = find_corners(make_board(Settings()), pictures, Settings())
-    off = np.concatenate([pixels - project(pose, POINTS)[numbers] for (numbers, pixels), pose in zip(found, to_camera)])
+    found = find_corners(make_board(0.03), pictures, Settings())
+    off = np.concatenate([pixels - project(to_camera[t], POINTS)[numbers] for t, (numbers, pixels) in found.items()])
     assert len(off) > 0.8 * len(POINTS) * len(pictures)
     assert np.abs(off.mean(0)).max() < 0.03 and off.std() < 0.3  # and not half a pixel beside
 
@@ -186,9 +186,9 @@ def refused(folder, monkeypatch, capsys, *arguments, camera="front"):
 
 @pytest.mark.parametrize("camera", ["front", "wrist"])
 def test_a_wrong_size_of_the_squares(pictures, monkeypatch, capsys, camera):
-    sentence = refused(pictures, monkeypatch, capsys, "--square", 0.028, "--marker", 0.0205, camera=camera)
+    sentence = refused(pictures, monkeypatch, capsys, "--square", 0.028, camera=camera)
     assert "30.0 mm" in sentence and "not 28.0" in sentence and "--square" in sentence
-    assert "30.0 mm" in refused(pictures, monkeypatch, capsys, "--square", 0.032, camera=camera)  # the markers' size is right
+    assert "30.0 mm" in refused(pictures, monkeypatch, capsys, "--square", 0.032, camera=camera)
 
 
 def test_too_few_pictures(taken, pictures, tmp_path, monkeypatch, capsys):
@@ -203,10 +203,11 @@ def test_too_few_pictures(taken, pictures, tmp_path, monkeypatch, capsys):
 def test_mirrored_boards_and_other_boards(taken, pictures, tmp_path, monkeypatch, capsys):
     mirrored = lay_out(tmp_path / "mirrored", taken, mend=lambda picture: picture[:, ::-1], count=10)
     assert "mirrored in 10 of 10 pictures of front" in refused(mirrored, monkeypatch, capsys)
-    assert "--dictionary 4X4_50" in refused(pictures, monkeypatch, capsys, "--dictionary", "4X4_50")
-    assert "--squares" in refused(pictures, monkeypatch, capsys, "--squares", 6, 7)
-    assert "--squares" in refused(pictures, monkeypatch, capsys, "--squares", 2, 7)
-    assert "--marker" in refused(pictures, monkeypatch, capsys, "--marker", 0.04)
+    assert "no square's side" in refused(pictures, monkeypatch, capsys, "--square", 30)  # millimetres
+    for name, other in (("DICTIONARY", cv2.aruco.DICT_4X4_50), ("SQUARES", (6, 7))):
+        with monkeypatch.context() as patch:
+            patch.setattr(calibrate, name, other)
+            assert "0 of 20 pictures of front show the board" in refused(pictures, patch, capsys)
 
 
 def test_hands_that_did_not_turn_and_joints_of_other_pictures():
@@ -220,9 +221,11 @@ def test_hands_that_did_not_turn_and_joints_of_other_pictures():
             fit_camera(found, POINTS, swapped, SIZE, on_arm, 0.03, names)
         with pytest.raises(UserError, match="joint positions"):
             fit_camera(found, POINTS, last, SIZE, not on_arm, 0.03, names)
-        about_one_axis = last[0] @ np.array([calibrate.pose_of([0, 0, angle, 0, 0, 0]) for angle in np.linspace(-1, 1, 20)])
-        with pytest.raises(UserError, match="one axis"):
-            fit_camera(found, POINTS, about_one_axis, SIZE, on_arm, 0.03, names)
+        turned = last[0] @ np.array([calibrate.pose_of([0, 0, angle, 0, 0, 0]) for angle in np.linspace(-0.5, 0.5, 20)])
+        seen = np.linalg.inv(turned @ camera) @ board if on_arm else np.linalg.inv(camera) @ turned @ board
+        about_one_axis = [(np.arange(len(POINTS)), project(pose, POINTS) + random.normal(0, 0.3, (len(POINTS), 2))) for pose in seen]
+        with pytest.raises(UserError, match="different axes"):
+            fit_camera(about_one_axis, POINTS, turned, SIZE, on_arm, 0.03, names)
 
 
 def test_a_lens_that_bends_lines():
@@ -237,8 +240,8 @@ def test_a_lens_that_bends_lines():
 
 
 @pytest.mark.parametrize("text, word", [
-    (None, "joints.csv"), ("", "no line in"), ("0,1,2\n", "picture 0"), ("0,a,b,c,d,e,f,g\n", "joints.csv"),
-    ("0,nan,0,0,0,0,0,0\n", "picture 0"), ("0,0,-17,0,-126,0,108,45\n", "radians"), ("0,0,0,0,0,0,0,0\n", "000.png cannot be read"),
+    (None, "joints.csv"), ("", "joints.csv"), ("1,0,0,0,0,0,0,0\n", "no line in"), ("0,1,2\n", "joints.csv"),
+    ("0,a,b,c,d,e,f,g\n", "joints.csv"), ("0,nan,0,0,0,0,0,0\n", "radians"), ("0,0,-17,0,-126,0,108,45\n", "radians"), ("0,0,0,0,0,0,0,0\n", "000.png cannot be read"),
 ])  # fmt: skip
 def test_bad_folders(tmp_path, monkeypatch, capsys, text, word):
     (tmp_path / "pictures/front").mkdir(parents=True)
@@ -263,7 +266,7 @@ def test_the_printed_board_has_its_true_size(tmp_path, monkeypatch, capsys):
     grey = np.array(sheet.convert("L"))
     ink = np.argwhere(grey < 128)
     assert np.allclose((np.ptp(ink, axis=0) + 1) / 24, (210, 150), atol=0.05)  # mm
-    pixels, numbers, *_ = cv2.aruco.CharucoDetector(make_board(Settings())).detectBoard(cv2.resize(grey, None, fx=0.2, fy=0.2))
+    pixels, numbers, *_ = cv2.aruco.CharucoDetector(make_board(0.03)).detectBoard(cv2.resize(grey, None, fx=0.2, fy=0.2))
     assert len(numbers) == 24
     page = re.search(rb"/MediaBox \[ ?0 0 ([0-9.]+) ([0-9.]+)", (tmp_path / "board.pdf").read_bytes())
     assert np.allclose([float(page[1]) / 72 * 25.4, float(page[2]) / 72 * 25.4], (210, 297), atol=0.1)

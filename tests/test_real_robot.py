@@ -127,21 +127,21 @@ def test_reflexes_are_told_in_words():
 def test_fit_keeps_what_a_pixel_sees():
     picture = np.zeros((480, 640, 3), np.uint8)
     picture[200:220, 400:420] = 255
-    pictures, cameras = fit({"front": picture}, {"front": CAMERA}, 96)
-    ray = np.linalg.solve(CAMERA["intrinsics"], [410, 210, 1])
-    x, y, _ = cameras["front"]["intrinsics"] @ ray
-    white = np.argwhere(pictures["front"][..., 0] > 128) + 0.5
-    assert pictures["front"].shape == (96, 96, 3) and np.abs(white.mean(0) - [y, x]).max() < 0.01
-    assert fit({"front": picture}, {"front": CAMERA}, 0) == ({"front": picture}, {"front": CAMERA})
+    fitted, intrinsics = fit(picture, 96, CAMERA["intrinsics"])
+    x, y, _ = intrinsics @ np.linalg.solve(CAMERA["intrinsics"], [410, 210, 1])
+    white = np.argwhere(fitted[..., 0] > 128) + 0.5
+    assert fitted.shape == (96, 96, 3) and np.abs(white.mean(0) - [y, x]).max() < 0.01
+    assert fit(picture, 0, CAMERA["intrinsics"]) == (picture, CAMERA["intrinsics"])
 
 
 ABOUT = dict(task="wipe", variation=0, instruction="wipe the table", instructions=["wipe the table"], robot="fr3", sim=False, seed=1)
 
 
 def recording(path, frames, commanded=False):
-    log = Recording(path, ABOUT | {"commanded": commanded}, {"front": CAMERA}, {"front": (6, 8)})
+    log, action = Recording(path, ABOUT, {"front": CAMERA}), {"action": np.append(HOME, 1)} if commanded else {}
     for t in range(frames):
-        log.add({"front": np.full((6, 8, 3), t, np.uint8)}, time=t / 10, qpos=np.append(HOME + t / 100, 1 - t / 10), action=np.append(HOME, 1))
+        qpos = np.append(HOME + t / 100, 1 - t / 10)
+        log.add({"front": np.full((6, 8, 3), t, np.uint8)}, time=t / 10, qpos=qpos, qvel=np.zeros(8), **action)
     return log
 
 
@@ -248,7 +248,7 @@ class Ramp:
         time.sleep(timeout and self.seconds)
         if self.due and time.monotonic() >= self.due:
             self.due = None
-            return self.result
+            return *self.result, self.seconds
 
 
 def loop(tmp_path, policy, safety=None, steps=30, age=0.0, **settings):
@@ -543,7 +543,7 @@ def test_a_run_over_the_protocol_and_its_film(tmp_path, capsys):
 
 
 def test_a_demonstration_is_recorded(tmp_path):
-    path, _ = real_robot.record(Record(run=tmp_path, task="push_button", seed=500_001, size=32))
+    path = real_robot.record(Record(run=tmp_path, task="push_button", seed=500_001, size=32))
     episode = read_episode(path)
     assert episode.success and (np.diff(episode.extras["frame"]) > 0).all() and episode.images["front"].shape[1:] == (32, 32, 3)
     from render_spheres import Chain
@@ -557,7 +557,7 @@ def test_a_demonstration_is_recorded(tmp_path):
 def test_five_minutes_of_large_pictures(tmp_path):
     """Two cameras, 480x640, ten times a second: no frame is lost, and memory stays below 2 GB."""
     settings = Record(run=tmp_path, cameras=("front", "wrist"), seconds=300.0)
-    path, _ = real_robot.record(settings)
+    path = real_robot.record(settings)
     episode = read_episode(path, images=False)
     with h5py.File(path, "r") as file:
         frames = file["extras/frame"][()]  # when its pictures were taken
