@@ -165,7 +165,8 @@ def fit_camera(found, points, world_from_last, size, on_arm, square, names):
         raise UserError(f"The lens bends straight lines: the corners are {lens_error:.1f} pixels from where they would be without, and "
                         f"{bent_error:.1f} with distortion: undistort the pictures, here and for the demonstrations.")
     if lens_error > LENS_ERROR:
-        raise UserError(f"The corners are {lens_error:.1f} pixels from where any camera would see them: take sharp pictures of a flat board.")
+        raise UserError(f"The corners are {lens_error:.1f} pixels from where any camera would see them: take sharp pictures of a flat "
+                        "board.")
 
     # With the arm: a first guess by Park and Martin's method (ten times less exact), then the least squares of all pixels.
     boards = np.array([pose_of(np.append(turn, shift)) for turn, shift in zip(turns, shifts)])
@@ -188,9 +189,9 @@ def fit_camera(found, points, world_from_last, size, on_arm, square, names):
     if rms(error) > ARM_ERROR:
         worst = max(range(len(found)), key=lambda t: rms(error.reshape(-1, 2)[view == t]))
         raise UserError(f"The camera alone fits to {lens_error:.2f} pixels, but with the arm's positions to {rms(error):.1f} (worst: "
-                        f"{names[worst]}): see that each picture has its own joint positions, that the hand turned about different axes, that "
-                        f"board and camera never slipped, and that the camera sits {'on the arm' if on_arm else 'in the room'} (if not: "
-                        f"--on-arm {not on_arm}).")
+                        f"{names[worst]}): see that each picture has its own joint positions, that the hand turned about different "
+                        f"axes, that board and camera never slipped, and that the camera sits {'on the arm' if on_arm else 'in the room'} "
+                        f"(if not: --on-arm {not on_arm}).")
     if abs(x[16]) > max(SQUARE_ERROR, 4 * less * deviation[16]):
         raise UserError(f"The arm moved as if the squares were {1000 * square * (1 + x[16]):.1f} mm wide, not {1000 * square:.1f}: "
                         "measure a square on the printed board and give --square in metres.")
