@@ -198,8 +198,8 @@ def fit_camera(found, points, world_from_last, size, on_arm, square, names):
     x, error, deviation = least_squares(errors, x[:16])
     unsure = less * np.linalg.norm(deviation[3:6]), less * np.linalg.norm(deviation[:3])
     if not (unsure[0] < UNSURE[0] and unsure[1] < UNSURE[1]):
-        raise UserError(f"The camera's pose is uncertain by {1000 * unsure[0]:.0f} mm and {np.degrees(unsure[1]):.1f} degrees: take more "
-                        "pictures, and turn the hand by 20 to 40 degrees about different axes between them.")
+        much = f"uncertain by {1000 * unsure[0]:.0f} mm and {np.degrees(unsure[1]):.1f} degrees" if np.isfinite(unsure).all() else "undetermined"
+        raise UserError(f"The camera's pose is {much}: take more pictures, and turn the hand by 20 to 40 degrees about different axes between them.")
     intrinsics = intrinsics + [[x[12], 0, x[14]], [0, x[13], x[15]], [0, 0, 0]]
     return Fit(intrinsics, camera @ pose_of(x[:6]), board @ pose_of(x[6:12]), lens_error, rms(error), unsure)
 

@@ -12,7 +12,6 @@ import threading
 import time
 import types
 from functools import partial
-from pathlib import Path
 
 import h5py
 import numpy as np
