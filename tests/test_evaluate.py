@@ -137,7 +137,7 @@ PROGRAM = """
 import sys, evaluate
 run = sys.argv[1]
 for out, *arguments in (["one", "--policy", "oracle", "--workers", "1"], ["two", "--policy", "oracle", "--workers", "2", "--trace"],
-                        ["rgb", "--policy", "act", "--episodes", "1", "--drop-state"]):
+                        ["rgb", "--policy", "act", "--episodes", "1", "--drop-state", "--perturb", "light"]):
     sys.argv = ["evaluate.py", "--run", run, "--tasks", "reach_target", "--episodes", "2", "--out", f"{run}/{out}", *arguments]
     evaluate.run_stage(evaluate.main)
 """
@@ -163,7 +163,11 @@ def test_command_writes_the_same_for_any_number_of_workers(tmp_path):
     assert imageio.imread(tmp_path / "one/success_oracle.png").shape[0] == 600
     failed = [outcome["seed"] for outcome in task["outcomes"] if not outcome["success"]]
     assert sorted(path.name for path in (tmp_path / "two").glob("*.csv")) == [f"trace_oracle_reach_target_{seed}.csv" for seed in failed]
-    assert json.loads((tmp_path / "rgb/evaluation_act.json").read_text())["tasks"]["reach_target"]["episodes"] == 1
+    perturbed = json.loads((tmp_path / "rgb/evaluation_act_light.json").read_text())
+    assert perturbed["perturb"] == "light" and one["perturb"] is None and perturbed["tasks"]["reach_target"]["episodes"] == 1
+    # The first panel of the film: the same scene in another light.
+    plain, lit = (imageio.mimread(tmp_path / file, memtest=False)[0][60:250, :256] for file in ("one/reach_target_oracle.mp4", "rgb/reach_target_act_light.mp4"))
+    assert np.abs(plain.astype(int) - lit).mean() > 5
     assert not list(tmp_path.glob("*/.*"))  # nothing half-written
 
 
