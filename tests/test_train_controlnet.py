@@ -360,7 +360,7 @@ def half_a_checkpoint(run):
 
 
 BAD = {
-    "no episodes": (lambda run: shutil.rmtree(run / "episodes"), [], "There is no folder"),
+    "no episodes": (lambda run: shutil.rmtree(run / "episodes"), [], "There is no HDF5 file in"),
     "no spheres": (lambda run: first(run, "spheres").unlink(), [], "is missing: draw the spheres first"),
     "two horizons": (change_horizon, [], "different horizons"),
     "half an episode": (lambda run: halve(first(run, "episodes")), [], "cannot be read"),
