@@ -16,6 +16,7 @@ The world is the robot's base; cameras have OpenCV's axes, and pixel centres at 
 """
 
 import io
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,10 +94,12 @@ def read_pictures(source, camera):
 
     table = source / "joints.csv"
     try:
-        rows = np.loadtxt(table, delimiter=",", comments=("#", "picture"), encoding="utf-8-sig", ndmin=2)
-        if rows.shape[1] != 8 or not (np.abs(rows[:, 1:]) <= 2 * np.pi).all():
-            raise ValueError("it holds something else")
-    except (OSError, ValueError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # of an empty file
+            rows = np.loadtxt(table, delimiter=",", comments=("#", "picture"), encoding="utf-8-sig", ndmin=2)
+        if len(wrong := rows if rows.shape[1] != 8 else rows[~(np.abs(rows[:, 1:]) <= 2 * np.pi).all(axis=1)]):
+            raise ValueError(f"look at the line of picture {wrong[0, 0]:g}")
+    except (OSError, ValueError, UserWarning) as error:
         raise UserError(f"{table} needs a line for each picture, its number and the 7 joint positions in radians: {error}.") from None
     joints = {int(row[0]): row[1:] for row in rows}
     paths = sorted(path for path in (source / camera).glob("*.*") if path.stem.isdigit())

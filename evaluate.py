@@ -320,6 +320,11 @@ def check_settings(settings):
     settings.out = settings.out or settings.run / "evaluation"
     settings.controller = settings.controller or settings.run / ("act_rgb" if settings.policy == "act" else "act")
     settings.painter = settings.painter or settings.run / "controlnet"
+    # a painter that lies elsewhere may be on the Hub: Painter.load will see
+    paints_here = settings.policy == "genima" and settings.painter.parent == settings.run
+    for folder in (settings.controller, settings.painter)[: 1 + paints_here]:
+        if not folder.is_dir():
+            raise UserError(f"There is no checkpoint {folder}: train it first.")
     checkpoints(settings)
 
 

@@ -11,11 +11,12 @@ the table top, metres, z up, x away from the robot. The tasks are in sims/mujoco
 import sys
 from pathlib import Path
 
+CANNOT_DRAW = ("Neither EGL nor OSMesa can draw on this machine: install one of them "
+               "(Debian, Ubuntu: apt-get install libegl1 libgl1 libosmesa6). MuJoCo said: ")  # fmt: skip
 try:
     import mujoco
 except Exception as error:  # no EGL, and OSMesa is not there either
-    sys.exit("Neither EGL nor OSMesa can draw on this machine: install one of them "
-             f"(Debian, Ubuntu: apt-get install libegl1 libgl1 libosmesa6). MuJoCo said: {error}")  # fmt: skip
+    sys.exit(f"{CANNOT_DRAW}{error}")
 
 import franky_sim
 import gymnasium
@@ -210,7 +211,10 @@ class PandaEnv(ArmEnv):
     def picture(self, camera, height, width):
         """What the camera sees now: (height, width, 3) uint8."""
         if (height, width) not in self.renderers:
-            renderer = self.renderers[height, width] = mujoco.Renderer(self.model, height, width)
+            try:
+                renderer = self.renderers[height, width] = mujoco.Renderer(self.model, height, width)
+            except Exception as error:
+                raise UserError(f"{CANNOT_DRAW}{error}") from error
             renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
             renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
         renderer = self.renderers[height, width]

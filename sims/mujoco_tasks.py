@@ -12,6 +12,7 @@ To add a task, write a class like `ReachTarget` below (about thirty lines) and l
 World frame: the robot's base on the table top, metres, z up, x away from the robot.
 """
 
+import difflib
 from dataclasses import dataclass
 
 import mujoco
@@ -437,6 +438,7 @@ TASKS = {
 
 
 def check_task(name):
-    """Raises UserError for a task that does not exist."""
+    """Raises UserError for a task that does not exist, with the nearest name."""
     if name not in TASKS:
-        raise UserError(f"There is no task '{name}'; choose from {', '.join(TASKS)}.")
+        near = difflib.get_close_matches(name, TASKS, 1)
+        raise UserError(f"There is no task '{name}'; " + (f"is it '{near[0]}'?" if near else f"choose from {', '.join(TASKS)}."))

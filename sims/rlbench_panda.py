@@ -13,8 +13,10 @@ import difflib
 import importlib
 import os
 import pkgutil
+import sys
 from contextlib import contextmanager
 from multiprocessing.util import Finalize
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -40,12 +42,24 @@ class NoSceneError(Exception):
 
 
 # ---------------------------------------------------------------------------------------------------------- CoppeliaSim
+def missing():
+    """One sentence about what CoppeliaSim lacks on this machine, or None."""
+    root, see = os.environ.get("COPPELIASIM_ROOT"), "see requirements-rlbench.txt"
+    if not root:
+        return f"CoppeliaSim was not found: the variable COPPELIASIM_ROOT is not set; {see}."
+    if not list(Path(root).glob("libcoppeliaSim.so*")):
+        return f"CoppeliaSim was not found: COPPELIASIM_ROOT is {root}, where there is no libcoppeliaSim.so; {see}."
+    if not any(Path(root).resolve() == Path(part).resolve() for part in os.environ.get("LD_LIBRARY_PATH", "").split(":") if part):
+        return f"CoppeliaSim's libraries are not found: add {root} to the variable LD_LIBRARY_PATH; {see}."
+    if not (Path(os.environ.get("QT_QPA_PLATFORM_PLUGIN_PATH", "")) / "platforms").is_dir():
+        return f"CoppeliaSim cannot open a window: set the variable QT_QPA_PLATFORM_PLUGIN_PATH to {root}; {see}."
+    if not os.environ.get("DISPLAY"):
+        return "CoppeliaSim needs a display, and the variable DISPLAY is not set: put `xvfb-run -a` before the command."
+
+
 def import_rlbench():
     """The package rlbench, with its modules used here. Raises UserError where it, PyRep or CoppeliaSim is missing."""
-    variables = ("COPPELIASIM_ROOT", "LD_LIBRARY_PATH", "QT_QPA_PLATFORM_PLUGIN_PATH", "DISPLAY")
     try:
-        if unset := [name for name in variables if not os.environ.get(name)]:  # without the last two Qt would end the process
-            raise UserError(f"{' and '.join(unset)} not set; without a display, put `xvfb-run -a` before the command")
         import rlbench.action_modes.action_mode
         import rlbench.action_modes.arm_action_modes
         import rlbench.action_modes.gripper_action_modes
@@ -55,7 +69,9 @@ def import_rlbench():
         import rlbench.observation_config
         import rlbench.tasks
     except Exception as error:  # ImportError, and whatever PyRep makes of a missing library
-        raise UserError(f"RLBench cannot be used here ({error}): see requirements-rlbench.txt.") from error
+        raise UserError(missing() or f"RLBench cannot be imported ({error}): see requirements-rlbench.txt.") from error
+    if "pyrep.backend.sim" in sys.modules and (reason := missing()):  # Qt would end the process without a word
+        raise UserError(reason)
     return rlbench
 
 
@@ -67,7 +83,7 @@ def task_class(tasks, name):
     return getattr(importlib.import_module(f"rlbench.tasks.{name}"), "".join(word.capitalize() for word in name.split("_")))
 
 
-running = SimpleNamespace(settings=None, environment=None, live=None, stop=lambda: None)  # this process's CoppeliaSim and its task
+running = SimpleNamespace(settings=None, environment=None, name=None, live=None, stop=lambda: None)  # this process's CoppeliaSim and its task
 
 
 def load_task(name, size, cameras):
@@ -89,17 +105,18 @@ def load_task(name, size, cameras):
         try:
             running.environment.launch()
         except Exception as error:
-            raise UserError(f"CoppeliaSim does not start ({' '.join(str(error).split())}): see requirements-rlbench.txt.") from error
+            reason = " ".join(str(error).split())
+            raise UserError(missing() or f"CoppeliaSim does not start ({reason}): see requirements-rlbench.txt.") from error
         running.stop = Finalize(None, running.environment.shutdown, exitpriority=10)  # also at the process's end
         running.settings = size, cameras
-    if running.live is None or running.live.get_name() != name:
-        running.live = running.environment.get_task(task_class(rlbench.tasks, name))
+    if running.name != name:
+        running.live, running.name = running.environment.get_task(task_class(rlbench.tasks, name)), name
     return running.live
 
 
 def stop():
     running.stop()
-    running.settings, running.live, running.stop = None, None, lambda: None
+    running.settings, running.name, running.stop = None, None, lambda: None
 
 
 @contextmanager

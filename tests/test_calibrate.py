@@ -240,8 +240,8 @@ def test_a_lens_that_bends_lines():
 
 
 @pytest.mark.parametrize("text, word", [
-    (None, "joints.csv"), ("", "joints.csv"), ("1,0,0,0,0,0,0,0\n", "no line in"), ("0,1,2\n", "joints.csv"),
-    ("0,a,b,c,d,e,f,g\n", "joints.csv"), ("0,nan,0,0,0,0,0,0\n", "radians"), ("0,0,-17,0,-126,0,108,45\n", "radians"), ("0,0,0,0,0,0,0,0\n", "000.png cannot be read"),
+    (None, "joints.csv"), ("", "joints.csv"), ("1,0,0,0,0,0,0,0\n", "no line in"), ("0,1,2\n", "picture 0"),
+    ("0,a,b,c,d,e,f,g\n", "joints.csv"), ("0,nan,0,0,0,0,0,0\n", "picture 0"), ("0,0,-17,0,-126,0,108,45\n", "radians"), ("0,0,0,0,0,0,0,0\n", "000.png cannot be read"),
 ])  # fmt: skip
 def test_bad_folders(tmp_path, monkeypatch, capsys, text, word):
     (tmp_path / "pictures/front").mkdir(parents=True)

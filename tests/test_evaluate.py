@@ -175,11 +175,12 @@ def test_command_writes_the_same_for_any_number_of_workers(tmp_path):
 @pytest.mark.parametrize(
     "changes, sentence",
     [
-        ({"tasks": ("pick_and_lit",)}, "choose from .*pick_and_lift"),
+        ({"tasks": ("pick_and_lit",)}, "is it 'pick_and_lift'?"),
         ({"tasks": ("fly",)}, "choose from reach_target"),
         ({"episodes": 0}, "--episodes must be 1 or more"),
         ({"seed": -1}, "--seed must be 0 or more"),
         ({"tasks": ("pick_and_lift",), "seed": 0}, "Seed 0 was recorded in"),  # conftest's run holds seeds 0 and 1
+        ({"seed": 10}, "There is no checkpoint"),
     ],
 )
 def test_bad_settings_are_one_sentence(run, changes, sentence):

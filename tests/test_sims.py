@@ -39,6 +39,12 @@ def test_gymnasium_accepts_the_environment():
     check_env(PandaEnv("push_button", image_size=(16, 24)))
 
 
+def test_a_machine_that_cannot_draw_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(mujoco, "Renderer", lambda *_: 1 / 0)
+    with pytest.raises(UserError, match="Neither EGL nor OSMesa can draw .*apt-get install.*division by zero"):
+        PandaEnv("push_button", images=False).render()
+
+
 # --------------------------------------------------------------------------------------------------------- same seed
 def digest(env, seed):
     """A fingerprint of every byte that a whole demonstration shows and does."""
