@@ -217,9 +217,8 @@ def test_training_stopped_twice_gives_the_losses_of_an_uninterrupted_one(run):
         process.send_signal(stop)
         _, said = process.communicate()
         assert process.returncode == code, said
-        assert "Traceback" not in said
         seen = checkpoint.stat().st_mtime_ns
-    assert "the same command goes on" in said
+    assert "the same command goes on" in said and "Traceback" not in said
     assert 4 < torch.load(checkpoint, weights_only=True)["step"] < 16
     assert train(run, steps=16) == 0
     assert (run / "act/losses.csv").read_text() == expected
