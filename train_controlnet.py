@@ -113,26 +113,25 @@ class Batches(torch.utils.data.Dataset):
 def load(frames, rngs, settings, augment):
     """Reads frames -> a batch: condition, observation (B, 3, H, W), layer (B, 4, H, W) as floats 0..1, all four views tiled;
     B prompts, seeds (of the noise) and keys (of the target, the same for the same picture)."""
-    batch = {name: [] for name in ("condition", "observation", "layer", "prompts", "seeds", "keys")}
-    for (episode, spheres, t, instructions), rng in zip(frames, rngs):
-        with h5py.File(episode, "r") as images, h5py.File(spheres, "r") as drawn:
-            observation = np.stack([images[f"observations/images/{camera}"][t] for camera in CAMERAS])
-            layer = np.stack([drawn[f"layers/{camera}"][t] for camera in CAMERAS])
-        both = [tile(torch.from_numpy(views).permute(0, 3, 1, 2).float()[None] / 255) for views in (observation, layer)]
-        both[1][:, :3] *= both[1][:, 3:]  # colour times alpha, so that resizing does not mix in what is transparent
-        both = torch.cat([resize(picture, settings.picture) for picture in both], dim=1)[0]  # (7, H, W)
-        if augment and settings.crop:  # the same random crop, of each view, for condition and target (published code)
-            dy, dx = rng.integers(0, 2 * settings.crop + 1, size=2)
-            both = shift_views(both, dy - settings.crop, dx - settings.crop)
-        observation, colour, alpha = both[:3], both[3:6], both[6:]
-        batch["observation"].append(observation)
-        batch["layer"].append(torch.cat([colour / alpha.clamp(min=1e-3), alpha]))
-        hue = 0.05 if settings.size == "sd-turbo" else 0
-        batch["condition"].append(colour_jitter(observation, rng, hue) if augment else observation)
-        batch["prompts"].append(PROMPT.format(instructions[rng.integers(len(instructions))]))
-        batch["seeds"].append(int(rng.integers(2**31)))
-        batch["keys"].append(f"{episode} {t}")
-    return {name: torch.stack(values) if isinstance(values[0], torch.Tensor) else values for name, values in batch.items()}
+    pictures = tile(torch.from_numpy(np.stack([read_views(*frame[:3]) for frame in frames])).permute(0, 1, 4, 2, 3)).float() / 255
+    pictures[:, 3:6] *= pictures[:, 6:]  # colour times alpha, so that resizing does not mix in what is transparent
+    pictures = resize(pictures, settings.picture)  # (B, 7, H, W)
+    if augment and settings.crop:  # the same random crop, of each view, for condition and target (published code)
+        moves = [rng.integers(-settings.crop, settings.crop + 1, size=2) for rng in rngs]
+        pictures = torch.stack([shift_views(picture, dy, dx) for picture, (dy, dx) in zip(pictures, moves)])
+    observation, colour, alpha = pictures.split((3, 3, 1), dim=1)
+    hue = 0.05 if settings.size == "sd-turbo" else 0
+    condition = colour_jitter(observation, rngs, hue) if augment else observation
+    words = [(PROMPT.format(instructions[rng.integers(len(instructions))]), int(rng.integers(2**31))) for (*_, instructions), rng in zip(frames, rngs)]
+    return {"condition": condition, "observation": observation, "layer": torch.cat([colour / alpha.clamp(min=1e-3), alpha], dim=1),
+            "prompts": [prompt for prompt, _ in words], "seeds": [seed for _, seed in words], "keys": [f"{frame[0]} {frame[2]}" for frame in frames]}  # fmt: skip
+
+
+def read_views(episode, spheres, t):
+    """The views of one frame and what is painted on them: (4, h, w, 7) uint8."""
+    with h5py.File(episode, "r") as recorded, h5py.File(spheres, "r") as drawn:
+        images, layers = recorded["observations/images"], drawn["layers"]
+        return np.stack([np.concatenate([images[camera][t], layers[camera][t]], axis=-1) for camera in CAMERAS])
 
 
 def shift_views(picture, dy, dx):
@@ -142,19 +141,21 @@ def shift_views(picture, dy, dx):
     return tile(views[None, :, :, pad + dy : pad + dy + height, pad + dx : pad + dx + width])[0]
 
 
-def colour_jitter(picture, rng, hue):
-    """Brightness 0.2, contrast 0.2, saturation 0.1, and hue (published code), of the condition alone: (3, H, W) in 0..1.
+def colour_jitter(pictures, rngs, hue):
+    """Brightness 0.2, contrast 0.2, saturation 0.1, and hue (published code), of the condition alone: (B, 3, H, W) in 0..1.
 
     tiny leaves out the published hue of 0.05: there the colour's name is what the instruction says.
     """
-    brightness, contrast, saturation = (float(rng.uniform(1 - strength, 1 + strength)) for strength in (0.2, 0.2, 0.1))
-    picture = picture * brightness
-    picture = picture.mean() + contrast * (picture - picture.mean())
-    grey = picture.mean(dim=0, keepdim=True)
-    colour = picture - grey
+    drawn = [[*(rng.uniform(1 - strength, 1 + strength) for strength in (0.2, 0.2, 0.1)), rng.uniform(-hue, hue) if hue else 0] for rng in rngs]
+    brightness, contrast, saturation, turn = torch.tensor(drawn, dtype=torch.float32).T[:, :, None, None, None]  # (B, 1, 1, 1) each
+    pictures = pictures * brightness
+    mean = pictures.mean((1, 2, 3), keepdim=True)
+    pictures = mean + contrast * (pictures - mean)
+    grey = pictures.mean(1, keepdim=True)
+    colour = pictures - grey
     if hue:  # a turn of the colours about the axis of greys
-        angle = 2 * math.pi * float(rng.uniform(-hue, hue))
-        colour = math.cos(angle) * colour + math.sin(angle) / math.sqrt(3) * (colour.roll(1, 0) - colour.roll(-1, 0))
+        angle = 2 * math.pi * turn
+        colour = angle.cos() * colour + angle.sin() / math.sqrt(3) * (colour.roll(1, 1) - colour.roll(-1, 1))
     return (grey + saturation * colour).clamp(0, 1)
 
 

@@ -60,7 +60,7 @@ class Futures(Batches):
         return self.load([frames[int(len(frames) * rng.random() ** 2)] for frames, rng in zip(chosen, rngs)], rngs)  # early ones more often
 
     def load(self, chosen, rngs):
-        conditions, pictures, prompts = [], [], []
+        pictures, prompts = [], []
         for (path, _, t, instructions), rng in zip(chosen, rngs):
             with h5py.File(path, "r") as root:
                 later = min(t + self.horizon, len(root["action"]) - 1)
@@ -71,11 +71,11 @@ class Futures(Batches):
                 height, width = both.shape[1:3]
                 both = np.pad(both, ((0, 0), (2, 2), (2, 2), (0, 0)), mode="reflect")[:, dy : dy + height, dx : dx + width]
             pictures.append(tile(torch.from_numpy(both).permute(0, 3, 1, 2).float()[None] / 255)[0])  # (6, 2H, 2W)
-            conditions.append(colour_jitter(pictures[-1][:3], rng, hue=0) if self.augment else pictures[-1][:3])
             prompts.append(PROMPT.format(instructions[rng.integers(len(instructions))]))
         observation, future = torch.stack(pictures).chunk(2, 1)  # (B, 3, 2H, 2W) each
+        condition = colour_jitter(observation, rngs, hue=0) if self.augment else observation
         different = ((future - observation).abs().amax(1, keepdim=True) > DIFFERENT).float()
-        return dict(condition=torch.stack(conditions), observation=observation, layer=torch.cat([future, different], 1), prompts=prompts)
+        return dict(condition=condition, observation=observation, layer=torch.cat([future, different], 1), prompts=prompts)
 
 
 def paint_loss(painter, batch):
