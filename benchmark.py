@@ -193,8 +193,9 @@ def step(turns: int = 5, run: Path = Path("runs/demo")):
             for name, (launch, words) in options.items():
                 rates.setdefault(f"train_controlnet.py, {name}", []).append(TrainSettings.batch / seconds_a_step(run, Path(folder) / "run", launch, words))
     for name, found in rates.items():
-        ratios = np.array(found) / rates["diffusers' loop, fp32"]
-        print(f"{name}: {np.median(found):.1f} samples/s, ratio {np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f})")
+        loops = [rates[f"diffusers' loop, {precision}"] for precision in ("fp32", "bf16" if "bf16" in name else "fp32")]
+        fp32, same = (f"{np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f})" for ratios in np.array(found) / loops)
+        print(f"{name}: {np.median(found):.1f} samples/s, {fp32} times diffusers' loop in fp32, {same} in the same precision")
 
 
 def their_rate(run, folder, bf16):
