@@ -5,7 +5,7 @@
     python benchmark.py step        a training step of the tiny painter, beside diffusers' own ControlNet training loop
     python benchmark.py memory      the memory that training on SD-Turbo needs, tensor by tensor, computed
     python benchmark.py gpu         steps per second, peak memory and time to paint of SD-Turbo, measured on a CUDA GPU
-    python benchmark.py rlbench     importing a dataset of RLBench, beside decoding its pictures twice over
+    python benchmark.py rlbench --dataset FOLDER     importing a dataset of RLBench, beside decoding its pictures twice over
 
 pyrender, the renderer of GENIMA's published code, is needed for the first only.
 """
