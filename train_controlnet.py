@@ -62,7 +62,7 @@ class Settings:
     picture: int | None = None
     """Height and width of the four views, tiled; by default as recorded for tiny, and 512 for sd-turbo (what it was made for)."""
     steps: int | None = None
-    """Gradient steps; by default 3,600 for tiny, 10,000 for sd-turbo (documents: 10,000 to 50,000)."""
+    """Gradient steps; by default 4,800 for tiny, 10,000 for sd-turbo (documents: 10,000 to 50,000)."""
     batch: int = 8
     """Samples a step, over all processes and --at-once together (documents: 8 to 16)."""
     at_once: int | None = None
@@ -276,7 +276,7 @@ def check_settings(settings, accelerator, view):
     if settings.batch < processes:
         raise UserError(f"There are more processes ({processes}) than samples a step ({settings.batch}): raise --batch.")
     share = settings.batch // processes
-    defaults = dict(steps=3600, learning_rate=8e-4, picture=2 * view, at_once=share) if tiny else \
+    defaults = dict(steps=4800, learning_rate=8e-4, picture=2 * view, at_once=share) if tiny else \
         dict(steps=10_000, learning_rate=1e-5, picture=512, at_once=1)
     for name, value in defaults.items():
         if getattr(settings, name) is None:
