@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import tyro
 from PIL import Image
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
@@ -14,7 +15,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 from test_rlbench import CAMERAS, dumps, write_dataset  # noqa: E402
 
 
-def main(root, episodes=100, frames=100):
+def main(root: tyro.conf.Positional[Path], episodes: int = 100, frames: int = 100):
     write_dataset(root, size=(128, 128))
     first = root / "reach_target/variation0/episodes/episode0"
     from sims.rlbench_dataset import load
@@ -44,4 +45,4 @@ def main(root, episodes=100, frames=100):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))
+    tyro.cli(main)
