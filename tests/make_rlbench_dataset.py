@@ -45,4 +45,4 @@ def main(root: tyro.conf.Positional[Path], episodes: int = 100, frames: int = 10
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, description=__doc__)
