@@ -15,24 +15,23 @@ the path never comes back to it. Stopped in the middle, the script goes on where
 
 import os
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Literal
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # one process per core does the work; numpy's threads would fight
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # one process per core does the work; numpy's threads would fight
 
-import numpy as np
 import tyro
 
-from episodes import CAMERAS, Episode, UserError, read_episode, run_stage, write_episode
-from sims.mujoco_panda import CONTROL_HZ, PandaEnv, rotation_vector
-from sims.mujoco_tasks import TASKS, check_task, rotation_from
-from sims.parallel import in_parallel
-from sims.perturbed_panda import PERTURBATIONS, PerturbedEnv
+from genima.episodes import CAMERAS, read_episode, write_episode
+from genima.files import UserError, run_stage
+from genima.parallel import run_in_parallel
+from sims import make_env
+from sims.demonstrator import record_demonstration
+from sims.mujoco_tasks import TASKS, check_task
 from sims.rlbench_dataset import find_demonstrations, read_demonstration
-from sims.rlbench_panda import NoSceneError, RLBenchEnv, import_rlbench, task_class
-
-JOINT_SPEED = 1.2  # rad/s, about half of what the arm can do (Franka's data sheet: 2.2 to 2.6)
+from sims.rlbench_panda import NoSceneError, import_rlbench, task_class
 
 
 @dataclass
@@ -60,74 +59,18 @@ class Settings:
     """Processes."""
 
 
-def demonstration(env):
-    """The scripted expert from the present state: yields one action (8,) per control step.
-
-    Straight lines of the tool between the task's waypoints, at bounded tool and joint speed, through inverse kinematics.
-    Raises UserError when a waypoint is out of reach.
-    """
-    target = env.tool()
-    joints = env.data.qpos[:7].copy()
-    for move in env.task.plan(env):
-        start, rotation = target, target[:3, :3] if move.rotation is None else move.rotation
-        distance = np.linalg.norm(move.position - start[:3, 3])
-        turn = rotation_vector(rotation @ start[:3, :3].T)
-        steps = int(np.ceil(max(distance / move.speed, np.linalg.norm(turn) / 1.5) * CONTROL_HZ))
-        path = [joints]
-        while steps:  # more steps until no joint is too fast (inverse kinematics may turn a short line into a long turn)
-            path = [joints]
-            for fraction in np.arange(1, steps + 1) / steps:
-                pose = rotation_from(fraction * turn) @ start[:3, :3]
-                path.append(env.ik(start[:3, 3] + fraction * (move.position - start[:3, 3]), pose, path[-1]))
-            fastest = np.abs(np.diff(path, axis=0)).max() * CONTROL_HZ
-            if fastest <= JOINT_SPEED:
-                break
-            steps = max(steps + 1, int(np.ceil(steps * fastest / JOINT_SPEED)))
-            if steps > 200:
-                raise UserError(f"No way to {np.round(move.position, 3)} below {JOINT_SPEED} rad/s.")
-        joints = path[-1]
-        target = np.block([[rotation, np.reshape(move.position, (3, 1))], [0, 0, 0, 1]])
-        for position in path[1:] + [joints] * move.dwell:
-            yield np.append(position, move.gripper)
-
-
-def record(env, task, seed, variation, start):
-    """One attempt: the whole demonstration, whether or not it succeeds. Returns an Episode without a path."""
-    observation, info = env.reset(seed=seed, options={"variation": variation, "start": start})
-    frames = []
-    for action in demonstration(env):
-        frames.append((observation, action, env.joint_poses(), {camera: env.camera(camera)[1] for camera in env.cameras}))
-        observation, _, _, _, info = env.step(action)
-    observations, actions, joint_poses, extrinsics = zip(*frames)
-    return Episode(
-        path=None, task=task, variation=variation, instruction=info["instruction"], instructions=info["instructions"],
-        success=info["success"], fps=float(CONTROL_HZ), robot="fr3", sim=True, seed=seed,
-        qpos=np.stack([seen["qpos"] for seen in observations]), qvel=np.stack([seen["qvel"] for seen in observations]),
-        action=np.array(actions, np.float32), joint_poses=np.stack(joint_poses),
-        images={camera: np.stack([seen["images"][camera] for seen in observations]) for camera in env.cameras},
-        intrinsics={camera: env.camera(camera)[0] for camera in env.cameras},
-        extrinsics={camera: np.stack([poses[camera] for poses in extrinsics]) for camera in env.cameras},
-    )  # fmt: skip
-
-
-@cache
-def environment(task, image_size, cameras, sim=None, images=False):
-    """One environment per task and process; sim: mujoco, rlbench, or a perturbation. Without images, pictures are taken when looked at."""
-    if sim in PERTURBATIONS:
-        return PerturbedEnv(sim, task, image_size, cameras, images)
-    return (RLBenchEnv if sim == "rlbench" else PandaEnv)(task, image_size, cameras, images)
-
-
 # A job makes one episode in <run>/episodes/<task> unless it is there, and returns for each attempt None, or what went wrong.
 def record_one(folder, seed, variation, image_size):
     """By the scripted expert."""
     path = folder / f"{seed:07d}_{variation:02d}.hdf5"
     if path.exists():
         return []
-    env = environment(folder.name, image_size, CAMERAS, images=True)
+    env = make_env(folder.name, image_size, CAMERAS, images=True)
     env.render()  # a machine that cannot draw says so here, instead of failing in every attempt
     try:
-        episode = record(env, folder.name, seed, variation, ("anywhere", "near")[(seed + variation) % 2])
+        episode = record_demonstration(
+            env, folder.name, seed, variation, ("anywhere", "near")[(seed + variation) % 2]
+        )
     except UserError as error:  # a waypoint out of reach: a failed attempt, not a broken program
         return [str(error)]
     if not episode.success:
@@ -143,7 +86,7 @@ def record_rlbench(folder, seeds, image_size, cameras):
         return faults
     for seed in seeds:
         try:
-            episode = environment(folder.name, image_size, cameras, "rlbench", True).demonstrate(seed)
+            episode = make_env(folder.name, image_size, cameras, "rlbench", True).demonstrate(seed)
         except NoSceneError as error:
             faults.append(str(error))
             continue
@@ -154,11 +97,16 @@ def record_rlbench(folder, seeds, image_size, cameras):
 
 def import_one(folder, source, image_size, cameras):
     """From <task>/variation<N>/episodes/episode<M> of a dataset."""
-    path = folder / f"episode{int(source.name[7:]):03d}_variation{int(source.parents[1].name[9:]):02d}.hdf5"
+    path = (
+        folder
+        / f"episode{int(source.name[7:]):03d}_variation{int(source.parents[1].name[9:]):02d}.hdf5"
+    )
     if path.exists():
         return []
     try:
-        write_episode(path, read_demonstration(source, cameras, image_size and (image_size, image_size)))
+        write_episode(
+            path, read_demonstration(source, cameras, image_size and (image_size, image_size))
+        )
     except UserError as error:
         return [str(error)]
     return [None]
@@ -166,33 +114,71 @@ def import_one(folder, source, image_size, cameras):
 
 def collect(settings):
     rlbench, scenes, size = settings.sim == "rlbench", settings.scenes, settings.image_size
-    if min(number for number in (scenes, size, settings.workers, settings.seed + 1) if number is not None) < 1:
-        raise UserError("--scenes, --image-size and --workers must be 1 or more, and --seed 0 or more.")
-    folder, tasks = settings.run / "episodes", list(dict.fromkeys(settings.tasks)) or ["reach_target", "push_button", "pick_and_lift"]
+    if (
+        min(
+            number
+            for number in (scenes, size, settings.workers, settings.seed + 1)
+            if number is not None
+        )
+        < 1
+    ):
+        raise UserError(
+            "--scenes, --image-size and --workers must be 1 or more, and --seed 0 or more."
+        )
+    folder, tasks = (
+        settings.run / "episodes",
+        list(dict.fromkeys(settings.tasks)) or ["reach_target", "push_button", "pick_and_lift"],
+    )
     if settings.from_rlbench:
-        sources = find_demonstrations(settings.from_rlbench, settings.tasks, settings.variations, scenes)
-        jobs = [(import_one, folder / source.parents[2].name, source, size, settings.cameras) for source in sources]
+        sources = find_demonstrations(
+            settings.from_rlbench, settings.tasks, settings.variations, scenes
+        )
+        jobs = [
+            (import_one, folder / source.parents[2].name, source, size, settings.cameras)
+            for source in sources
+        ]
     elif rlbench:
         size, scenes = size or 128, scenes or 50
         for task in tasks:
             task_class(import_rlbench().tasks, task)
-        seeds = [range(settings.seed + i, settings.seed + i + 5 * scenes, scenes) for i in range(scenes)]  # of five attempts each
-        jobs = [(record_rlbench, folder / task, five, size, settings.cameras) for task in tasks for five in seeds]
+        seeds = [
+            range(settings.seed + i, settings.seed + i + 5 * scenes, scenes) for i in range(scenes)
+        ]  # of five attempts each
+        jobs = [
+            (record_rlbench, folder / task, five, size, settings.cameras)
+            for task in tasks
+            for five in seeds
+        ]
     else:
         size, seeds = size or 64, range(settings.seed, settings.seed + (scenes or 300))
         for task in tasks:
             check_task(task)
         jobs = [(record_one, folder / task, seed, variation, size)
                 for seed in seeds for task in tasks for variation in range(TASKS[task].candidates)]  # fmt: skip
-    for path in sorted(folder.glob("*/[!.]*.hdf5"))[:1]:  # what a killed process left half-written begins with a dot
-        if size and (sizes := set(read_episode(path, images=False).image_sizes.values())) != {(size, size)}:
-            raise UserError(f"{path} has pictures of {', '.join(map(str, sizes))} pixels, not {(size, size)}: use another --run.")
+    for path in sorted(folder.glob("*/[!.]*.hdf5"))[
+        :1
+    ]:  # what a killed process left half-written begins with a dot
+        if size and (sizes := set(read_episode(path, images=False).image_sizes.values())) != {
+            (size, size)
+        }:
+            raise UserError(
+                f"{path} has pictures of {', '.join(map(str, sizes))} pixels, not {(size, size)}: use another --run."
+            )
 
-    attempts, crash = {target: [] for _, target, *_ in jobs}, "A process died twice at an episode: run the same command again."
-    for (_, target, *_), result in in_parallel(jobs, settings.workers, "episodes", "episode", "spawn" if rlbench else None):
+    attempts, crash = (
+        {target: [] for _, target, *_ in jobs},
+        "A process died twice at an episode: run the same command again.",
+    )
+    for (_, target, *_), result in run_in_parallel(
+        jobs, settings.workers, "episodes", "episode", "spawn" if rlbench else None
+    ):
         attempts[target] += [crash] if result is None else result
     for target, results in attempts.items():
-        rate = f"{results.count(None) / len(results):.1%} of {len(results)} attempts succeeded" if results else "nothing left to record"
+        rate = (
+            f"{results.count(None) / len(results):.1%} of {len(results)} attempts succeeded"
+            if results
+            else "nothing left to record"
+        )
         print(f"{target.name}: {rate}; {len(list(target.glob('[!.]*.hdf5')))} episodes in {target}")
     wrong = {sentence for results in attempts.values() for sentence in results if sentence}
     if settings.from_rlbench and wrong:

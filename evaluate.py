@@ -28,26 +28,33 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # one process per core does the work; threads would fight
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # one process per core does the work; threads would fight
 
 import numpy as np
 import torch
 import tyro
 
-from act import Controller
-from collect_demos import environment, record
-from episodes import UserError, find_episodes, run_stage, write_whole
-from films import PANEL, tile, write_bars, write_film
-from painter import Painter
-from render_spheres import draw_spheres, over, target_spheres
-from sims.mujoco_panda import CONTROL_HZ, look
+from collect_demos import make_env
+from genima.act import Controller
+from genima.episodes import find_episodes
+from genima.files import UserError, run_stage, write_whole
+from genima.painter import Painter
+from genima.parallel import run_in_parallel
+from genima.plots import PANEL, tile, write_bars, write_film
+from genima.policy import Oracle
+from sims.demonstrator import record_oracle
+from sims.mujoco_panda import CONTROL_HZ, render_cameras
 from sims.mujoco_tasks import check_task
-from sims.parallel import in_parallel
 from sims.perturbed_panda import PERTURBATIONS
 from sims.rlbench_dataset import HZ, find_demonstrations
 from sims.rlbench_panda import PAPER_TASKS, NoSceneError, import_rlbench, task_class
 
-LANGUAGE_TASKS = ("push_button", "pick_and_lift")  # where several objects differ in nothing but colour
+LANGUAGE_TASKS = (
+    "push_button",
+    "pick_and_lift",
+)  # where several objects differ in nothing but colour
 ATTEMPTS = 10  # scenes to try in RLBench before an episode counts as failed: not every one has room for its task
 TRACE = "step,tool x,tool y,tool z,object x,object y,object z,gripper,painted"  # columns of a trace
 PAPER = """The paper (arXiv 2407.07875): GENIMA is better than ACT on 16 of 25 tasks and than Diffusion Policy on all 25, and
@@ -105,49 +112,32 @@ class Settings:
     """Where the networks run; auto takes a GPU where there is one."""
 
 
-class Oracle:
-    """Paints the true spheres of a demonstration, which it follows by progress: a clock would run away from a slow controller."""
-
-    def __init__(self, task, seed, variation, horizon):
-        self.demo = record(environment(task, 0, ()), task, seed, variation, start="anywhere")
-        self.horizon, self.frame = horizon, -1
-
-    def progress(self, joints):
-        """The demonstration's frame nearest to these joints (D,), at least one further than the last time."""
-        # No further than a chunk: a hand that goes down and up again passes the same place twice.
-        ahead = np.minimum(np.arange(self.frame + 1, self.frame + self.horizon + 1), len(self.demo.qpos) - 1)
-        distance = np.linalg.norm(self.demo.qpos[ahead, :-1] - joints, axis=1)
-        self.frame = int(ahead[np.argmin(distance)])
-        return self.frame
-
-    def paint(self, env, images, frame):
-        """The spheres of `horizon` steps after this frame, over what the cameras see now."""
-        frame = min(frame + self.horizon, len(self.demo.qpos) - 1)
-        painted = {}
-        for camera, image in images.items():
-            spheres = target_spheres(self.demo.joint_poses[frame], self.demo.action[frame, -1] > 0.5, camera)
-            painted[camera] = over(draw_spheres(*spheres, *env.camera(camera), *image.shape[:2]), image)
-        return painted
-
-
 @cache
 def networks(policy, run, painting, folder, device, size=None, taesd=None, compile=False):
     """The painter (None without painting) and the controller of a policy, loaded once per process."""
-    torch.set_num_threads(1)  # one process per core does the work, and the results do not depend on how many there are
+    torch.set_num_threads(
+        1
+    )  # one process per core does the work, and the results do not depend on how many there are
     if callable(policy):  # a variation brings its own
         return policy(run, device)
     controller = Controller.load(folder, device)
     needed = "rgb" if policy == "act" else "spheres"
     if controller.config["observation"] != needed:
-        raise UserError(f"{folder} was not trained with --observation {needed}, which --policy {policy} needs: give another --controller.")
+        raise UserError(
+            f"{folder} was not trained with --observation {needed}, which --policy {policy} needs: give another --controller."
+        )
     if policy != "genima":
         return None, controller
     painter = Painter.load(painting, device, taesd, compile)
     theirs = painter.config | {"image_size": [painter.config["image_size"]] * 2}
-    wanted = {what: controller.config[what] for what in ("cameras", "horizon", "image_size")} | ({"size": size} if size else {})
+    wanted = {what: controller.config[what] for what in ("cameras", "horizon", "image_size")} | (
+        {"size": size} if size else {}
+    )
     for what, value in wanted.items():
         if theirs[what] != value:
-            raise UserError(f"{painting} was trained with {what} {theirs[what]}, where {folder} or --size wants {value}: train one again.")
+            raise UserError(
+                f"{painting} was trained with {what} {theirs[what]}, where {folder} or --size wants {value}: train one again."
+            )
     return painter, controller
 
 
@@ -165,12 +155,19 @@ def nothing(seed):
 def drive(task, seed, settings):
     """One episode in closed loop. Returns its outcome, and a log: seconds, a row per step, frames of a film if one is wanted."""
     painter, controller = load_networks(settings)
-    env = environment(task, tuple(controller.config["image_size"]), tuple(controller.config["cameras"]), settings.perturb or settings.sim)
+    env = make_env(
+        task,
+        tuple(controller.config["image_size"]),
+        tuple(controller.config["cameras"]),
+        settings.perturb or settings.sim,
+    )
     (outcome, log), options = nothing(seed), {}
     if settings.demos:  # spread over all variations
         scenes = find_demonstrations(settings.demos, (task,))
         options["demonstration"] = scenes[(seed - settings.seed) * len(scenes) // settings.episodes]
-    for attempt in range(1 if settings.demos else ATTEMPTS):  # a recorded scene has no other to try instead
+    for attempt in range(
+        1 if settings.demos else ATTEMPTS
+    ):  # a recorded scene has no other to try instead
         try:
             observation, info = env.reset(seed=seed + attempt * settings.episodes, options=options)
             break
@@ -178,39 +175,63 @@ def drive(task, seed, settings):
             outcome["failed_resets"], reason = attempt + 1, str(error)
     else:
         return outcome | {"error": reason}, log
-    outcome |= {"seed": env.seed, "variation": info["variation"], "instruction": info["instruction"]}
+    outcome |= {
+        "seed": env.seed,
+        "variation": info["variation"],
+        "instruction": info["instruction"],
+    }
     try:
-        oracle = Oracle(task, seed, info["variation"], controller.config["horizon"]) if settings.policy == "oracle" else None
+        oracle = (
+            Oracle(record_oracle(task, seed, info["variation"]), controller.config["horizon"])
+            if settings.policy == "oracle"
+            else None
+        )
     except UserError:  # out of the demonstrator's reach: counts as a failure
         return outcome, log
 
     film, done = seed < settings.seed + settings.videos, False
     while not done:
-        images = painted = look(env)
+        images = painted = render_cameras(env)
         start = time.perf_counter()
         if painter:
-            painted = painter.paint({camera: image[None] for camera, image in images.items()}, [info["instruction"]])
+            painted = painter.paint(
+                {camera: image[None] for camera, image in images.items()}, [info["instruction"]]
+            )
             painted = {camera: image[0] for camera, image in painted.items()}
         elif oracle:
             painted = oracle.paint(env, images, oracle.progress(observation["qpos"][:-1]))
         middle = time.perf_counter()
         seen = {camera: image[None] for camera, image in painted.items()}
-        chunk = controller(seen, observation["qpos"][None], [info["instruction"]], settings.drop_state)[0]  # (K, D+1)
+        chunk = controller(
+            seen, observation["qpos"][None], [info["instruction"]], settings.drop_state
+        )[0]  # (K, D+1)
         log["paint"].append(middle - start)
         log["control"].append(time.perf_counter() - middle)
         chunk[:, -1] = chunk[:, -1] > 0.5
-        chunk = np.clip(chunk, env.action_space.low, env.action_space.high)  # a network may overshoot a joint's limit by a hair
-        panels = np.concatenate([env.picture("front", PANEL, PANEL), tile(painted)], axis=1) if film else None
+        chunk = np.clip(
+            chunk, env.action_space.low, env.action_space.high
+        )  # a network may overshoot a joint's limit by a hair
+        panels = (
+            np.concatenate([env.picture("front", PANEL, PANEL), tile(painted)], axis=1)
+            if film
+            else None
+        )
         for i, action in enumerate(chunk[: settings.execute]):
             if film:
-                log["frames"].append(np.concatenate([panels, env.picture("front", PANEL, PANEL)], axis=1))
-            log["trace"].append([env.steps, *env.tool()[:3, 3], *env.task.focus(env), action[-1], int(i == 0)])
+                log["frames"].append(
+                    np.concatenate([panels, env.picture("front", PANEL, PANEL)], axis=1)
+                )
+            log["trace"].append(
+                [env.steps, *env.tool()[:3, 3], *env.task.focus(env), action[-1], int(i == 0)]
+            )
             observation, _, terminated, truncated, info = env.step(action)
             if done := terminated or truncated:
                 break
     if film:
         log["frames"].append(np.concatenate([panels, env.picture("front", PANEL, PANEL)], axis=1))
-    return outcome | {"steps": env.steps} | {key: info[key] for key in ("success", "error") if key in info}, log
+    return outcome | {"steps": env.steps} | {
+        key: info[key] for key in ("success", "error") if key in info
+    }, log
 
 
 # ---------------------------------------------------------------------------------------------------- does language matter?
@@ -234,22 +255,31 @@ def gripper_spots(painted, images):
 def listen(task, seed, settings):
     """One picture, every object named once. Returns, per instruction, whether the gripper was painted towards the named one."""
     painter, controller = load_networks(settings)
-    env = environment(task, tuple(controller.config["image_size"]), tuple(controller.config["cameras"]))
+    env = make_env(
+        task, tuple(controller.config["image_size"]), tuple(controller.config["cameras"])
+    )
     instructions, truth = [], []
     for variation in range(env.task.candidates):
         _, info = env.reset(seed=seed, options={"variation": variation})
-        images = look(env)
+        images = render_cameras(env)
         try:
-            oracle = Oracle(task, seed, variation, controller.config["horizon"])
+            oracle = Oracle(record_oracle(task, seed, variation), controller.config["horizon"])
         except UserError:
             return []  # without a demonstration there is no knowing where the sphere belongs
         instructions.append(info["instruction"])
         truth.append(gripper_spots(oracle.paint(env, images, 0), images))  # (cameras, 2)
-    painted = painter.paint({camera: np.repeat(image[None], len(truth), 0) for camera, image in images.items()}, instructions)
+    painted = painter.paint(
+        {camera: np.repeat(image[None], len(truth), 0) for camera, image in images.items()},
+        instructions,
+    )
     correct = []
     for variation in range(len(truth)):
-        spots = gripper_spots({camera: batch[variation] for camera, batch in painted.items()}, images)
-        distance = np.nan_to_num(np.linalg.norm(truth - spots, axis=-1), nan=env.width).mean(axis=1)  # (variations,) pixels
+        spots = gripper_spots(
+            {camera: batch[variation] for camera, batch in painted.items()}, images
+        )
+        distance = np.nan_to_num(np.linalg.norm(truth - spots, axis=-1), nan=env.width).mean(
+            axis=1
+        )  # (variations,) pixels
         correct.append(bool(np.isfinite(spots).any() and distance.argmin() == variation))
     return correct
 
@@ -259,16 +289,31 @@ def rate(successes, episodes):
     """The rate and its 95 % interval (Wilson 1927): unlike the textbook's, right for few episodes and for rates near 0 and 1."""
     z, share = 1.959964, successes / episodes
     middle = (share + z**2 / (2 * episodes)) / (1 + z**2 / episodes)
-    half = z / (1 + z**2 / episodes) * np.sqrt(share * (1 - share) / episodes + z**2 / (4 * episodes**2))
-    return {"rate": share, "wilson_95": [round(float(max(middle - half, 0)), 4), round(float(min(middle + half, 1)), 4)]}
+    half = (
+        z
+        / (1 + z**2 / episodes)
+        * np.sqrt(share * (1 - share) / episodes + z**2 / (4 * episodes**2))
+    )
+    return {
+        "rate": share,
+        "wilson_95": [
+            round(float(max(middle - half, 0)), 4),
+            round(float(min(middle + half, 1)), 4),
+        ],
+    }
 
 
 def summary(outcomes, logs):
     """What evaluation.json says about one task."""
-    failed, errors = sum(outcome.get("failed_resets", 0) for outcome in outcomes), sum("error" in outcome for outcome in outcomes)
+    failed, errors = (
+        sum(outcome.get("failed_resets", 0) for outcome in outcomes),
+        sum("error" in outcome for outcome in outcomes),
+    )
     trouble = {"failed_resets": failed, "episodes_with_errors": errors} if failed or errors else {}
     steps = [outcome["steps"] for outcome in outcomes if outcome["success"]]
-    milliseconds = lambda name: round(1000 * float(np.median(sum((log[name] for log in logs), []) or [0])), 2)  # noqa: E731
+    milliseconds = lambda name: round(
+        1000 * float(np.median(sum((log[name] for log in logs), []) or [0])), 2
+    )  # noqa: E731
     return {
         "successes": len(steps), "episodes": len(outcomes), **rate(len(steps), len(outcomes)),
         "mean_steps": float(np.mean(steps)) if steps else None,
@@ -277,30 +322,58 @@ def summary(outcomes, logs):
 
 
 def print_table(report):
-    print(f"\n{'task':<24}{'success':>10}{'rate':>7}{'95 % interval':>16}{'steps':>7}{'paint':>10}{'control':>10}")
+    print(
+        f"\n{'task':<24}{'success':>10}{'rate':>7}{'95 % interval':>16}{'steps':>7}{'paint':>10}{'control':>10}"
+    )
     for name, task in report["tasks"].items():
-        (low, high), steps = task["wilson_95"], "-" if task["mean_steps"] is None else f"{task['mean_steps']:.0f}"
-        print(f"{name:<24}{task['successes']:>4} of {task['episodes']:<3}{task['rate']:>6.0%}{f'{low:.0%} to {high:.0%}':>16}{steps:>7}"
-              f"{task['paint_ms']:>7.1f} ms{task['control_ms']:>7.1f} ms")
+        (low, high), steps = (
+            task["wilson_95"],
+            "-" if task["mean_steps"] is None else f"{task['mean_steps']:.0f}",
+        )
+        print(
+            f"{name:<24}{task['successes']:>4} of {task['episodes']:<3}{task['rate']:>6.0%}{f'{low:.0%} to {high:.0%}':>16}{steps:>7}"
+            f"{task['paint_ms']:>7.1f} ms{task['control_ms']:>7.1f} ms"
+        )
         if "failed_resets" in task:
-            print(f"{'':<24}{task['failed_resets']} scenes without room for it, {task['episodes_with_errors']} episodes with an error")
-    print(f"{'mean over the tasks':<24}{np.mean([task['rate'] for task in report['tasks'].values()]):>16.1%}")
+            print(
+                f"{'':<24}{task['failed_resets']} scenes without room for it, {task['episodes_with_errors']} episodes with an error"
+            )
+    print(
+        f"{'mean over the tasks':<24}{np.mean([task['rate'] for task in report['tasks'].values()]):>16.1%}"
+    )
     if "language" in report:
         correct, cases, share, (low, high) = report["language"].values()
-        print(f"The gripper was painted towards the named object in {correct} of {cases} cases ({share:.0%}, {low:.0%} to {high:.0%}).")
+        print(
+            f"The gripper was painted towards the named object in {correct} of {cases} cases ({share:.0%}, {low:.0%} to {high:.0%})."
+        )
 
 
 def check_settings(settings):
     """Fill in the settings that follow from others. Raises UserError for what cannot be evaluated."""
     if settings.checkpoints is None:
         settings.checkpoints = 3 if settings.protocol else 1
-    for name, least in {"episodes": 1, "execute": 1, "workers": 1, "seed": 0, "language": 0, "videos": 0, "checkpoints": 1}.items():
+    for name, least in {
+        "episodes": 1,
+        "execute": 1,
+        "workers": 1,
+        "seed": 0,
+        "language": 0,
+        "videos": 0,
+        "checkpoints": 1,
+    }.items():
         if getattr(settings, name) < least:
             raise UserError(f"--{name} must be {least} or more.")
     settings.sim = settings.sim or ("rlbench" if settings.protocol else "mujoco")
     rlbench, folder = settings.sim == "rlbench", settings.run / "episodes"
-    if settings.demos and not rlbench or rlbench and (settings.policy == "oracle" or settings.perturb):
-        raise UserError("--demos is for --sim rlbench, --policy oracle and --perturb are for the embedded simulator.")
+    if (
+        settings.demos
+        and not rlbench
+        or rlbench
+        and (settings.policy == "oracle" or settings.perturb)
+    ):
+        raise UserError(
+            "--demos is for --sim rlbench, --policy oracle and --perturb are for the embedded simulator."
+        )
     tasks = settings.tasks or (PAPER_TASKS if rlbench and settings.protocol else ())
     recorded = find_episodes(folder) if folder.is_dir() or not tasks else []
     settings.tasks = tuple(dict.fromkeys(tasks or [path.parent.name for path in recorded]))
@@ -314,11 +387,21 @@ def check_settings(settings):
     for path in recorded:
         seed = path.name.split("_")[0]
         if path.parent.name in settings.tasks and seed.isdigit() and int(seed) in seeds:
-            raise UserError(f"Seed {int(seed)} was recorded in {path}, so its scene is not unseen: choose another --seed.")
+            raise UserError(
+                f"Seed {int(seed)} was recorded in {path}, so its scene is not unseen: choose another --seed."
+            )
     if settings.device == "auto":
-        settings.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        settings.device = (
+            "cuda"
+            if torch.cuda.is_available()
+            else "mps"
+            if torch.backends.mps.is_available()
+            else "cpu"
+        )
     settings.out = settings.out or settings.run / "evaluation"
-    settings.controller = settings.controller or settings.run / ("act_rgb" if settings.policy == "act" else "act")
+    settings.controller = settings.controller or settings.run / (
+        "act_rgb" if settings.policy == "act" else "act"
+    )
     settings.painter = settings.painter or settings.run / "controlnet"
     # a painter that lies elsewhere may be on the Hub: Painter.load will see
     paints_here = settings.policy == "genima" and settings.painter.parent == settings.run
@@ -332,12 +415,20 @@ def checkpoints(settings):
     """The settings of each checkpoint to average over, the last one first: painter and controller are paired from there backwards."""
     count = settings.checkpoints
     each = [replace(settings, videos=0 if i else settings.videos) for i in range(count)]
-    for what in () if count == 1 else ("controller", "painter") if settings.policy == "genima" else ("controller",):
+    for what in (
+        ()
+        if count == 1
+        else ("controller", "painter")
+        if settings.policy == "genima"
+        else ("controller",)
+    ):
         folder = getattr(settings, what)
         found = sorted(folder.glob("step-*"), key=lambda path: int(path.name[5:]), reverse=True)
         if len(found) < count:
-            raise UserError(f"{folder} holds {len(found)} of the {count} checkpoints to average over: train it with --keep {count}, "
-                            "or give --checkpoints 1.")
+            raise UserError(
+                f"{folder} holds {len(found)} of the {count} checkpoints to average over: train it with --keep {count}, "
+                "or give --checkpoints 1."
+            )
         each = [replace(one, **{what: path}) for one, path in zip(each, found)]
     return each
 
@@ -345,13 +436,28 @@ def checkpoints(settings):
 def write_report(settings):
     """Drive all episodes, write and print the results. A variation's policy is a function (run, device) -> painter or None, controller."""
     each, tasks, count = checkpoints(settings), settings.tasks, settings.episodes
-    jobs = [(drive, task, settings.seed + i, checkpoint) for checkpoint in each for task in tasks for i in range(count)]
-    jobs += [(listen, task, settings.seed + i, each[0]) for i in range(settings.language) for task in LANGUAGE_TASKS if task in tasks]
+    jobs = [
+        (drive, task, settings.seed + i, checkpoint)
+        for checkpoint in each
+        for task in tasks
+        for i in range(count)
+    ]
+    jobs += [
+        (listen, task, settings.seed + i, each[0])
+        for i in range(settings.language)
+        for task in LANGUAGE_TASKS
+        if task in tasks
+    ]
     # CUDA does not survive a fork, and CoppeliaSim's libraries had better not be asked to
     start = None if settings.device == "cpu" and settings.sim == "mujoco" else "spawn"
-    done = in_parallel(jobs, settings.workers, "evaluating", "episode", start)
-    results, heard = {task: [] for task in tasks}, []  # of each task (outcome, log), of one checkpoint after the other; [correct, ...]
-    for (what, task, seed, checkpoint), result in sorted(done, key=lambda pair: (each.index(pair[0][3]), pair[0][2])):
+    done = run_in_parallel(jobs, settings.workers, "evaluating", "episode", start)
+    results, heard = (
+        {task: [] for task in tasks},
+        [],
+    )  # of each task (outcome, log), of one checkpoint after the other; [correct, ...]
+    for (what, task, seed, checkpoint), result in sorted(
+        done, key=lambda pair: (each.index(pair[0][3]), pair[0][2])
+    ):
         if what is listen:
             heard += result or []
         else:
@@ -359,8 +465,12 @@ def write_report(settings):
             results[task].append(result or (outcome | {"error": "the simulator crashed"}, log))
 
     policy = getattr(settings.policy, "__name__", settings.policy)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-    cpus = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else "")
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
+    ).stdout.strip()
+    cpus = re.findall(
+        r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+    )
     gpu = torch.cuda.get_device_name() if settings.device == "cuda" else None
     report = {
         "policy": policy, "sim": settings.sim, "git_commit": commit or None, "execute": settings.execute, "perturb": settings.perturb,
@@ -374,17 +484,33 @@ def write_report(settings):
              "rates": {task: np.mean([outcome["success"] for outcome, _ in results[task][i * count:][:count]]) for task in tasks}}
             for i, checkpoint in enumerate(each)]  # fmt: skip
     if heard:
-        report["language"] = {"correct": sum(heard), "cases": len(heard), **rate(sum(heard), len(heard))}
-    suffix = "".join(f"_{name}" for name in (policy, settings.perturb) if name not in ("genima", None))
+        report["language"] = {
+            "correct": sum(heard),
+            "cases": len(heard),
+            **rate(sum(heard), len(heard)),
+        }
+    suffix = "".join(
+        f"_{name}" for name in (policy, settings.perturb) if name not in ("genima", None)
+    )
     with write_whole(settings.out / f"evaluation{suffix}.json") as path:
         path.write_text(json.dumps(report, indent=1))
-    shown = {"act": "plain pictures", "genima": "painted target", "oracle": "painted target"}.get(policy, "what the controller sees")
+    shown = {"act": "plain pictures", "genima": "painted target", "oracle": "painted target"}.get(
+        policy, "what the controller sees"
+    )
     for task, pairs in results.items():
         if films := [(outcome, log["frames"]) for outcome, log in pairs if log["frames"]]:
-            write_film(settings.out, f"{task}{suffix}", films, shown, HZ if settings.sim == "rlbench" else CONTROL_HZ)
+            write_film(
+                settings.out,
+                f"{task}{suffix}",
+                films,
+                shown,
+                HZ if settings.sim == "rlbench" else CONTROL_HZ,
+            )
         for outcome, log in pairs:
             if settings.trace and not outcome["success"]:
-                with write_whole(settings.out / f"trace{suffix}_{task}_{outcome['seed']}.csv") as path:
+                with write_whole(
+                    settings.out / f"trace{suffix}_{task}_{outcome['seed']}.csv"
+                ) as path:
                     np.savetxt(path, log["trace"], "%.6g", ",", header=TRACE, comments="")
     write_bars(settings.out / f"success{suffix}.png", report)
     print_table(report)

@@ -31,9 +31,11 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
-from episodes import CAMERAS, JOINT_LIMITS, UserError, read_episode, run_stage, write_whole
-from recording import Recording, Replay, recover, replay, write_timing
-from robot_io import HZ, Fault, Franka, History, Policy, Station, ask, fit, franka_chain, trained
+from genima.episodes import CAMERAS, read_episode
+from genima.files import UserError, run_stage, write_whole
+from genima.kinematics import JOINT_LIMITS, franka_chain
+from robot.arm import HZ, Fault, Franka, History, Policy, Station, ask, fit, trained
+from robot.recording import Recording, Replay, recover, replay, write_timing
 
 VELOCITY = np.array([2.175] * 4 + [2.61] * 3)  # rad/s, the lower of Panda's and FR3's (data sheets)
 STAMP = "%Y%m%d-%H%M%S"  # in the names of recordings
@@ -57,15 +59,21 @@ class Safety:
     def __post_init__(self):
         if not 0 < self.speed <= 1:
             raise UserError("--speed must be above 0 and at most 1.")
-        if not (np.less(self.workspace[:3], self.workspace[3:]).all() and self.watchdog > 0):  # nor NaN, which nothing exceeds
-            raise UserError("--workspace is x, y, z from and x, y, z to, each from below its to, and --watchdog must be above 0.")
+        if not (
+            np.less(self.workspace[:3], self.workspace[3:]).all() and self.watchdog > 0
+        ):  # nor NaN, which nothing exceeds
+            raise UserError(
+                "--workspace is x, y, z from and x, y, z to, each from below its to, and --watchdog must be above 0."
+            )
         self.chain = franka_chain()
         self.low, self.high = np.array(JOINT_LIMITS[self.arm]) + [[self.margin], [-self.margin]]
 
     def check_chunk(self, chunk):
         """What the policy gave, (K, 8)."""
         if chunk.ndim != 2 or chunk.shape[1] != 8 or not np.isfinite(chunk).all():
-            raise Fault("The policy gave NaN or infinite numbers: look at the log's pictures. Is a camera covered, did training diverge?")
+            raise Fault(
+                "The policy gave NaN or infinite numbers: look at the log's pictures. Is a camera covered, did training diverge?"
+            )
 
     def step(self, previous, wish):
         """The command (7,) on the way from the previous one to the policy's wish (7,), and how much of the way it is (0..1).
@@ -75,26 +83,43 @@ class Safety:
         """
         change = np.abs(wish - previous)
         if not change.max() <= self.jump:
-            raise Fault(f"The policy wants joint {change.argmax() + 1} to jump by {change.max():.2f} rad; {self.jump} are allowed.")
+            raise Fault(
+                f"The policy wants joint {change.argmax() + 1} to jump by {change.max():.2f} rad; {self.jump} are allowed."
+            )
         share = 1 / max(1.0, (HZ * change / VELOCITY).max() / self.speed)
         command = previous + share * (wish - previous)
-        beyond, before = (np.maximum(self.low - joints, joints - self.high) for joints in (command, previous))  # rad
+        beyond, before = (
+            np.maximum(self.low - joints, joints - self.high) for joints in (command, previous)
+        )  # rad
         worst = np.where(beyond > np.maximum(before, 0), beyond, 0).argmax()
         if beyond[worst] > max(before[worst], 0):
-            raise Fault(f"The policy wants joint {worst + 1} at {command[worst]:.2f} rad; "
-                        f"{self.low[worst]:.2f} to {self.high[worst]:.2f} are allowed.")
-        tool, before = (self.chain.joint_poses(joints)[-1, :3, 3] for joints in (command, previous))  # metres
+            raise Fault(
+                f"The policy wants joint {worst + 1} at {command[worst]:.2f} rad; "
+                f"{self.low[worst]:.2f} to {self.high[worst]:.2f} are allowed."
+            )
+        tool, before = (
+            self.chain.joint_poses(joints)[-1, :3, 3] for joints in (command, previous)
+        )  # metres
         if self.outside_box(tool) > self.outside_box(before):
-            raise Fault(f"The policy wants the fingertips at {tool.round(3).tolist()}, outside the --workspace {self.workspace}.")
+            raise Fault(
+                f"The policy wants the fingertips at {tool.round(3).tolist()}, outside the --workspace {self.workspace}."
+            )
         return command, share
 
     def outside_box(self, tool):
         """By how many metres a point (3,) is outside the workspace, 0 inside."""
-        return max(np.maximum(np.subtract(self.workspace[:3], tool), np.subtract(tool, self.workspace[3:])).max(), 0)
+        return max(
+            np.maximum(
+                np.subtract(self.workspace[:3], tool), np.subtract(tool, self.workspace[3:])
+            ).max(),
+            0,
+        )
 
     def check_motion(self, qvel):
         if (np.abs(qvel[:7]) > 0.95 * VELOCITY).any():
-            raise Fault(f"Joint {np.abs(qvel[:7] / VELOCITY).argmax() + 1} moves at more than 95 % of its greatest velocity.")
+            raise Fault(
+                f"Joint {np.abs(qvel[:7] / VELOCITY).argmax() + 1} moves at more than 95 % of its greatest velocity."
+            )
 
     def check_fresh(self, stamps, now):
         """stamps: camera -> when its picture was taken, s; 0 before the first."""
@@ -110,14 +135,24 @@ class Safety:
     def confirm(self, painted, path, yes):
         """Before the first motion a person sees the painted target, and says yes."""
         with write_whole(path) as temporary:
-            Image.fromarray(np.concatenate(list(painted.values()), axis=1)).save(temporary, format="png")
+            Image.fromarray(np.concatenate(list(painted.values()), axis=1)).save(
+                temporary, format="png"
+            )
         print(f"The painted target is in {path}.")
-        if not yes and ask("Is it where the gripper should go, and is the stop button in your hand? y Enter moves the arm: ") != "y":
+        if (
+            not yes
+            and ask(
+                "Is it where the gripper should go, and is the stop button in your hand? y Enter moves the arm: "
+            )
+            != "y"
+        ):
             raise Fault("Not confirmed, so nothing was sent.")
 
     def check_waiting(self, seconds):
         if seconds > self.watchdog:
-            raise Fault(f"The policy is late by more than {self.watchdog} s (--watchdog): is the machine busy, or the network too large?")
+            raise Fault(
+                f"The policy is late by more than {self.watchdog} s (--watchdog): is the machine busy, or the network too large?"
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------------- settings
@@ -189,11 +224,19 @@ def station(settings, **options):
 def held(settings, bench, safety, path, names, size):
     """-> robot, log, instruction, for a block that makes the episode `path` of these cameras, with their pictures at `size`.
     Whatever ends the block, a fault, Ctrl-C or its last line: first the arm holds, then the log is written, then a sentence says why."""
-    pictures, error, calibration = bench.read()[1], None, {}  # the pictures are of the right size, if black, before the first
+    pictures, error, calibration = (
+        bench.read()[1],
+        None,
+        {},
+    )  # the pictures are of the right size, if black, before the first
     for name in names:
         if name not in pictures:
-            raise UserError(f"The policy was trained with camera '{name}', which --cameras does not name.")
-        calibration[name] = bench.calibration[name] | {"intrinsics": fit(pictures[name], size, bench.calibration[name]["intrinsics"])[1]}
+            raise UserError(
+                f"The policy was trained with camera '{name}', which --cameras does not name."
+            )
+        calibration[name] = bench.calibration[name] | {
+            "intrinsics": fit(pictures[name], size, bench.calibration[name]["intrinsics"])[1]
+        }
     instruction = settings.instruction or bench.instruction
     about = dict(task=settings.task, variation=bench.variation, instruction=instruction, instructions=[instruction], robot=settings.arm,
                  sim=bench.sim, seed=bench.seed)  # fmt: skip
@@ -204,16 +247,24 @@ def held(settings, bench, safety, path, names, size):
         error = problem
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a log that is half written helps nobody
     try:
-        log.event(f"stopped: {str(error) or type(error).__name__}" if error else "finished")  # when; it is written by a thread
+        log.event(
+            f"stopped: {str(error) or type(error).__name__}" if error else "finished"
+        )  # when; it is written by a thread
         robot.hold()
         path = log.finish(not error and log.count > 0 and bench.success())
     except OSError:
-        print(f"What was recorded is kept in {log.folder}; the next start makes an episode file of it.", file=sys.stderr)
+        print(
+            f"What was recorded is kept in {log.folder}; the next start makes an episode file of it.",
+            file=sys.stderr,
+        )
         raise
     finally:
         signal.signal(signal.SIGINT, before)
     if error:
-        print(f"The arm holds its position; {f'what was recorded is in {path}' if path else 'nothing was recorded'}.", file=sys.stderr)
+        print(
+            f"The arm holds its position; {f'what was recorded is in {path}' if path else 'nothing was recorded'}.",
+            file=sys.stderr,
+        )
         raise error
     if not path:
         raise Fault("It was ended before its first step, so nothing was recorded.")
@@ -228,17 +279,27 @@ def between(chunk, position):
 def through(before, after):
     """The velocity (rad/s) at which a joint passes its target: the slower of the steps before and after it, none where it turns or ends.
     Without it the arm would brake for every target, and be two steps behind a fast chunk."""
-    return HZ * np.where(before * after > 0, np.sign(after) * np.minimum(np.abs(before), np.abs(after)), 0)
+    return HZ * np.where(
+        before * after > 0, np.sign(after) * np.minimum(np.abs(before), np.abs(after)), 0
+    )
 
 
 def drive(robot, cameras, policy, safety, log, settings, instruction, steps, finished):
     """The loop. Returns how late each command was (s) when finished() says so or after `steps` commands; raises what stops it."""
-    history, K, wanted = History(robot, cameras, safety), policy.needs["horizon"], (policy.needs["cameras"], policy.needs["image_size"][0])
+    history, K, wanted = (
+        History(robot, cameras, safety),
+        policy.needs["horizon"],
+        (policy.needs["cameras"], policy.needs["image_size"][0]),
+    )
     pictures, _, _, qpos, _ = history.look(*wanted)
     policy.ask(pictures, qpos, instruction, 0)
     painted, chunk, _ = policy.answer(60) or safety.check_waiting(math.inf)
     safety.check_chunk(chunk)
-    safety.confirm(painted, log.path.with_name("first_target.png"), settings.yes or settings.robot == "sim" or settings.dry_run)
+    safety.confirm(
+        painted,
+        log.path.with_name("first_target.png"),
+        settings.yes or settings.robot == "sim" or settings.dry_run,
+    )
     log.event("the first target was confirmed")
 
     # The way is counted in steps of a chunk, of which a slow one is a part: how far the arm is sent, and how far it was in the picture
@@ -256,7 +317,9 @@ def drive(robot, cameras, policy, safety, log, settings, instruction, steps, fin
         if chunk is not None and travelled - looked < K:
             command, share = safety.step(previous, between(chunk, travelled - looked)[:7])
             travelled += share
-            after = between(chunk, travelled - looked)[:7] - command  # the chunk's next step, nothing at its end
+            after = (
+                between(chunk, travelled - looked)[:7] - command
+            )  # the chunk's next step, nothing at its end
             opened = bool(chunk[min(math.ceil(travelled - looked) - 1, K - 1), 7] > 0.5)
             if not settings.dry_run:
                 robot.send(command, through(command - previous, after))
@@ -267,11 +330,24 @@ def drive(robot, cameras, policy, safety, log, settings, instruction, steps, fin
         reached = history.last
         pictures, _, frame, qpos, qvel = history.look(*wanted)
         safety.check_motion(qvel)
-        log.add(pictures, painted, time=time.monotonic(), frame=frame, late=late, latency=latency, progress=share, qpos=qpos, qvel=qvel,
-                action=np.append(previous, opened), reached=reached)
+        log.add(
+            pictures,
+            painted,
+            time=time.monotonic(),
+            frame=frame,
+            late=late,
+            latency=latency,
+            progress=share,
+            qpos=qpos,
+            qvel=qvel,
+            action=np.append(previous, opened),
+            reached=reached,
+        )
         # 3. Think: ask for the next chunk, so early that it is there when this one ends.
         ahead = math.ceil((latency + 0.015) * HZ)  # steps that pass meanwhile
-        if asked is None and (chunk is None or travelled - looked >= 1 + min(settings.execute, K - ahead)):
+        if asked is None and (
+            chunk is None or travelled - looked >= 1 + min(settings.execute, K - ahead)
+        ):
             policy.ask(pictures, qpos, instruction, travelled)
             age = max(start + tick / HZ - frame, 0)  # of the picture, s
             asked, looking = time.monotonic(), travelled - share * (1 + HZ * age)
@@ -298,11 +374,23 @@ def run_once(settings, policy, bench):
     finished = bench.over if not (settings.steps and bench.sim) else lambda: False
     wanted = policy.needs["cameras"], policy.needs["image_size"][0]
     with held(settings, bench, safety, folder / "log.hdf5", *wanted) as (robot, log, instruction):
-        lateness = drive(robot, bench, policy, safety, log, settings, instruction, settings.steps or bench.max_steps, finished)
+        lateness = drive(
+            robot,
+            bench,
+            policy,
+            safety,
+            log,
+            settings,
+            instruction,
+            settings.steps or bench.max_steps,
+            finished,
+        )
     if lateness:
         write_timing(folder / "timing.png", lateness)
     if bench.sim and bench.get("lost") > 0.2:
-        print(f"This machine was too busy for the simulated arm: its clock fell behind by {bench.get('lost'):.1f} s.")
+        print(
+            f"This machine was too busy for the simulated arm: its clock fell behind by {bench.get('lost'):.1f} s."
+        )
     success = read_episode(log.path, images=False).success
     print(f"{instruction}: {'done' if success else 'not done'}; the log is {log.path}.")
     return success
@@ -311,16 +399,26 @@ def run_once(settings, policy, bench):
 def run(settings, load=None, bench=None):
     """load: makes the policy, in its process; bench: a simulated arm that runs already (both for tests)."""
     if settings.robot != "sim" and (settings.policy == "demonstrator" or settings.episodes > 1):
-        raise UserError("--policy demonstrator and --episodes are for the simulated scene alone: use a trained policy, once, on a robot.")
+        raise UserError(
+            "--policy demonstrator and --episodes are for the simulated scene alone: use a trained policy, once, on a robot."
+        )
     for folder in (settings.run / "act", settings.run / "controlnet"):
         if settings.policy == "trained" and not load and not folder.is_dir():
-            raise UserError(f"There is no checkpoint {folder}: train it first, or try --policy demonstrator.")
+            raise UserError(
+                f"There is no checkpoint {folder}: train it first, or try --policy demonstrator."
+            )
     recover(settings.run)
     first, successes = settings.seed, 0
-    for settings.seed in tqdm(range(first, first + settings.episodes), desc="episodes", disable=settings.episodes == 1):
+    for settings.seed in tqdm(
+        range(first, first + settings.episodes), desc="episodes", disable=settings.episodes == 1
+    ):
         try:
             with nullcontext(bench) if bench else closing(station(settings)) as scene:
-                made = load or (scene.policy if settings.policy == "demonstrator" else partial(trained, settings.run, settings.device))
+                made = load or (
+                    scene.policy
+                    if settings.policy == "demonstrator"
+                    else partial(trained, settings.run, settings.device)
+                )
                 with closing(Policy(made)) as policy:
                     successes += run_once(settings, policy, scene)
         except Fault as error:
@@ -328,7 +426,9 @@ def run(settings, load=None, bench=None):
                 raise
             print(f"Seed {settings.seed}: {error}", file=sys.stderr)
     if settings.episodes > 1:
-        print(f"{successes} of {settings.episodes} episodes of {settings.task} succeeded (seeds {first} to {settings.seed}).")
+        print(
+            f"{successes} of {settings.episodes} episodes of {settings.task} succeeded (seeds {first} to {settings.seed})."
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------------ record
@@ -341,9 +441,15 @@ def record(settings):
     safety = Safety(settings.arm, stale=1.0)  # nothing is sent: a camera may pause
     path = settings.run / "episodes" / settings.task / f"real_{time.strftime(STAMP)}.hdf5"
     with closing(station(settings, cameras=settings.cameras or CAMERAS, **options)) as bench:
-        with held(settings, bench, safety, path, list(bench.calibration), settings.size) as (robot, log, _):
+        with held(settings, bench, safety, path, list(bench.calibration), settings.size) as (
+            robot,
+            log,
+            _,
+        ):
             if not (settings.yes or bench.sim):
-                ask("Hold the arm by the buttons at its wrist. Enter starts the recording, and Enter stops it.")
+                ask(
+                    "Hold the arm by the buttons at its wrist. Enter starts the recording, and Enter stops it."
+                )
             history = History(robot, bench, safety)
             if bench.sim:
                 bench.demonstrate()
@@ -355,10 +461,19 @@ def record(settings):
                 now = time.monotonic()
                 start = start or now + 0.5 / HZ  # midway between two pictures
                 pictures, stamps, frame, qpos, qvel = history.look(list(stamps), settings.size)
-                log.add(pictures, time=now, frame=frame, late=now - start - log.count / HZ, qpos=qpos, qvel=qvel)
+                log.add(
+                    pictures,
+                    time=now,
+                    frame=frame,
+                    late=now - start - log.count / HZ,
+                    qpos=qpos,
+                    qvel=qvel,
+                )
                 if log.count % HZ == 0:
                     print(f"\rrecording, {log.count // HZ} s ", end="", flush=True)
-                if settings.seconds == 0 and (log.count > HZ and not bench.get("guided") if bench.sim else bench.over()):
+                if settings.seconds == 0 and (
+                    log.count > HZ and not bench.get("guided") if bench.sim else bench.over()
+                ):
                     break
     print(f"\n{log.count} frames are in {path}.")
     return path
@@ -366,8 +481,10 @@ def record(settings):
 
 def main():
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    from calibrate import Settings as Calibrate  # imported late: the policy's process has no use for OpenCV
-    from calibrate import calibrate
+    from robot.calibrate import (
+        Settings as Calibrate,  # imported late: the policy's process has no use for OpenCV
+    )
+    from robot.calibrate import calibrate
 
     settings = tyro.extras.subcommand_cli_from_dict({"run": Run, "record": Record, "replay": Replay, "calibrate": Calibrate},
                                                     description=__doc__)  # fmt: skip

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import mujoco
 import numpy as np
 
-from episodes import UserError
+from genima.files import UserError
 
 TOOL_DOWN = np.diag([1.0, -1.0, -1.0])  # world from tool: z down, fingers open along y
 
@@ -52,7 +52,14 @@ class Move:
 
 def add_box(parent, name, size, position=(0, 0, 0), colour=(0.7, 0.7, 0.7), **geom):
     """A box of half sizes `size` (m) on a body of MjSpec; further MuJoCo attributes by name."""
-    return parent.add_geom(name=name, type=mujoco.mjtGeom.mjGEOM_BOX, size=size, pos=position, rgba=(*colour, 1), **geom)
+    return parent.add_geom(
+        name=name,
+        type=mujoco.mjtGeom.mjGEOM_BOX,
+        size=size,
+        pos=position,
+        rgba=(*colour, 1),
+        **geom,
+    )
 
 
 def add_block(world, name, size, position, colour=(0.7, 0.7, 0.7), **geom):
@@ -105,8 +112,12 @@ class Task:
     geom = ""  # the geom that the instruction is about; {} is the candidate's number
     templates = ()  # RLBench's phrasings; {} is the named candidate
     max_steps = 100
-    start_box = np.array([[0.32, -0.28, 0.15], [0.62, 0.28, 0.40]])  # where the tool may be when an episode begins, two corners
-    posture = np.array([0, 1, 1, 1, 1, 1, 1])  # which joints are drawn to HOME where the tool's pose leaves a choice
+    start_box = np.array(
+        [[0.32, -0.28, 0.15], [0.62, 0.28, 0.40]]
+    )  # where the tool may be when an episode begins, two corners
+    posture = np.array(
+        [0, 1, 1, 1, 1, 1, 1]
+    )  # which joints are drawn to HOME where the tool's pose leaves a choice
 
     def near(self, env):
         """The point above which the tool begins when it begins near."""
@@ -131,7 +142,9 @@ class Task:
             env.model.geom(self.geom.format(i)).rgba[:3] = COLOURS[self.names[i // each]]
         while True:
             points = rng.uniform(low, high, (count + more, len(low)))
-            gaps = np.linalg.norm(points[:, None, :2] - points[None, :, :2], axis=-1)[np.triu_indices(count + more, 1)]
+            gaps = np.linalg.norm(points[:, None, :2] - points[None, :, :2], axis=-1)[
+                np.triu_indices(count + more, 1)
+            ]
             if gaps.min() >= apart:
                 return points
 
@@ -140,16 +153,28 @@ class ReachTarget(Task):
     """Touch the ball of the named colour with the fingertips; the other balls are distractors."""
 
     geom = "ball{}"
-    templates = ("reach the {} target", "touch the {} ball with the panda gripper", "reach the {} sphere")
+    templates = (
+        "reach the {} target",
+        "touch the {} ball with the panda gripper",
+        "reach the {} sphere",
+    )
     radius = 0.03
 
     def build(self, world):
         for i in range(self.candidates):
             body = world.add_body(name=f"ball{i}", mocap=True)
-            body.add_geom(name=f"ball{i}", type=mujoco.mjtGeom.mjGEOM_SPHERE, size=[self.radius, 0, 0], contype=0, conaffinity=0)
+            body.add_geom(
+                name=f"ball{i}",
+                type=mujoco.mjtGeom.mjGEOM_SPHERE,
+                size=[self.radius, 0, 0],
+                contype=0,
+                conaffinity=0,
+            )
 
     def place(self, env, rng):
-        env.data.mocap_pos[:] = self.draw(env, rng, (0.36, -0.25, 0.05), (0.62, 0.25, 0.30), apart=0.12)
+        env.data.mocap_pos[:] = self.draw(
+            env, rng, (0.36, -0.25, 0.05), (0.62, 0.25, 0.30), apart=0.12
+        )
 
     def plan(self, env):
         yield Move(self.focus(env), dwell=4)
@@ -162,7 +187,12 @@ class PushButton(Task):
     """Press the button of the named colour with closed fingers. Pressing another one ends the episode."""
 
     geom = "cap{}"
-    templates = ("push the {} button", "push down the {} button", "press the button with the {} color", "press the {} button")
+    templates = (
+        "push the {} button",
+        "push down the {} button",
+        "press the button with the {} color",
+        "press the {} button",
+    )
     height, travel = 0.03, 0.010  # of the button's top above the table; how far it goes down
 
     def build(self, world):
@@ -172,7 +202,12 @@ class PushButton(Task):
             cap = body.add_body(name=f"cap{i}", pos=(0, 0, 0.02))
             cap.add_joint(name=f"cap{i}", type=mujoco.mjtJoint.mjJNT_SLIDE, axis=(0, 0, 1), range=(-self.travel, 0),
                           stiffness=[300, 0, 0], damping=[10, 0, 0], springref=0.01)  # fmt: skip
-            cap.add_geom(name=f"cap{i}", type=mujoco.mjtGeom.mjGEOM_CYLINDER, size=[0.025, 0.01, 0], mass=0.05)
+            cap.add_geom(
+                name=f"cap{i}",
+                type=mujoco.mjtGeom.mjGEOM_CYLINDER,
+                size=[0.025, 0.01, 0],
+                mass=0.05,
+            )
 
     def place(self, env, rng):
         for i, point in enumerate(self.draw(env, rng, (0.36, -0.24), (0.62, 0.24), apart=0.13)):
@@ -200,12 +235,23 @@ class PickAndLift(Task):
     """Grasp the block of the named colour and lift it 10 cm; the other blocks are distractors."""
 
     geom = "block{}"
-    templates = ("pick up the {} block and lift it", "grasp the {} block and lift it up", "lift the {} block up")
+    templates = (
+        "pick up the {} block and lift it",
+        "grasp the {} block and lift it up",
+        "lift the {} block up",
+    )
     half = 0.02
 
     def build(self, world):
         for i in range(self.candidates):
-            add_block(world, f"block{i}", [self.half] * 3, (0.5, 0.2 * (i - 1), self.half), mass=0.05, **GRIPPED)
+            add_block(
+                world,
+                f"block{i}",
+                [self.half] * 3,
+                (0.5, 0.2 * (i - 1), self.half),
+                mass=0.05,
+                **GRIPPED,
+            )
 
     def place(self, env, rng):
         for i, point in enumerate(self.draw(env, rng, (0.38, -0.22), (0.60, 0.22), apart=0.13)):
@@ -234,23 +280,50 @@ class SlideBlockToTarget(Task):
     half = np.array([0.03, 0.055, 0.025])
 
     def build(self, world):
-        add_box(world.add_body(name="target"), "target", (0.055, 0.055, 0.001), (0, 0, 0), COLOURS["blue"], **PAINTED)
-        slippery = {"friction": (0.3, 0.005, 0.0001), "priority": 1}  # rough blocks jam between fingers and table
-        add_block(world, "block", self.half, (0.4, 0, self.half[2]), COLOURS["orange"], mass=0.1, **slippery)
+        add_box(
+            world.add_body(name="target"),
+            "target",
+            (0.055, 0.055, 0.001),
+            (0, 0, 0),
+            COLOURS["blue"],
+            **PAINTED,
+        )
+        slippery = {
+            "friction": (0.3, 0.005, 0.0001),
+            "priority": 1,
+        }  # rough blocks jam between fingers and table
+        add_block(
+            world,
+            "block",
+            self.half,
+            (0.4, 0, self.half[2]),
+            COLOURS["orange"],
+            mass=0.1,
+            **slippery,
+        )
 
     def place(self, env, rng):
-        block, yaw, distance = rng.uniform((0.39, -0.12), (0.46, 0.12)), rng.uniform(-1.2, 1.2), rng.uniform(0.11, 0.17)
+        block, yaw, distance = (
+            rng.uniform((0.39, -0.12), (0.46, 0.12)),
+            rng.uniform(-1.2, 1.2),
+            rng.uniform(0.11, 0.17),
+        )
         lay(env, "block", block, yaw)
         lay(env, "target", block + distance * np.array([np.cos(yaw), np.sin(yaw)]), yaw)
 
     def plan(self, env):
         block, target = self.focus(env), np.append(env.model.body("target").pos[:2], self.half[2])
         direction = (target - block) / np.linalg.norm(target - block)
-        turned = rotation_from(np.arctan2(direction[1], direction[0]) * np.array([0, 0, 1.0])) @ TOOL_DOWN
+        turned = (
+            rotation_from(np.arctan2(direction[1], direction[0]) * np.array([0, 0, 1.0]))
+            @ TOOL_DOWN
+        )
         behind = block - (self.half[0] + 0.04) * direction
         yield Move(above(env, behind, 0.09, 0.14), rotation=turned)
         yield Move(behind, dwell=2, rotation=turned, speed=0.25)
-        yield Move(target - (self.half[0] + 0.008) * direction, dwell=4, rotation=turned, speed=0.15)
+        yield Move(
+            target - (self.half[0] + 0.008) * direction, dwell=4, rotation=turned, speed=0.15
+        )
 
     def success(self, env):
         return np.linalg.norm(self.focus(env)[:2] - env.model.body("target").pos[:2]) < 0.025
@@ -260,7 +333,11 @@ class OpenDrawer(Task):
     """Grasp the handle of the bottom, middle or top drawer of a cabinet from its front and pull it open."""
 
     names, geom = ("bottom", "middle", "top"), "handle{}"
-    templates = ("open the {0} drawer", "grip the {0} handle and pull the {0} drawer open", "slide the {0} drawer open")
+    templates = (
+        "open the {0} drawer",
+        "grip the {0} handle and pull the {0} drawer open",
+        "slide the {0} drawer open",
+    )
     start_box = np.array([[0.32, -0.28, 0.15], [0.62, -0.08, 0.40]])  # in front of the cabinet
     posture = ELBOW_UP
 
@@ -270,15 +347,54 @@ class OpenDrawer(Task):
         add_box(cabinet, "back", (0.11, 0.005, 0.13), (0, 0.075, 0.205), white, **FURNITURE)
         add_box(cabinet, "top", (0.11, 0.08, 0.005), (0, 0, 0.34), white, **FURNITURE)
         for side in (-1, 1):
-            add_box(cabinet, f"side{side}", (0.005, 0.08, 0.13), (side * 0.105, 0, 0.205), white, **FURNITURE)
+            add_box(
+                cabinet,
+                f"side{side}",
+                (0.005, 0.08, 0.13),
+                (side * 0.105, 0, 0.205),
+                white,
+                **FURNITURE,
+            )
         for i in range(self.candidates):
             drawer = cabinet.add_body(name=f"drawer{i}", pos=(0, -0.08, 0.12 + 0.085 * i))
             drawer.add_joint(name=f"drawer{i}", type=mujoco.mjtJoint.mjJNT_SLIDE, axis=(0, -1, 0), range=(0, 0.15),
                              frictionloss=0.5, damping=[5, 0, 0])  # fmt: skip
-            add_box(drawer, f"front{i}", (0.098, 0.005, 0.04), (0, 0.005, 0), (0.35, 0.45, 0.55), mass=0.1, **FURNITURE)
-            add_box(drawer, f"tray{i}", (0.09, 0.07, 0.005), (0, 0.08, -0.03), white, mass=0.1, **FURNITURE)
-            add_box(drawer, f"stem{i}", (0.008, 0.015, 0.005), (0, -0.015, 0), bar, mass=0.01, **FURNITURE)
-            add_box(drawer, f"handle{i}", (0.035, 0.006, 0.008), (0, -0.035, 0), bar, mass=0.02, **FURNITURE)
+            add_box(
+                drawer,
+                f"front{i}",
+                (0.098, 0.005, 0.04),
+                (0, 0.005, 0),
+                (0.35, 0.45, 0.55),
+                mass=0.1,
+                **FURNITURE,
+            )
+            add_box(
+                drawer,
+                f"tray{i}",
+                (0.09, 0.07, 0.005),
+                (0, 0.08, -0.03),
+                white,
+                mass=0.1,
+                **FURNITURE,
+            )
+            add_box(
+                drawer,
+                f"stem{i}",
+                (0.008, 0.015, 0.005),
+                (0, -0.015, 0),
+                bar,
+                mass=0.01,
+                **FURNITURE,
+            )
+            add_box(
+                drawer,
+                f"handle{i}",
+                (0.035, 0.006, 0.008),
+                (0, -0.035, 0),
+                bar,
+                mass=0.02,
+                **FURNITURE,
+            )
 
     def place(self, env, rng):
         yaw = rng.uniform(-0.3, 0.3)
@@ -313,15 +429,50 @@ class TakeLidOffSaucepan(Task):
     def build(self, world):
         cylinder, steel = mujoco.mjtGeom.mjGEOM_CYLINDER, (0.3, 0.32, 0.35)
         pan = world.add_body(name="pan")
-        pan.add_geom(name="bottom", type=cylinder, size=[self.radius, 0.004, 0], pos=(0, 0, 0.004), rgba=(*steel, 1))
+        pan.add_geom(
+            name="bottom",
+            type=cylinder,
+            size=[self.radius, 0.004, 0],
+            pos=(0, 0, 0.004),
+            rgba=(*steel, 1),
+        )
         for angle in np.arange(12) * np.pi / 6:
-            wall = self.radius * np.array([np.cos(angle), np.sin(angle), 0]) + (0, 0, self.height / 2)
-            add_box(pan, f"wall{angle:.1f}", (0.003, 0.022, self.height / 2), wall, steel, quat=about_z(angle))
-        add_box(pan, "handle", (0.05, 0.01, 0.006), (self.radius + 0.05, 0, self.height - 0.015), COLOURS["black"])
+            wall = self.radius * np.array([np.cos(angle), np.sin(angle), 0]) + (
+                0,
+                0,
+                self.height / 2,
+            )
+            add_box(
+                pan,
+                f"wall{angle:.1f}",
+                (0.003, 0.022, self.height / 2),
+                wall,
+                steel,
+                quat=about_z(angle),
+            )
+        add_box(
+            pan,
+            "handle",
+            (0.05, 0.01, 0.006),
+            (self.radius + 0.05, 0, self.height - 0.015),
+            COLOURS["black"],
+        )
         lid = world.add_body(name="lid", pos=(0.5, 0, self.rest))
         lid.add_freejoint(name="lid")
-        lid.add_geom(name="lid", type=cylinder, size=[self.radius + 0.006, 0.005, 0], rgba=(0.75, 0.78, 0.8, 1), mass=0.08)
-        knob = {"size": [0.011, 0.018, 0], "pos": (0, 0, 0.023), "rgba": (*COLOURS["black"], 1), "mass": 0.02, **GRIPPED}
+        lid.add_geom(
+            name="lid",
+            type=cylinder,
+            size=[self.radius + 0.006, 0.005, 0],
+            rgba=(0.75, 0.78, 0.8, 1),
+            mass=0.08,
+        )
+        knob = {
+            "size": [0.011, 0.018, 0],
+            "pos": (0, 0, 0.023),
+            "rgba": (*COLOURS["black"], 1),
+            "mass": 0.02,
+            **GRIPPED,
+        }
         lid.add_geom(name="knob", type=cylinder, **knob)
 
     def place(self, env, rng):
@@ -331,7 +482,9 @@ class TakeLidOffSaucepan(Task):
 
     def success(self, env):
         lid = env.data.body("lid").xpos
-        return lid[2] > self.rest + 0.10 and np.linalg.norm(self.focus(env) - env.tool()[:3, 3]) < 0.04
+        return (
+            lid[2] > self.rest + 0.10 and np.linalg.norm(self.focus(env) - env.tool()[:3, 3]) < 0.04
+        )
 
 
 class CloseBox(Task):
@@ -362,7 +515,10 @@ class CloseBox(Task):
     def edge(self, env, angle, reach=0.13):
         """The point on the lid's outer face, `reach` from the hinge, when it stands at an angle."""
         box = env.data.body("box")
-        along = np.array([np.cos(angle), 0, np.sin(angle)]) * reach + np.array([-np.sin(angle), 0, np.cos(angle)]) * 0.016
+        along = (
+            np.array([np.cos(angle), 0, np.sin(angle)]) * reach
+            + np.array([-np.sin(angle), 0, np.cos(angle)]) * 0.016
+        )
         return box.xpos + box.xmat.reshape(3, 3) @ ((-self.half[0], 0, 2 * self.half[2]) + along)
 
     def focus(self, env):
@@ -394,12 +550,23 @@ class StackBlocks(Task):
     half = 0.02
 
     def build(self, world):
-        add_box(world.add_body(name="target"), "target", (0.04, 0.04, 0.001), (0, 0, 0), (0.3, 0.3, 0.3), **PAINTED)
+        add_box(
+            world.add_body(name="target"),
+            "target",
+            (0.04, 0.04, 0.001),
+            (0, 0, 0),
+            (0.3, 0.3, 0.3),
+            **PAINTED,
+        )
         for i in range(4):
-            add_block(world, f"block{i}", [self.half] * 3, (0.5, 0.1 * i, self.half), mass=0.05, **GRIPPED)
+            add_block(
+                world, f"block{i}", [self.half] * 3, (0.5, 0.1 * i, self.half), mass=0.05, **GRIPPED
+            )
 
     def place(self, env, rng):
-        *points, square = self.draw(env, rng, (0.38, -0.22), (0.60, 0.22), apart=0.11, each=2, more=1)
+        *points, square = self.draw(
+            env, rng, (0.38, -0.22), (0.60, 0.22), apart=0.11, each=2, more=1
+        )
         lay(env, "target", square)
         for i, point in enumerate(points):
             lay(env, f"block{i}", point, rng.uniform(-0.3, 0.3))
@@ -407,7 +574,9 @@ class StackBlocks(Task):
     def blocks(self, env):
         """The two named blocks' centres, the one nearest to the square first."""
         pair = [env.data.body(f"block{2 * env.variation + k}").xpos.copy() for k in range(2)]
-        return sorted(pair, key=lambda block: np.linalg.norm((block - env.model.body("target").pos)[:2]))
+        return sorted(
+            pair, key=lambda block: np.linalg.norm((block - env.model.body("target").pos)[:2])
+        )
 
     def focus(self, env):
         nearest, other = self.blocks(env)
@@ -416,7 +585,10 @@ class StackBlocks(Task):
 
     def plan(self, env):
         for layer in range(2):
-            block, target = self.focus(env), env.model.body("target").pos + (0, 0, self.half * (1 + 2 * layer) + 0.002)
+            block, target = (
+                self.focus(env),
+                env.model.body("target").pos + (0, 0, self.half * (1 + 2 * layer) + 0.002),
+            )
             yield from grasp(above(env, block, 0.10, 0.16), block)
             yield Move(np.append(block[:2], 0.14), gripper=0)
             yield Move(np.append(target[:2], 0.14), gripper=0)
@@ -425,9 +597,16 @@ class StackBlocks(Task):
             yield Move(np.append(target[:2], 0.16))
 
     def success(self, env):
-        blocks = np.array(sorted(self.blocks(env), key=lambda block: block[2])) - env.model.body("target").pos
+        blocks = (
+            np.array(sorted(self.blocks(env), key=lambda block: block[2]))
+            - env.model.body("target").pos
+        )
         stacked = np.abs(blocks[:, 2] - self.half * np.array([1, 3])).max() < 0.008
-        return stacked and np.linalg.norm(blocks[:, :2], axis=1).max() < 0.025 and env.data.qpos[7:9].min() > 0.025
+        return (
+            stacked
+            and np.linalg.norm(blocks[:, :2], axis=1).max() < 0.025
+            and env.data.qpos[7:9].min() > 0.025
+        )
 
 
 TASKS = {
@@ -441,4 +620,7 @@ def check_task(name):
     """Raises UserError for a task that does not exist, with the nearest name."""
     if name not in TASKS:
         near = difflib.get_close_matches(name, TASKS, 1)
-        raise UserError(f"There is no task '{name}'; " + (f"is it '{near[0]}'?" if near else f"choose from {', '.join(TASKS)}."))
+        raise UserError(
+            f"There is no task '{name}'; "
+            + (f"is it '{near[0]}'?" if near else f"choose from {', '.join(TASKS)}.")
+        )

@@ -13,7 +13,10 @@ from sims.mujoco_panda import PandaEnv
 from sims.mujoco_tasks import PAINTED, add_box, rotation_from
 
 PERTURBATIONS = ("colours", "distractors", "light", "background", "table", "camera")
-TILES = {"background": ((3, 3), -0.788, (0, 0)), "table": ((0.6, 0.8), 0, (0.4, 0))}  # half sizes, height and middle of what is tiled, m
+TILES = {
+    "background": ((3, 3), -0.788, (0, 0)),
+    "table": ((0.6, 0.8), 0, (0.4, 0)),
+}  # half sizes, height and middle of what is tiled, m
 GRID = 8  # tiles a side
 
 
@@ -32,7 +35,14 @@ class PerturbedEnv(PandaEnv):
         self.kind = kind
         super().__init__(*arguments, **named)
         model = self.model
-        self.changeable = model.geom_rgba, model.cam_pos, model.cam_quat, model.light_diffuse, model.vis.headlight.ambient, model.vis.headlight.diffuse
+        self.changeable = (
+            model.geom_rgba,
+            model.cam_pos,
+            model.cam_quat,
+            model.light_diffuse,
+            model.vis.headlight.ambient,
+            model.vis.headlight.diffuse,
+        )
         self.usual = [values.copy() for values in self.changeable]
 
     def build(self):
@@ -42,9 +52,20 @@ class PerturbedEnv(PandaEnv):
             half, height, middle = TILES[self.kind]
             for i, j in np.ndindex(GRID, GRID):
                 x, y = middle + half * ((2 * np.array([i, j]) + 1) / GRID - 1)
-                add_box(world, f"changed{i}{j}", (half[0] / GRID, half[1] / GRID, 0.0005), (x, y, height), **PAINTED)
+                add_box(
+                    world,
+                    f"changed{i}{j}",
+                    (half[0] / GRID, half[1] / GRID, 0.0005),
+                    (x, y, height),
+                    **PAINTED,
+                )
         for i in range(4 * (self.kind == "distractors")):
-            add_box(world.add_body(name=f"distractor{i}"), f"changed{i}", (0.025, 0.025, 0.025), **PAINTED)
+            add_box(
+                world.add_body(name=f"distractor{i}"),
+                f"changed{i}",
+                (0.025, 0.025, 0.025),
+                **PAINTED,
+            )
         return spec
 
     def reset(self, *, seed=None, options=None):
@@ -52,24 +73,41 @@ class PerturbedEnv(PandaEnv):
         for values, usual in zip(self.changeable, self.usual):
             values[:] = usual
         _, info = super().reset(seed=seed, options=options)
-        rng, names = np.random.default_rng([self.seed, 3]), [model.geom(i).name for i in range(model.ngeom)]
+        rng, names = (
+            np.random.default_rng([self.seed, 3]),
+            [model.geom(i).name for i in range(model.ngeom)],
+        )
         changed = [i for i, name in enumerate(names) if name.startswith("changed")]
         model.geom_rgba[changed, :3] = rng.random((len(changed), 3))
         if self.kind == "colours":
-            objects = [i for i, name in enumerate(names) if model.geom_group[i] == 0 and name not in ("table", "backdrop")]
-            model.geom_rgba[objects, :3] = np.clip(model.geom_rgba[objects, :3] + rng.uniform(-0.15, 0.15, (len(objects), 3)), 0, 1)
+            objects = [
+                i
+                for i, name in enumerate(names)
+                if model.geom_group[i] == 0 and name not in ("table", "backdrop")
+            ]
+            model.geom_rgba[objects, :3] = np.clip(
+                model.geom_rgba[objects, :3] + rng.uniform(-0.15, 0.15, (len(objects), 3)), 0, 1
+            )
         elif self.kind == "distractors":
             for i in range(4):
-                model.body(f"distractor{i}").pos[:] = rng.uniform(0.3, 0.7), (-1) ** i * rng.uniform(0.32, 0.42), 0.025
+                model.body(f"distractor{i}").pos[:] = (
+                    rng.uniform(0.3, 0.7),
+                    (-1) ** i * rng.uniform(0.32, 0.42),
+                    0.025,
+                )
         elif self.kind == "light":
             strength = rng.uniform(0.5, 1.3, 3)
             for light in self.changeable[3:]:
                 light *= strength
         elif self.kind == "camera":
             model.cam_pos += rng.uniform(-0.03, 0.03, model.cam_pos.shape)
-            for quaternion, turn in zip(model.cam_quat, np.deg2rad(rng.uniform(-3, 3, model.cam_pos.shape))):
+            for quaternion, turn in zip(
+                model.cam_quat, np.deg2rad(rng.uniform(-3, 3, model.cam_pos.shape))
+            ):
                 matrix = np.zeros(9)
                 mujoco.mju_quat2Mat(matrix, quaternion)
-                mujoco.mju_mat2Quat(quaternion, (matrix.reshape(3, 3) @ rotation_from(turn)).ravel())
+                mujoco.mju_mat2Quat(
+                    quaternion, (matrix.reshape(3, 3) @ rotation_from(turn)).ravel()
+                )
         mujoco.mj_forward(model, self.data)
         return self.observe(), info

@@ -27,12 +27,14 @@ from types import SimpleNamespace
 import numpy as np
 from PIL import Image
 
-from episodes import Episode, UserError
-from render_spheres import Chain, spread, turns
-from robot_io import franka_chain
+from genima.episodes import Episode
+from genima.files import UserError
+from genima.kinematics import Chain, franka_chain, rotate_z, spread
 
 HZ = 20  # RLBench steps its simulation by 50 ms, and a demonstration has a frame per step
-OPENCV = np.diag([-1.0, -1, 1, 1])  # PyRep's camera from OpenCV's: x left and y up against x right and y down
+OPENCV = np.diag(
+    [-1.0, -1, 1, 1]
+)  # PyRep's camera from OpenCV's: x left and y up against x right and y down
 NEAR = 0.02  # metres, and parts of a rotation matrix: how well a Panda must fit. Other arms are off by ten times as much.
 
 
@@ -64,8 +66,10 @@ class Unpickler(pickle.Unpickler):
         name = f"{IMPORT_MAPPING.get(module, module)}.{name}"  # protocol 2 has Python 2's names
         known = name.replace("numpy._core.", "numpy.core.")  # NumPy 2 and 1
         if known not in self.allowed:
-            raise UserError(f"{self.path} names {name}, which no recorded demonstration needs and which could run code: "
-                            "nothing of it was run; get this file from somewhere else.")
+            raise UserError(
+                f"{self.path} names {name}, which no recorded demonstration needs and which could run code: "
+                "nothing of it was run; get this file from somewhere else."
+            )
         return self.allowed[known]
 
 
@@ -76,7 +80,9 @@ def load(path):
     except UserError:
         raise
     except Exception as error:  # a damaged pickle raises whatever its next instruction meets
-        raise UserError(f"{path} cannot be read ({' '.join(str(error).split()) or type(error).__name__}): get it again.") from error
+        raise UserError(
+            f"{path} cannot be read ({' '.join(str(error).split()) or type(error).__name__}): get it again."
+        ) from error
 
 
 def field(observation, name):
@@ -90,8 +96,10 @@ def column(observations, name, shape, where):
     for t, value in enumerate(values):
         if np.shape(value) != shape or not np.isfinite(np.array(value, np.float64)).all():
             found = "missing" if value is None else f"of shape {np.shape(value)}"
-            raise UserError(f"{where}: {name} of frame {t} is {found}, where finite numbers of shape {shape} are needed: "
-                            "record it again, with RLBench's default robot, a Panda.")
+            raise UserError(
+                f"{where}: {name} of frame {t} is {found}, where finite numbers of shape {shape} are needed: "
+                "record it again, with RLBench's default robot, a Panda."
+            )
     return np.array(values, np.float64)
 
 
@@ -127,30 +135,41 @@ def fit_base(q, joint_poses):
     rotation = nearest_rotation(joint_poses[..., :3, 2:3] @ ours[..., None, :3, 2])
     axes, origins = ours[..., :3, 2] @ rotation.T, ours[..., :3, 3] @ rotation.T  # (T, 7, 3)
     # joint_poses' origins = base + origins + axes * offsets: linear in base and offsets
-    system = np.concatenate([np.broadcast_to(np.eye(3), (*axes.shape, 3)), axes[..., None] * np.eye(7)[:, None]], axis=-1)  # (T, 7, 3, 10)
+    system = np.concatenate(
+        [np.broadcast_to(np.eye(3), (*axes.shape, 3)), axes[..., None] * np.eye(7)[:, None]],
+        axis=-1,
+    )  # (T, 7, 3, 10)
     wanted = joint_poses[..., :3, 3] - origins
     solution = np.linalg.lstsq(system.reshape(-1, 10), wanted.ravel(), rcond=None)[0]
-    error = max(np.abs(system @ solution - wanted).max(), np.abs(axes - joint_poses[..., :3, 2]).max())
+    error = max(
+        np.abs(system @ solution - wanted).max(), np.abs(axes - joint_poses[..., :3, 2]).max()
+    )
     return pose_of(rotation, solution[:3]), solution[3:], error
 
 
 def fit_base_to_tool(q, tool):
     """The same from poses tool (T, 4, 4) of the hand alone, for datasets without joint_poses -> world_from_base, zeros (7,), error."""
     last, fits = panda().joint_poses(q)[:, 6], []
-    for turn in range(8):  # in eighths: the hand sits on the last joint turned by -45 degrees, and PyRep's tip somehow on the hand
-        hand = last @ franka_chain().tool @ turns(np.array(turn * np.pi / 4))  # (T, 4, 4)
+    for turn in range(
+        8
+    ):  # in eighths: the hand sits on the last joint turned by -45 degrees, and PyRep's tip somehow on the hand
+        hand = last @ franka_chain().tool @ rotate_z(np.array(turn * np.pi / 4))  # (T, 4, 4)
         rotations = tool[:, :3, :3] @ np.swapaxes(hand[:, :3, :3], 1, 2)
         rotation = nearest_rotation(rotations)
         positions = tool[:, :3, 3] - hand[:, :3, 3] @ rotation.T
         error = max(np.abs(rotations - rotation).max(), np.ptp(positions, axis=0).max())
         fits.append((round(error, 3), -rotation[0, 0], pose_of(rotation, positions.mean(axis=0))))
-    error, _, base = min(fits, key=lambda fit: fit[:2])  # where several fit (a hand that always points down): the base looks along x
+    error, _, base = min(
+        fits, key=lambda fit: fit[:2]
+    )  # where several fit (a hand that always points down): the base looks along x
     return base, np.zeros(7), error
 
 
 def matrices(poses):
     """Poses (..., 7): x y z and a quaternion with w last -> (..., 4, 4)."""
-    x, y, z, w = np.moveaxis(poses[..., 3:] / np.linalg.norm(poses[..., 3:], axis=-1, keepdims=True), -1, 0)
+    x, y, z, w = np.moveaxis(
+        poses[..., 3:] / np.linalg.norm(poses[..., 3:], axis=-1, keepdims=True), -1, 0
+    )
     zero = np.zeros_like(x)
     return np.moveaxis(np.array([
         [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w), poses[..., 0]],
@@ -165,11 +184,15 @@ def arm(q, observations, where):
     if field(observations[0], "joint_poses") is None:
         base, offsets, error = fit_base_to_tool(q, tool)
     else:
-        base, offsets, error = fit_base(q, matrices(column(observations, "joint_poses", (7, 7), where)))
+        base, offsets, error = fit_base(
+            q, matrices(column(observations, "joint_poses", (7, 7), where))
+        )
     tips = np.linalg.inv(base @ panda(offsets=offsets).joint_poses(q)[:, 6]) @ tool
     if error > NEAR or spread(tips) > 2 * NEAR:
-        raise UserError(f"{where}: this is not a Panda, for its joints and its gripper do not move as a Panda's do (by {error:.2f}): "
-                        "only RLBench's default robot can be imported.")
+        raise UserError(
+            f"{where}: this is not a Panda, for its joints and its gripper do not move as a Panda's do (by {error:.2f}): "
+            "only RLBench's default robot can be imported."
+        )
     return panda(mean_pose(tips), offsets), np.linalg.inv(base)
 
 
@@ -177,7 +200,9 @@ def arm(q, observations, where):
 def camera_matrices(observations, camera, where):
     """OpenCV intrinsics (3, 3) and camera poses (T, 4, 4) in RLBench's world."""
     intrinsics = column(observations, f"{camera}_camera_intrinsics", (3, 3), where)[0]
-    return intrinsics @ OPENCV[:3, :3], column(observations, f"{camera}_camera_extrinsics", (4, 4), where) @ OPENCV
+    return intrinsics @ OPENCV[:3, :3], column(
+        observations, f"{camera}_camera_extrinsics", (4, 4), where
+    ) @ OPENCV
 
 
 def convert(observations, images, descriptions, task, variation, number, where):
@@ -217,14 +242,22 @@ def find_demonstrations(root, tasks=(), variations=(), count=None):
     """The folders episode<M> of these tasks and variations (none named: of all), at most `count` of each variation."""
     found = {}  # (task, variation) -> [(number, folder), ...]
     for path in root.glob("*/variation*/episodes/episode*"):
-        if match := re.fullmatch(r"(.*)/variation(\d+)/episodes/episode(\d+)", path.relative_to(root).as_posix()):
+        if match := re.fullmatch(
+            r"(.*)/variation(\d+)/episodes/episode(\d+)", path.relative_to(root).as_posix()
+        ):
             found.setdefault((match[1], int(match[2])), []).append((int(match[3]), path))
     if not found:
-        raise UserError(f"{root} has no <task>/variation<N>/episodes/episode<M> inside: give the root of a dataset of RLBench.")
+        raise UserError(
+            f"{root} has no <task>/variation<N>/episodes/episode<M> inside: give the root of a dataset of RLBench."
+        )
     present = sorted({task for task, _ in found})
     for task in set(tasks) - set(present):
         raise UserError(f"{root} has no task '{task}', only {', '.join(present)}.")
-    chosen = [(task, n) for task, n in sorted(found) if (not tasks or task in tasks) and (not variations or n in variations)]
+    chosen = [
+        (task, n)
+        for task, n in sorted(found)
+        if (not tasks or task in tasks) and (not variations or n in variations)
+    ]
     for variation in set(variations) - {n for _, n in chosen}:
         raise UserError(f"{root} has no variation{variation} of these tasks.")
     return [path for key in chosen for _, path in sorted(found[key])[:count]]
@@ -241,7 +274,9 @@ def read_pictures(folder, frames, size):
             raise UserError(f"{path} is no whole picture ({error}): get it again.") from error
         original = picture.size
         if size and original != size[::-1]:
-            picture = picture.resize(size[::-1], Image.BOX if original[0] > size[1] else Image.BICUBIC)
+            picture = picture.resize(
+                size[::-1], Image.BOX if original[0] > size[1] else Image.BICUBIC
+            )
         pictures.append(np.array(picture))
     return np.stack(pictures), original
 
@@ -250,21 +285,47 @@ def read_demonstration(folder, cameras, size=None):
     """One folder episode<M> of a dataset -> an Episode. size: (height, width) of its pictures, as recorded if None."""
     variation, where = folder.parent.parent, folder / "low_dim_obs.pkl"
     descriptions, demo = load(variation / "variation_descriptions.pkl"), load(where)
-    if not isinstance(descriptions, list) or not descriptions or not all(isinstance(text, str) for text in descriptions):
-        raise UserError(f"{variation / 'variation_descriptions.pkl'} is not a list of sentences: get it again.")
+    if (
+        not isinstance(descriptions, list)
+        or not descriptions
+        or not all(isinstance(text, str) for text in descriptions)
+    ):
+        raise UserError(
+            f"{variation / 'variation_descriptions.pkl'} is not a list of sentences: get it again."
+        )
     observations = getattr(demo, "_observations", demo)
-    if not isinstance(observations, list) or len(observations) < 2 or not all(hasattr(o, "joint_positions") for o in observations):
-        raise UserError(f"{where} does not hold a demonstration of two frames or more: record it again.")
+    if (
+        not isinstance(observations, list)
+        or len(observations) < 2
+        or not all(hasattr(o, "joint_positions") for o in observations)
+    ):
+        raise UserError(
+            f"{where} does not hold a demonstration of two frames or more: record it again."
+        )
     images, scales = {}, {}
     for camera in cameras:
         pictures = folder / f"{camera}_rgb"
         if not pictures.is_dir():
             there = ", ".join(sorted(path.name[:-4] for path in folder.glob("*_rgb"))) or "none"
-            raise UserError(f"{pictures} is missing; this demonstration's cameras are: {there}. Choose among them with --cameras.")
+            raise UserError(
+                f"{pictures} is missing; this demonstration's cameras are: {there}. Choose among them with --cameras."
+            )
         if (count := len(list(pictures.glob("*.png")))) != len(observations):
-            raise UserError(f"{pictures} has {count} pictures, but the demonstration {len(observations)} frames: get it again.")
+            raise UserError(
+                f"{pictures} has {count} pictures, but the demonstration {len(observations)} frames: get it again."
+            )
         images[camera], (width, height) = read_pictures(pictures, count, size)
-        scales[camera] = np.diag([images[camera].shape[2] / width, images[camera].shape[1] / height, 1])
-    episode = convert(observations, images, descriptions, variation.parent.name, int(variation.name[9:]), int(folder.name[7:]), where)
+        scales[camera] = np.diag(
+            [images[camera].shape[2] / width, images[camera].shape[1] / height, 1]
+        )
+    episode = convert(
+        observations,
+        images,
+        descriptions,
+        variation.parent.name,
+        int(variation.name[9:]),
+        int(folder.name[7:]),
+        where,
+    )
     episode.intrinsics = {camera: scales[camera] @ episode.intrinsics[camera] for camera in cameras}
     return episode

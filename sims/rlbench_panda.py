@@ -22,7 +22,9 @@ from types import SimpleNamespace
 import numpy as np
 from PIL import Image
 
-from episodes import CAMERAS, JOINT_LIMITS, UserError
+from genima.episodes import CAMERAS
+from genima.files import UserError
+from genima.kinematics import JOINT_LIMITS
 from sims.mujoco_panda import ArmEnv
 from sims.rlbench_dataset import HZ, arm, camera_matrices, convert, load
 
@@ -49,7 +51,11 @@ def missing():
         return f"CoppeliaSim was not found: the variable COPPELIASIM_ROOT is not set; {see}."
     if not list(Path(root).glob("libcoppeliaSim.so*")):
         return f"CoppeliaSim was not found: COPPELIASIM_ROOT is {root}, where there is no libcoppeliaSim.so; {see}."
-    if not any(Path(root).resolve() == Path(part).resolve() for part in os.environ.get("LD_LIBRARY_PATH", "").split(":") if part):
+    if not any(
+        Path(root).resolve() == Path(part).resolve()
+        for part in os.environ.get("LD_LIBRARY_PATH", "").split(":")
+        if part
+    ):
         return f"CoppeliaSim's libraries are not found: add {root} to the variable LD_LIBRARY_PATH; {see}."
     if not (Path(os.environ.get("QT_QPA_PLATFORM_PLUGIN_PATH", "")) / "platforms").is_dir():
         return f"CoppeliaSim cannot open a window: set the variable QT_QPA_PLATFORM_PLUGIN_PATH to {root}; {see}."
@@ -69,8 +75,12 @@ def import_rlbench():
         import rlbench.observation_config
         import rlbench.tasks
     except Exception as error:  # ImportError, and whatever PyRep makes of a missing library
-        raise UserError(missing() or f"RLBench cannot be imported ({error}): see requirements-rlbench.txt.") from error
-    if "pyrep.backend.sim" in sys.modules and (reason := missing()):  # Qt would end the process without a word
+        raise UserError(
+            missing() or f"RLBench cannot be imported ({error}): see requirements-rlbench.txt."
+        ) from error
+    if "pyrep.backend.sim" in sys.modules and (
+        reason := missing()
+    ):  # Qt would end the process without a word
         raise UserError(reason)
     return rlbench
 
@@ -79,11 +89,18 @@ def task_class(tasks, name):
     """RLBench's class of a task, by the task's name. Raises UserError with the nearest name if there is none."""
     names = [module.name for module in pkgutil.iter_modules(tasks.__path__)]
     if name not in names:
-        raise UserError(f"RLBench has no task '{name}'; is it '{difflib.get_close_matches(name, names, 1, 0)[0]}'?")
-    return getattr(importlib.import_module(f"rlbench.tasks.{name}"), "".join(word.capitalize() for word in name.split("_")))
+        raise UserError(
+            f"RLBench has no task '{name}'; is it '{difflib.get_close_matches(name, names, 1, 0)[0]}'?"
+        )
+    return getattr(
+        importlib.import_module(f"rlbench.tasks.{name}"),
+        "".join(word.capitalize() for word in name.split("_")),
+    )
 
 
-running = SimpleNamespace(settings=None, environment=None, name=None, live=None, stop=lambda: None)  # this process's CoppeliaSim and its task
+running = SimpleNamespace(
+    settings=None, environment=None, name=None, live=None, stop=lambda: None
+)  # this process's CoppeliaSim and its task
 
 
 def load_task(name, size, cameras):
@@ -97,20 +114,33 @@ def load_task(name, size, cameras):
             setattr(config, what, True)
         for camera in cameras:
             if not hasattr(config, f"{camera}_camera"):
-                raise UserError(f"RLBench has no camera '{camera}'; choose from wrist, front, left_shoulder, right_shoulder, overhead.")
+                raise UserError(
+                    f"RLBench has no camera '{camera}'; choose from wrist, front, left_shoulder, right_shoulder, overhead."
+                )
             settings = getattr(config, f"{camera}_camera")
             settings.rgb, settings.image_size = True, size[::-1]  # PyRep: width, height
-        mode = modes.action_mode.MoveArmThenGripper(modes.arm_action_modes.JointPosition(), modes.gripper_action_modes.Discrete())
-        running.environment = rlbench.environment.Environment(action_mode=mode, obs_config=config, headless=True)
+        mode = modes.action_mode.MoveArmThenGripper(
+            modes.arm_action_modes.JointPosition(), modes.gripper_action_modes.Discrete()
+        )
+        running.environment = rlbench.environment.Environment(
+            action_mode=mode, obs_config=config, headless=True
+        )
         try:
             running.environment.launch()
         except Exception as error:
             reason = " ".join(str(error).split())
-            raise UserError(missing() or f"CoppeliaSim does not start ({reason}): see requirements-rlbench.txt.") from error
-        running.stop = Finalize(None, running.environment.shutdown, exitpriority=10)  # also at the process's end
+            raise UserError(
+                missing() or f"CoppeliaSim does not start ({reason}): see requirements-rlbench.txt."
+            ) from error
+        running.stop = Finalize(
+            None, running.environment.shutdown, exitpriority=10
+        )  # also at the process's end
         running.settings = size, cameras
     if running.name != name:
-        running.live, running.name = running.environment.get_task(task_class(rlbench.tasks, name)), name
+        running.live, running.name = (
+            running.environment.get_task(task_class(rlbench.tasks, name)),
+            name,
+        )
     return running.live
 
 
@@ -125,7 +155,12 @@ def laying_out():
     errors = import_rlbench().backend.exceptions
     try:
         yield
-    except (errors.BoundaryError, errors.TaskEnvironmentError, errors.WaypointError, RuntimeError) as error:
+    except (
+        errors.BoundaryError,
+        errors.TaskEnvironmentError,
+        errors.WaypointError,
+        RuntimeError,
+    ) as error:
         raise NoSceneError(" ".join(str(error).split())) from error
 
 
@@ -144,11 +179,15 @@ class RLBenchEnv(ArmEnv):
         task_class(import_rlbench().tasks, task)
         super().__init__(image_size, cameras, images, *JOINT_LIMITS["panda"])
         self.name = task
-        self.task = SimpleNamespace(candidates=0, focus=lambda env: np.full(3, np.nan))  # RLBench does not say what a task is about
+        self.task = SimpleNamespace(
+            candidates=0, focus=lambda env: np.full(3, np.nan)
+        )  # RLBench does not say what a task is about
 
     def begin(self, seed, variation=None):
         """Seed RLBench, which draws from NumPy's global state, and choose the variation, or draw it."""
-        self.live = load_task(self.name, (self.height, self.width), tuple(dict.fromkeys([*self.cameras, "front"])))  # front: films
+        self.live = load_task(
+            self.name, (self.height, self.width), tuple(dict.fromkeys([*self.cameras, "front"]))
+        )  # front: films
         np.random.seed(seed % 2**32)
         if variation is not None:
             self.live.set_variation(variation)
@@ -167,7 +206,9 @@ class RLBenchEnv(ArmEnv):
                 self.instructions, self.last = self.live.reset()
         self.instruction = self.instructions[self.seed % len(self.instructions)]
         self.succeeded, self.error = False, None
-        self.chain, self.base_from_world = arm(self.joints()[None], [self.last], f"RLBench's task {self.name}")
+        self.chain, self.base_from_world = arm(
+            self.joints()[None], [self.last], f"RLBench's task {self.name}"
+        )
         return self.observe(), self.info()
 
     def step(self, action):
@@ -178,20 +219,33 @@ class RLBenchEnv(ArmEnv):
         except import_rlbench().backend.exceptions.InvalidActionError as error:
             reward, terminated, self.error = 0.0, True, str(error)
         self.succeeded = reward > 0
-        return self.observe(), float(self.succeeded), bool(terminated or self.succeeded), self.steps >= MAX_STEPS, self.info()
+        return (
+            self.observe(),
+            float(self.succeeded),
+            bool(terminated or self.succeeded),
+            self.steps >= MAX_STEPS,
+            self.info(),
+        )
 
     def close(self):
         stop()
 
     def info(self):
-        info = {"instruction": self.instruction, "instructions": self.instructions, "variation": self.variation, "success": self.succeeded}
+        info = {
+            "instruction": self.instruction,
+            "instructions": self.instructions,
+            "variation": self.variation,
+            "success": self.succeeded,
+        }
         return info | ({"error": self.error} if self.error else {})
 
     def joints(self):
         return np.array(self.last.joint_positions, np.float64)
 
     def observe(self):
-        return self.observation(self.joints(), self.last.gripper_open, self.last.joint_velocities, 0)
+        return self.observation(
+            self.joints(), self.last.gripper_open, self.last.joint_velocities, 0
+        )
 
     def picture(self, camera, height, width):
         """What the camera sees now: (height, width, 3) uint8."""
@@ -220,15 +274,31 @@ class RLBenchEnv(ArmEnv):
             descriptions, _ = self.live.reset()  # get_demos does not tell them
             (demo,) = self.live.get_demos(amount=1, live_demos=True)
         observations = list(demo)
-        images = {camera: np.stack([getattr(o, f"{camera}_rgb") for o in observations]).astype(np.uint8) for camera in self.cameras}
-        return convert(observations, images, list(descriptions), self.name, self.variation, seed, f"RLBench's demonstration of {self.name}")
+        images = {
+            camera: np.stack([getattr(o, f"{camera}_rgb") for o in observations]).astype(np.uint8)
+            for camera in self.cameras
+        }
+        return convert(
+            observations,
+            images,
+            list(descriptions),
+            self.name,
+            self.variation,
+            seed,
+            f"RLBench's demonstration of {self.name}",
+        )
 
 
 def recorded(folder):
     """RLBench's Demo of a recorded demonstration, good for resetting to it, and its variation."""
     content, variation = load(folder / "low_dim_obs.pkl"), int(folder.parent.parent.name[9:])
     if getattr(content, "random_seed", None) is None:
-        raise UserError(f"{folder / 'low_dim_obs.pkl'} does not say how its scene was laid out: evaluate without --demos.")
+        raise UserError(
+            f"{folder / 'low_dim_obs.pkl'} does not say how its scene was laid out: evaluate without --demos."
+        )
     demo = import_rlbench().demo.Demo([SimpleNamespace(misc={"variation_index": variation})])
-    demo.random_seed, demo.num_reset_attempts = content.random_seed, getattr(content, "num_reset_attempts", None)
+    demo.random_seed, demo.num_reset_attempts = (
+        content.random_seed,
+        getattr(content, "num_reset_attempts", None),
+    )
     return demo, variation

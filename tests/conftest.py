@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import sims  # noqa: E402, F401  (first of all: how MuJoCo draws)
-from episodes import Episode, write_episode  # noqa: E402
+from genima.episodes import Episode, write_episode  # noqa: E402
 
 
 def random_pose(random, shift=0.3):
@@ -34,7 +34,14 @@ def look_at(position, target):
 
 
 def turn_about_z(angle):
-    return np.array([[np.cos(angle), -np.sin(angle), 0, 0], [np.sin(angle), np.cos(angle), 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+    return np.array(
+        [
+            [np.cos(angle), -np.sin(angle), 0, 0],
+            [np.sin(angle), np.cos(angle), 0, 0],
+            [0, 0, 1, 0],
+            [0, 0, 0, 1],
+        ]
+    )
 
 
 def make_episode(seed=0, joints=7, frames=6, size=(32, 40), task="pick_and_lift"):
@@ -42,8 +49,12 @@ def make_episode(seed=0, joints=7, frames=6, size=(32, 40), task="pick_and_lift"
     random = np.random.default_rng(seed)
     links = [random_pose(random) for _ in range(joints)]
     tool = random_pose(random, 0.1)
-    mount = look_at(tool[:3, 3] + random_pose(random)[:3, 0] * 0.3, tool[:3, 3])  # the wrist's camera sees the tool
-    angles = random.uniform(-2, 2, joints) + np.cumsum(random.normal(0, 0.05, (frames, joints)), axis=0)
+    mount = look_at(
+        tool[:3, 3] + random_pose(random)[:3, 0] * 0.3, tool[:3, 3]
+    )  # the wrist's camera sees the tool
+    angles = random.uniform(-2, 2, joints) + np.cumsum(
+        random.normal(0, 0.05, (frames, joints)), axis=0
+    )
     poses = np.zeros((frames, joints + 1, 4, 4))
     for t in range(frames):
         pose = np.eye(4)
@@ -51,18 +62,38 @@ def make_episode(seed=0, joints=7, frames=6, size=(32, 40), task="pick_and_lift"
             pose = pose @ links[i] @ turn_about_z(angles[t, i])
             poses[t, i] = pose
         poses[t, joints] = pose @ tool
-    gripper = (np.arange(frames) < frames // 2)[:, None]  # what is commanded; the fingers follow a frame later
+    gripper = (np.arange(frames) < frames // 2)[
+        :, None
+    ]  # what is commanded; the fingers follow a frame later
     opening = 0.9 * (np.arange(frames) <= frames // 2)[:, None]
     height, width = size
     episode = Episode(
-        path=Path("in memory"), task=task, variation=1, instruction="pick up the cube", success=True, fps=10.0, robot="panda",
-        instructions=["pick up the cube", "lift it"], sim=True, seed=seed, joint_poses=poses.astype(np.float32),
+        path=Path("in memory"),
+        task=task,
+        variation=1,
+        instruction="pick up the cube",
+        success=True,
+        fps=10.0,
+        robot="panda",
+        instructions=["pick up the cube", "lift it"],
+        sim=True,
+        seed=seed,
+        joint_poses=poses.astype(np.float32),
         qpos=np.hstack([angles, opening]).astype(np.float32),
         qvel=random.normal(size=(frames, joints + 1)).astype(np.float32),
         action=np.hstack([angles + 0.05, gripper]).astype(np.float32),
-        images={camera: random.integers(0, 256, (frames, height, width, 3), np.uint8) for camera in ("front", "wrist")},
-        intrinsics=dict.fromkeys(("front", "wrist"), np.array([[width, 0, width / 2], [0, width, height / 2], [0, 0, 1.0]])),
-        extrinsics={"front": np.repeat(look_at((2.0, 0.3, 0.5), (0, 0, 0))[None], frames, 0), "wrist": poses[:, -2] @ mount},
+        images={
+            camera: random.integers(0, 256, (frames, height, width, 3), np.uint8)
+            for camera in ("front", "wrist")
+        },
+        intrinsics=dict.fromkeys(
+            ("front", "wrist"),
+            np.array([[width, 0, width / 2], [0, width, height / 2], [0, 0, 1.0]]),
+        ),
+        extrinsics={
+            "front": np.repeat(look_at((2.0, 0.3, 0.5), (0, 0, 0))[None], frames, 0),
+            "wrist": poses[:, -2] @ mount,
+        },
     )
     return episode, np.array(links), tool, mount
 
@@ -71,7 +102,9 @@ def make_episode(seed=0, joints=7, frames=6, size=(32, 40), task="pick_and_lift"
 def run(tmp_path):
     """A run's folder with two episodes of one task."""
     for seed in range(2):
-        write_episode(tmp_path / f"episodes/pick_and_lift/{seed:06d}_00.hdf5", make_episode(seed)[0])
+        write_episode(
+            tmp_path / f"episodes/pick_and_lift/{seed:06d}_00.hdf5", make_episode(seed)[0]
+        )
     return tmp_path
 
 

@@ -1,6 +1,6 @@
 """A dataset in RLBench's layout to measure importing with: smooth, slightly noisy pictures, as a renderer makes them.
 
-    python tests/make_rlbench_dataset.py FOLDER      100 demonstrations of 100 frames, four cameras of 128x128 (1 GB)
+python tests/make_rlbench_dataset.py FOLDER      100 demonstrations of 100 frames, four cameras of 128x128 (1 GB)
 """
 
 import sys
@@ -18,11 +18,11 @@ from test_rlbench import CAMERAS, dumps, write_dataset  # noqa: E402
 def main(root: tyro.conf.Positional[Path], episodes: int = 100, frames: int = 100):
     write_dataset(root, size=(128, 128))
     first = root / "reach_target/variation0/episodes/episode0"
-    from sims.rlbench_dataset import load
-
     # the same motion there and back, as often as it takes
     from rlbench.backend.observation import Observation
     from rlbench.demo import Demo
+
+    from sims.rlbench_dataset import load
 
     content = load(first / "low_dim_obs.pkl")._observations
     observations = []
@@ -38,7 +38,11 @@ def main(root: tyro.conf.Positional[Path], episodes: int = 100, frames: int = 10
         for camera in CAMERAS:
             (folder / f"{camera}_rgb").mkdir(parents=True, exist_ok=True)
             for t in range(frames):
-                smooth = 128 + 60 * np.sin((x[..., None] + t) / [17, 23, 31]) + 50 * np.cos(y[..., None] / [13, 29, 19])
+                smooth = (
+                    128
+                    + 60 * np.sin((x[..., None] + t) / [17, 23, 31])
+                    + 50 * np.cos(y[..., None] / [13, 29, 19])
+                )
                 noisy = np.clip(smooth + random.normal(0, 2, smooth.shape), 0, 255).astype(np.uint8)
                 Image.fromarray(noisy).save(folder / f"{camera}_rgb" / f"{t}.png", compress_level=1)
         (folder / "low_dim_obs.pkl").write_bytes(pickled)

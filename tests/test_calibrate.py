@@ -3,6 +3,7 @@
 import csv
 import re
 
+from robot import calibrate
 import cv2
 import numpy as np
 import pytest
@@ -11,11 +12,11 @@ from conftest import look_at, make_episode
 from PIL import Image
 from test_episodes import stage
 
-import calibrate
-from calibrate import Settings, find_corners, fit_camera, make_board
-from episodes import UserError, write_episode
-from render_spheres import load_calibration
-from robot_io import franka_chain
+from genima.calibration import load_calibration
+from genima.episodes import write_episode
+from genima.files import UserError
+from genima.kinematics import franka_chain
+from robot.calibrate import Settings, find_corners, fit_camera, make_board
 
 INTRINSICS = np.array([[615.0, 0, 322], [0, 613, 237], [0, 0, 1]])
 SIZE = (480, 640)
@@ -32,22 +33,39 @@ def scene(random, on_arm, views=20):
     middle = POINTS.mean(0)
     rest = CHAIN.joint_poses(REST)[-2]
     if on_arm:  # beside the hand, looking along it; the board lies on the table
-        camera = look_at((0.08, 0.02, 0.03), (0.03, 0, 0.6)) @ calibrate.pose_of(random.normal(0, 0.1, 6) * [1, 1, 1, 0.1, 0.1, 0.1])
-        board = calibrate.pose_of(np.append([np.pi, 0, 0], rest[:3, 3] * [1, 1, 0]))  # its z axis points down
+        camera = look_at((0.08, 0.02, 0.03), (0.03, 0, 0.6)) @ calibrate.pose_of(
+            random.normal(0, 0.1, 6) * [1, 1, 1, 0.1, 0.1, 0.1]
+        )
+        board = calibrate.pose_of(
+            np.append([np.pi, 0, 0], rest[:3, 3] * [1, 1, 0])
+        )  # its z axis points down
         board = board @ calibrate.pose_of(np.append(random.normal(0, 0.1, 3), -middle))
     else:  # in front of the arm; the gripper holds the board towards it
-        camera = look_at(random.normal((1.1, 0, 0.6), 0.05), rest[:3, 3]) @ calibrate.pose_of([*random.normal(0, 0.1, 3), 0, 0, 0])
-        board = np.linalg.inv(rest) @ camera @ calibrate.pose_of(np.append(random.normal(0, 0.1, 3), [0, 0, 0.45]))
+        camera = look_at(random.normal((1.1, 0, 0.6), 0.05), rest[:3, 3]) @ calibrate.pose_of(
+            [*random.normal(0, 0.1, 3), 0, 0, 0]
+        )
+        board = (
+            np.linalg.inv(rest)
+            @ camera
+            @ calibrate.pose_of(np.append(random.normal(0, 0.1, 3), [0, 0, 0.45]))
+        )
         board = board @ calibrate.pose_of(np.append([0, 0, 0], -middle))
     kept = []
     while len(kept) < views:
         q = REST + random.uniform(-0.5, 0.5, 7)
         last = CHAIN.joint_poses(q)[-2]
-        to_camera = np.linalg.inv(last @ camera) @ board if on_arm else np.linalg.inv(camera) @ last @ board
+        to_camera = (
+            np.linalg.inv(last @ camera) @ board if on_arm else np.linalg.inv(camera) @ last @ board
+        )
         here = np.c_[POINTS, np.ones(len(POINTS))] @ to_camera[:3].T
         pixels = project(to_camera, POINTS)
         facing = -to_camera[:3, 2] @ to_camera[:3, 3] / np.linalg.norm(to_camera[:3, 3])
-        if here[:, 2].min() > 0.15 and facing < -0.6 and pixels.min() > 25 and (pixels < np.array(SIZE[::-1]) - 25).all():
+        if (
+            here[:, 2].min() > 0.15
+            and facing < -0.6
+            and pixels.min() > 25
+            and (pixels < np.array(SIZE[::-1]) - 25).all()
+        ):
             kept.append((q, last, to_camera))
     q, last, to_camera = map(np.array, zip(*kept))
     return q, last, camera, board, to_camera
@@ -61,7 +79,9 @@ def project(to_camera, points):
 def apart(pose, other):
     """Metres and degrees between two poses."""
     difference = np.linalg.inv(pose) @ other
-    return np.linalg.norm(difference[:3, 3]), np.degrees(np.linalg.norm(cv2.Rodrigues(difference[:3, :3])[0]))
+    return np.linalg.norm(difference[:3, 3]), np.degrees(
+        np.linalg.norm(cv2.Rodrigues(difference[:3, :3])[0])
+    )
 
 
 def test_the_arm_is_the_data_sheets():
@@ -69,9 +89,15 @@ def test_the_arm_is_the_data_sheets():
     q, pose, right = np.random.default_rng(0).uniform(-1, 1, 7), np.eye(4), np.pi / 2
     for i, (a, alpha, d) in enumerate([(0, 0, 0.333), (0, -right, 0), (0, right, 0.316), (0.0825, right, 0), (-0.0825, -right, 0.384),
                                        (0, right, 0), (0.088, right, 0)]):  # fmt: skip
-        pose = pose @ calibrate.pose_of([alpha, 0, 0, a, 0, 0]) @ calibrate.pose_of([0, 0, q[i], 0, 0, d])
+        pose = (
+            pose
+            @ calibrate.pose_of([alpha, 0, 0, a, 0, 0])
+            @ calibrate.pose_of([0, 0, q[i], 0, 0, d])
+        )
         np.testing.assert_allclose(CHAIN.joint_poses(q)[i], pose, atol=1e-5)
-    np.testing.assert_allclose(CHAIN.joint_poses(q)[7, :3, 3], (pose @ [0, 0, 0.107 + 0.1034, 1])[:3], atol=1e-5)
+    np.testing.assert_allclose(
+        CHAIN.joint_poses(q)[7, :3, 3], (pose @ [0, 0, 0.107 + 0.1034, 1])[:3], atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("on_arm", [False, True])
@@ -79,11 +105,16 @@ def test_the_arm_is_the_data_sheets():
 def test_within_a_millimetre_with_noise_of_a_third_of_a_pixel(on_arm, seed):
     random = np.random.default_rng(seed)
     _, last, camera, board, to_camera = scene(random, on_arm)
-    found = [(np.arange(len(POINTS)), project(pose, POINTS) + random.normal(0, 0.3, (len(POINTS), 2))) for pose in to_camera]
+    found = [
+        (np.arange(len(POINTS)), project(pose, POINTS) + random.normal(0, 0.3, (len(POINTS), 2)))
+        for pose in to_camera
+    ]
     fit = fit_camera(found, POINTS, last, SIZE, on_arm, 0.03, list(range(20)))
     metres, degrees = apart(camera, fit.camera)
     assert metres < 1e-3 and degrees < 0.2
-    assert 0.35 < fit.lens_error < 0.45 and 0.35 < fit.arm_error < 0.45  # 0.3 in x and in y, less what the fit takes up
+    assert (
+        0.35 < fit.lens_error < 0.45 and 0.35 < fit.arm_error < 0.45
+    )  # 0.3 in x and in y, less what the fit takes up
     assert metres < 4 * fit.unsure[0] < 4e-3 and np.radians(degrees) < 4 * fit.unsure[1]
 
 
@@ -92,13 +123,27 @@ def photograph(random, to_camera, noise=3):
     across, down = calibrate.SQUARES
     dots = 60  # of a square
     printed = make_board(0.03).generateImage((across * dots, down * dots))
-    printed = cv2.copyMakeBorder(printed, dots // 2, dots // 2, dots // 2, dots // 2, cv2.BORDER_CONSTANT, value=255)
-    metres = np.diag([0.03 / dots, 0.03 / dots, 1]) @ [[1, 0, 0.5 - dots // 2], [0, 1, 0.5 - dots // 2], [0, 0, 1]]  # from dots
+    printed = cv2.copyMakeBorder(
+        printed, dots // 2, dots // 2, dots // 2, dots // 2, cv2.BORDER_CONSTANT, value=255
+    )
+    metres = np.diag([0.03 / dots, 0.03 / dots, 1]) @ [
+        [1, 0, 0.5 - dots // 2],
+        [0, 1, 0.5 - dots // 2],
+        [0, 0, 1],
+    ]  # from dots
     plane = INTRINSICS @ to_camera[:3, [0, 1, 3]] @ metres
-    fine = np.array([[3, 0, -0.5], [0, 3, -0.5], [0, 0, 1]]) @ plane  # OpenCV's pixel centres are whole numbers
-    picture = cv2.warpPerspective(printed, fine, (3 * SIZE[1], 3 * SIZE[0]), flags=cv2.INTER_AREA, borderValue=110)
-    picture = cv2.GaussianBlur(cv2.resize(picture, SIZE[::-1], interpolation=cv2.INTER_AREA), (0, 0), 0.6)
-    picture = np.clip(picture[..., None] * [0.9, 0.85, 0.8] + 10 + random.normal(0, noise, (*SIZE, 3)), 0, 255)
+    fine = (
+        np.array([[3, 0, -0.5], [0, 3, -0.5], [0, 0, 1]]) @ plane
+    )  # OpenCV's pixel centres are whole numbers
+    picture = cv2.warpPerspective(
+        printed, fine, (3 * SIZE[1], 3 * SIZE[0]), flags=cv2.INTER_AREA, borderValue=110
+    )
+    picture = cv2.GaussianBlur(
+        cv2.resize(picture, SIZE[::-1], interpolation=cv2.INTER_AREA), (0, 0), 0.6
+    )
+    picture = np.clip(
+        picture[..., None] * [0.9, 0.85, 0.8] + 10 + random.normal(0, noise, (*SIZE, 3)), 0, 255
+    )
     return picture.astype(np.uint8)
 
 
@@ -119,7 +164,9 @@ def lay_out(folder, taken, mend=lambda picture: picture, count=20):
         (folder / name).mkdir(parents=True)
         q, _, pictures, _ = taken[name]
         for i in range(count):
-            Image.fromarray(mend(pictures[i])).save(folder / name / f"{first + i:03d}.png", compress_level=1)
+            Image.fromarray(mend(pictures[i])).save(
+                folder / name / f"{first + i:03d}.png", compress_level=1
+            )
             lines.append([f"{first + i:03d}", *q[i]])
     with open(folder / "joints.csv", "w", newline="") as file:
         csv.writer(file).writerows(lines)
@@ -134,7 +181,9 @@ def pictures(tmp_path_factory, taken):
 def test_corners_are_found_where_they_are(taken):
     _, _, pictures, to_camera = taken["front"]
     found = find_corners(make_board(0.03), pictures, Settings())
-    off = np.concatenate([pixels - project(to_camera[t], POINTS)[numbers] for t, (numbers, pixels) in found.items()])
+    off = np.concatenate(
+        [pixels - project(to_camera[t], POINTS)[numbers] for t, (numbers, pixels) in found.items()]
+    )
     assert len(off) > 0.8 * len(POINTS) * len(pictures)
     assert np.abs(off.mean(0)).max() < 0.03 and off.std() < 0.3  # and not half a pixel beside
 
@@ -144,7 +193,17 @@ def test_both_cameras_from_pictures(taken, pictures, tmp_path, monkeypatch, caps
     other = {"intrinsics": np.diag([9.0, 9, 1]).tolist(), "world_from_camera": np.eye(4).tolist()}
     path.write_text(yaml.dump({"overhead": other, "front": other}))
     for camera, pose in (("front", "world_from_camera"), ("wrist", "last_joint_from_camera")):
-        code, out, _ = stage(monkeypatch, capsys, calibrate.main, "--images", pictures, "--camera", camera, "--calibration", path)
+        code, out, _ = stage(
+            monkeypatch,
+            capsys,
+            calibrate.main,
+            "--images",
+            pictures,
+            "--camera",
+            camera,
+            "--calibration",
+            path,
+        )
         metres, degrees = apart(taken[camera][1], load_calibration(path)[camera][pose])
         assert code == 0 and metres < 1e-3 and degrees < 0.2
         error = float(re.search(r"([0-9.]+) with the arm", out)[1])
@@ -152,26 +211,39 @@ def test_both_cameras_from_pictures(taken, pictures, tmp_path, monkeypatch, caps
         drawn = np.array(Image.open(tmp_path / f"cams_{camera}.png"))
         assert drawn.shape == (480, 3 * 640, 3)
         photo = taken[camera][2][0]
-        dots = (np.abs(drawn[:, :640].astype(int) - (255, 0, 255)).max(-1) < 60) & (np.abs(photo.astype(int) - (255, 0, 255)).max(-1) > 60)
+        dots = (np.abs(drawn[:, :640].astype(int) - (255, 0, 255)).max(-1) < 60) & (
+            np.abs(photo.astype(int) - (255, 0, 255)).max(-1) > 60
+        )
         assert dots.sum() > 200  # the corners of the board
     assert list(load_calibration(path)) == ["front", "overhead", "wrist"]
-    np.testing.assert_array_equal(load_calibration(path)["overhead"]["world_from_camera"], np.eye(4))
+    np.testing.assert_array_equal(
+        load_calibration(path)["overhead"]["world_from_camera"], np.eye(4)
+    )
 
 
 def test_frames_of_an_episode_at_rest(taken, tmp_path, monkeypatch, capsys):
     q, camera, pictures, _ = taken["wrist"]
     episode, *_ = make_episode(frames=40, size=SIZE)
-    episode.qpos = np.hstack([np.repeat(q, 2, 0), np.ones((40, 1))]).astype(np.float32)  # each posture twice, first in motion
+    episode.qpos = np.hstack([np.repeat(q, 2, 0), np.ones((40, 1))]).astype(
+        np.float32
+    )  # each posture twice, first in motion
     episode.qvel = np.where(np.arange(40)[:, None] % 2, 0, 0.5) * np.ones((1, 8), np.float32)
     episode.joint_poses = CHAIN.joint_poses(episode.qpos[:, :7]).astype(np.float32)
     blurred = [cv2.GaussianBlur(picture, (0, 0), 2) for picture in pictures]
-    episode.images = {"wrist": np.stack([picture for pair in zip(blurred, pictures) for picture in pair])}
-    episode.intrinsics, episode.extrinsics = {"wrist": np.diag([99.0, 99, 1])}, {"wrist": np.repeat(np.eye(4)[None], 40, 0)}
+    episode.images = {
+        "wrist": np.stack([picture for pair in zip(blurred, pictures) for picture in pair])
+    }
+    episode.intrinsics, episode.extrinsics = (
+        {"wrist": np.diag([99.0, 99, 1])},
+        {"wrist": np.repeat(np.eye(4)[None], 40, 0)},
+    )
     episode.action = episode.qpos
     write_episode(tmp_path / "000.hdf5", episode)
     code, out, _ = stage(monkeypatch, capsys, calibrate.main, "--images", tmp_path / "000.hdf5", "--camera", "wrist",
                          "--calibration", tmp_path / "cams.yaml")  # fmt: skip
-    metres, degrees = apart(camera, load_calibration(tmp_path / "cams.yaml")["wrist"]["last_joint_from_camera"])
+    metres, degrees = apart(
+        camera, load_calibration(tmp_path / "cams.yaml")["wrist"]["last_joint_from_camera"]
+    )
     assert code == 0 and "20 of 20" in out and metres < 1e-3 and degrees < 0.2
 
 
@@ -180,7 +252,13 @@ def refused(folder, monkeypatch, capsys, *arguments, camera="front"):
     path = folder.parent / "unwritten.yaml"
     code, out, sentence = stage(monkeypatch, capsys, calibrate.main, "--images", folder, "--camera", camera,
                                 "--calibration", path, *arguments)  # fmt: skip
-    assert code == 2 and out == "" and sentence.endswith(".") and sentence.count("\n") == 0 and not path.exists()
+    assert (
+        code == 2
+        and out == ""
+        and sentence.endswith(".")
+        and sentence.count("\n") == 0
+        and not path.exists()
+    )
     return sentence
 
 
@@ -192,7 +270,9 @@ def test_a_wrong_size_of_the_squares(pictures, monkeypatch, capsys, camera):
 
 
 def test_too_few_pictures(taken, pictures, tmp_path, monkeypatch, capsys):
-    assert "4 pictures of front" in refused(lay_out(tmp_path / "few", taken, count=4), monkeypatch, capsys)
+    assert "4 pictures of front" in refused(
+        lay_out(tmp_path / "few", taken, count=4), monkeypatch, capsys
+    )
     assert "0 pictures of overhead" in refused(pictures, monkeypatch, capsys, camera="overhead")
     hidden = lay_out(tmp_path / "hidden", taken, count=12)
     for i in range(5):
@@ -201,9 +281,13 @@ def test_too_few_pictures(taken, pictures, tmp_path, monkeypatch, capsys):
 
 
 def test_mirrored_boards_and_other_boards(taken, pictures, tmp_path, monkeypatch, capsys):
-    mirrored = lay_out(tmp_path / "mirrored", taken, mend=lambda picture: picture[:, ::-1], count=10)
+    mirrored = lay_out(
+        tmp_path / "mirrored", taken, mend=lambda picture: picture[:, ::-1], count=10
+    )
     assert "mirrored in 10 of 10 pictures of front" in refused(mirrored, monkeypatch, capsys)
-    assert "no square's side" in refused(pictures, monkeypatch, capsys, "--square", 30)  # millimetres
+    assert "no square's side" in refused(
+        pictures, monkeypatch, capsys, "--square", 30
+    )  # millimetres
     for name, other in (("DICTIONARY", cv2.aruco.DICT_4X4_50), ("SQUARES", (6, 7))):
         with monkeypatch.context() as patch:
             patch.setattr(calibrate, name, other)
@@ -221,9 +305,21 @@ def test_hands_that_did_not_turn_and_joints_of_other_pictures():
             fit_camera(found, POINTS, swapped, SIZE, on_arm, 0.03, names)
         with pytest.raises(UserError, match="joint positions"):
             fit_camera(found, POINTS, last, SIZE, not on_arm, 0.03, names)
-        turned = last[0] @ np.array([calibrate.pose_of([0, 0, angle, 0, 0, 0]) for angle in np.linspace(-0.5, 0.5, 20)])
-        seen = np.linalg.inv(turned @ camera) @ board if on_arm else np.linalg.inv(camera) @ turned @ board
-        about_one_axis = [(np.arange(len(POINTS)), project(pose, POINTS) + random.normal(0, 0.3, (len(POINTS), 2))) for pose in seen]
+        turned = last[0] @ np.array(
+            [calibrate.pose_of([0, 0, angle, 0, 0, 0]) for angle in np.linspace(-0.5, 0.5, 20)]
+        )
+        seen = (
+            np.linalg.inv(turned @ camera) @ board
+            if on_arm
+            else np.linalg.inv(camera) @ turned @ board
+        )
+        about_one_axis = [
+            (
+                np.arange(len(POINTS)),
+                project(pose, POINTS) + random.normal(0, 0.3, (len(POINTS), 2)),
+            )
+            for pose in seen
+        ]
         with pytest.raises(UserError, match="different axes"):
             fit_camera(about_one_axis, POINTS, turned, SIZE, on_arm, 0.03, names)
 
@@ -234,9 +330,21 @@ def test_a_lens_that_bends_lines():
     bent = [project(pose, POINTS) for pose in to_camera]
     for pixels in bent:
         away = (pixels - INTRINSICS[:2, 2]) / 615
-        pixels += 615 * away * (-0.4 * (away**2).sum(1, keepdims=True) + 0.5 * (away**2).sum(1, keepdims=True) ** 2)
+        pixels += (
+            615
+            * away
+            * (-0.4 * (away**2).sum(1, keepdims=True) + 0.5 * (away**2).sum(1, keepdims=True) ** 2)
+        )
     with pytest.raises(UserError, match="distortion"):
-        fit_camera([(np.arange(len(POINTS)), pixels) for pixels in bent], POINTS, last, SIZE, False, 0.03, list(range(20)))
+        fit_camera(
+            [(np.arange(len(POINTS)), pixels) for pixels in bent],
+            POINTS,
+            last,
+            SIZE,
+            False,
+            0.03,
+            list(range(20)),
+        )
 
 
 @pytest.mark.parametrize("text, word", [
@@ -253,8 +361,18 @@ def test_bad_folders(tmp_path, monkeypatch, capsys, text, word):
 
 def test_a_broken_calibration_file_stays(pictures, tmp_path, monkeypatch, capsys):
     (tmp_path / "cams.yaml").write_text("front: {")
-    code, _, sentence = stage(monkeypatch, capsys, calibrate.main, "--images", pictures, "--calibration", tmp_path / "cams.yaml")
-    assert code == 2 and "cams.yaml" in sentence and (tmp_path / "cams.yaml").read_text() == "front: {"
+    code, _, sentence = stage(
+        monkeypatch,
+        capsys,
+        calibrate.main,
+        "--images",
+        pictures,
+        "--calibration",
+        tmp_path / "cams.yaml",
+    )
+    assert (
+        code == 2 and "cams.yaml" in sentence and (tmp_path / "cams.yaml").read_text() == "front: {"
+    )
     assert "nowhere" in refused(tmp_path / "nowhere", monkeypatch, capsys)
 
 
@@ -266,8 +384,16 @@ def test_the_printed_board_has_its_true_size(tmp_path, monkeypatch, capsys):
     grey = np.array(sheet.convert("L"))
     ink = np.argwhere(grey < 128)
     assert np.allclose((np.ptp(ink, axis=0) + 1) / 24, (210, 150), atol=0.05)  # mm
-    pixels, numbers, *_ = cv2.aruco.CharucoDetector(make_board(0.03)).detectBoard(cv2.resize(grey, None, fx=0.2, fy=0.2))
+    pixels, numbers, *_ = cv2.aruco.CharucoDetector(make_board(0.03)).detectBoard(
+        cv2.resize(grey, None, fx=0.2, fy=0.2)
+    )
     assert len(numbers) == 24
-    page = re.search(rb"/MediaBox \[ ?0 0 ([0-9.]+) ([0-9.]+)", (tmp_path / "board.pdf").read_bytes())
-    assert np.allclose([float(page[1]) / 72 * 25.4, float(page[2]) / 72 * 25.4], (210, 297), atol=0.1)
-    assert stage(monkeypatch, capsys, calibrate.main, "--print-board", tmp_path / "board.doc")[0] == 2
+    page = re.search(
+        rb"/MediaBox \[ ?0 0 ([0-9.]+) ([0-9.]+)", (tmp_path / "board.pdf").read_bytes()
+    )
+    assert np.allclose(
+        [float(page[1]) / 72 * 25.4, float(page[2]) / 72 * 25.4], (210, 297), atol=0.1
+    )
+    assert (
+        stage(monkeypatch, capsys, calibrate.main, "--print-board", tmp_path / "board.doc")[0] == 2
+    )

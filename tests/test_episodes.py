@@ -12,7 +12,8 @@ import pytest
 from conftest import ROOT, make_episode
 
 import episodes
-from episodes import UserError, find_episodes, read_episode, run_stage, write_episode, write_whole
+from genima.episodes import find_episodes, read_episode, write_episode
+from genima.files import UserError, run_stage, write_whole
 
 
 def stage(monkeypatch, capsys, main, *arguments):
@@ -45,8 +46,13 @@ def test_an_episode_comes_back_as_it_was_written(tmp_path, joints, size, frames)
         np.testing.assert_array_equal(getattr(again, name), getattr(episode, name))
     for name in ("images", "intrinsics", "extrinsics"):
         for camera in ("front", "wrist"):
-            np.testing.assert_array_equal(getattr(again, name)[camera], getattr(episode, name)[camera])
-    assert read_episode(path, images=False).images == {} and read_episode(path, images=False).image_sizes == again.image_sizes
+            np.testing.assert_array_equal(
+                getattr(again, name)[camera], getattr(episode, name)[camera]
+            )
+    assert (
+        read_episode(path, images=False).images == {}
+        and read_episode(path, images=False).image_sizes == again.image_sizes
+    )
     assert os.listdir(path.parent) == [path.name]
 
 
@@ -61,8 +67,14 @@ def test_acts_loader_can_read_it(run):
         qpos, qvel = root["/observations/qpos"][start], root["/observations/qvel"][start]
         image = root["/observations/images/front"][start]
         action = root["/action"][start:]
-        assert root["/observations/qpos"][()].shape == root["/observations/qvel"][()].shape == root["/action"][()].shape
-        assert root["/observations/images/front"].chunks[0] == 1  # one frame can be read without its neighbours
+        assert (
+            root["/observations/qpos"][()].shape
+            == root["/observations/qvel"][()].shape
+            == root["/action"][()].shape
+        )
+        assert (
+            root["/observations/images/front"].chunks[0] == 1
+        )  # one frame can be read without its neighbours
     assert original_action_shape == (6, 8) and action.shape == (4, 8)
     np.testing.assert_array_equal(qpos, episode.qpos[start])
     np.testing.assert_array_equal(qvel, episode.qvel[start])
@@ -101,7 +113,7 @@ def spoil_chunk(path):
     with h5py.File(path, "r") as root:
         offset = root["observations/images/front"].id.get_chunk_info(1).byte_offset
     data = bytearray(path.read_bytes())
-    data[offset:offset + 200] = bytes(200)
+    data[offset : offset + 200] = bytes(200)
     path.write_bytes(data)
 
 
@@ -109,7 +121,10 @@ BROKEN = {
     "qpos missing": (replace("observations/qpos", None), "qpos"),
     "camera missing": (replace("cameras/front/intrinsics", None), "intrinsics"),
     "attribute missing": (remove_attribute, "instruction"),
-    "cut in half": (lambda path: path.write_bytes(path.read_bytes()[:path.stat().st_size // 2]), "truncated"),
+    "cut in half": (
+        lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+        "truncated",
+    ),
     "last byte cut": (lambda path: path.write_bytes(path.read_bytes()[:-1]), "truncated"),
     "empty": (lambda path: path.write_bytes(b""), "cannot be read"),
     "text": (lambda path: path.write_text("hello"), "cannot be read"),
@@ -117,21 +132,54 @@ BROKEN = {
     "foreign": (lambda path: h5py.File(path, "w").close(), "format"),
     "nan in qpos": (replace("observations/qpos", spoil(np.nan)), "observations/qpos"),
     "inf in action": (replace("action", spoil(np.inf)), "action"),
-    "nan in extrinsics": (replace("cameras/front/extrinsics", spoil(np.nan, (0, 0, 3))), "cameras/front/extrinsics"),
+    "nan in extrinsics": (
+        replace("cameras/front/extrinsics", spoil(np.nan, (0, 0, 3))),
+        "cameras/front/extrinsics",
+    ),
     "gripper command 2": (replace("action", spoil(2, (0, -1))), "gripper"),
     "action too short": (replace("action", lambda a: a[:-1]), "action"),
     "action of integers": (replace("action", lambda a: a.astype(int)), "action"),
-    "poses of fewer joints": (replace("observations/joint_poses", lambda a: a[:, 1:]), "observations/joint_poses"),
-    "images too short": (replace("observations/images/wrist", lambda a: a[:-1]), "observations/images/wrist"),
-    "images as masks": (replace("observations/images/wrist", lambda a: a[..., 0]), "observations/images/wrist"),
-    "images with alpha": (replace("observations/images/wrist", lambda a: np.concatenate([a, a[..., :1]], -1)), "images/wrist"),
-    "images of floats": (replace("observations/images/wrist", lambda a: a / 255), "observations/images/wrist"),
+    "poses of fewer joints": (
+        replace("observations/joint_poses", lambda a: a[:, 1:]),
+        "observations/joint_poses",
+    ),
+    "images too short": (
+        replace("observations/images/wrist", lambda a: a[:-1]),
+        "observations/images/wrist",
+    ),
+    "images as masks": (
+        replace("observations/images/wrist", lambda a: a[..., 0]),
+        "observations/images/wrist",
+    ),
+    "images with alpha": (
+        replace("observations/images/wrist", lambda a: np.concatenate([a, a[..., :1]], -1)),
+        "images/wrist",
+    ),
+    "images of floats": (
+        replace("observations/images/wrist", lambda a: a / 255),
+        "observations/images/wrist",
+    ),
     "images of one camera": (replace("observations/images/wrist", None), "same cameras"),
-    "camera scaled": (replace("cameras/front/extrinsics", lambda a: a * [[1.1], [1.1], [1.1], [1]]), "cameras/front/extrinsics"),
-    "camera mirrored": (replace("cameras/front/extrinsics", lambda a: a * [1, 1, -1, 1]), "cameras/front/extrinsics"),
-    "joint transposed": (replace("observations/joint_poses", lambda a: a.swapaxes(2, 3)), "observations/joint_poses"),
-    "negative focal length": (replace("cameras/wrist/intrinsics", lambda a: a * [[-1], [1], [1]]), "cameras/wrist/intrinsics"),
-    "intrinsics of 4x4": (replace("cameras/wrist/intrinsics", lambda a: np.eye(4)), "cameras/wrist/intrinsics"),
+    "camera scaled": (
+        replace("cameras/front/extrinsics", lambda a: a * [[1.1], [1.1], [1.1], [1]]),
+        "cameras/front/extrinsics",
+    ),
+    "camera mirrored": (
+        replace("cameras/front/extrinsics", lambda a: a * [1, 1, -1, 1]),
+        "cameras/front/extrinsics",
+    ),
+    "joint transposed": (
+        replace("observations/joint_poses", lambda a: a.swapaxes(2, 3)),
+        "observations/joint_poses",
+    ),
+    "negative focal length": (
+        replace("cameras/wrist/intrinsics", lambda a: a * [[-1], [1], [1]]),
+        "cameras/wrist/intrinsics",
+    ),
+    "intrinsics of 4x4": (
+        replace("cameras/wrist/intrinsics", lambda a: np.eye(4)),
+        "cameras/wrist/intrinsics",
+    ),
 }
 
 
@@ -142,7 +190,11 @@ def test_a_broken_file_is_named_with_what_is_wrong(run, what):
     damage(path)
     with pytest.raises(UserError) as caught:
         read_episode(path)
-    assert str(path) in str(caught.value) and words in str(caught.value) and "\n" not in str(caught.value)
+    assert (
+        str(path) in str(caught.value)
+        and words in str(caught.value)
+        and "\n" not in str(caught.value)
+    )
 
 
 def test_a_broken_episode_is_not_written(tmp_path):
@@ -161,7 +213,9 @@ def test_an_existing_file_is_not_overwritten(run):
     assert contents(run) == before
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()]
+)
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, error):
     (tmp_path / "notes.txt").write_text("old")
 
@@ -213,11 +267,21 @@ def test_run_stage_does_not_hide_our_mistakes():
 def test_finding_episodes(run):
     (run / "episodes/pick_and_lift/.000007_00.12.tmp.hdf5").write_bytes(b"half")
     write_episode(run / "episodes/another/000001_00.hdf5", make_episode(5)[0])
-    names = [path.relative_to(run / "episodes").as_posix() for path in find_episodes(run / "episodes")]
-    assert names == ["another/000001_00.hdf5", "pick_and_lift/000000_00.hdf5", "pick_and_lift/000001_00.hdf5"]
+    names = [
+        path.relative_to(run / "episodes").as_posix() for path in find_episodes(run / "episodes")
+    ]
+    assert names == [
+        "another/000001_00.hdf5",
+        "pick_and_lift/000000_00.hdf5",
+        "pick_and_lift/000001_00.hdf5",
+    ]
     assert len(find_episodes(run / "episodes", ["pick_and_lift"])) == 2
     (run / "empty").mkdir()
-    for folder, tasks in [(run / "nowhere", None), (run / "empty", None), (run / "episodes", ["another", "dance"])]:
+    for folder, tasks in [
+        (run / "nowhere", None),
+        (run / "empty", None),
+        (run / "episodes", ["another", "dance"]),
+    ]:
         with pytest.raises(UserError, match="nowhere|empty|dance"):
             find_episodes(folder, tasks)
 
@@ -225,7 +289,9 @@ def test_finding_episodes(run):
 def test_check_prints_a_table(run, monkeypatch, capsys):
     episode = make_episode(4, frames=9)[0]
     episode.success = False
-    episode.qpos[:, 0] = np.arange(9) ** 3 / 1000  # third difference 0.006, times 10 Hz cubed: 6 rad/s³
+    episode.qpos[:, 0] = (
+        np.arange(9) ** 3 / 1000
+    )  # third difference 0.006, times 10 Hz cubed: 6 rad/s³
     episode.qpos[:, 1:7] = [0, 0, -1, 0, 1, 0]
     episode.action[:] = episode.qpos
     episode.qpos[3:5, 1] = -2  # beyond the limit -1.7628 in two frames
@@ -233,13 +299,30 @@ def test_check_prints_a_table(run, monkeypatch, capsys):
     code, out, err = stage(monkeypatch, capsys, episodes.main, "--check", run / "episodes")
     rows = {line.split()[0]: line.split()[1:] for line in out.splitlines()}
     assert code == 0 and rows["pick_and_lift"][:3] == ["2", "12", "100%"]
-    assert rows["other"] == ["1", "9", "0%", "2.000", "4000.0", "2", "frames"]  # 0, 0, -2, -2: the third difference is 4
+    assert rows["other"] == [
+        "1",
+        "9",
+        "0%",
+        "2.000",
+        "4000.0",
+        "2",
+        "frames",
+    ]  # 0, 0, -2, -2: the third difference is 4
 
     episode.qpos[3:5, 1] = 0
     (run / "episodes/other/a.hdf5").unlink()
     write_episode(run / "episodes/other/a.hdf5", episode)
     out = stage(monkeypatch, capsys, episodes.main, "--check", run / "episodes")[1]
-    assert out.splitlines()[1].split() == ["other", "1", "9", "0%", "0.169", "6.0", "0", "frames"]  # (512 - 343) / 1000
+    assert out.splitlines()[1].split() == [
+        "other",
+        "1",
+        "9",
+        "0%",
+        "0.169",
+        "6.0",
+        "0",
+        "frames",
+    ]  # (512 - 343) / 1000
 
 
 def test_check_lists_broken_and_odd_files(run, monkeypatch, capsys):
@@ -261,5 +344,10 @@ def test_check_lists_broken_and_odd_files(run, monkeypatch, capsys):
 @pytest.mark.parametrize("folder", ["nowhere", "empty"])
 def test_check_of_no_folder(tmp_path, folder):
     (tmp_path / "empty").mkdir()
-    done = subprocess.run([sys.executable, "episodes.py", "--check", tmp_path / folder], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "episodes.py", "--check", tmp_path / folder],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 2 and folder in done.stderr and len(done.stderr.splitlines()) == 1

@@ -13,8 +13,9 @@ from conftest import ROOT
 from safetensors.torch import save_file
 
 import evaluate
-from act import ACT
-from episodes import CAMERAS, UserError
+from genima.act import ACT
+from genima.episodes import CAMERAS
+from genima.files import UserError
 
 CONFIG = dict(size="tiny", observation="spheres", horizon=8, joints=7, cameras=list(CAMERAS), image_size=[64, 64], vocabulary=[],
               state_mean=[0.0] * 8, state_std=[1.0] * 8, action_std=[0.01] * 7)  # fmt: skip
@@ -26,16 +27,29 @@ def untrained(folder, **changes):
     config = CONFIG | changes
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
-    save_file({name: value.contiguous() for name, value in ACT(config).state_dict().items()}, folder / "model.safetensors")
+    save_file(
+        {name: value.contiguous() for name, value in ACT(config).state_dict().items()},
+        folder / "model.safetensors",
+    )
 
 
 def settings(run, **changes):
-    return evaluate.Settings(**{"run": run, "tasks": ("reach_target",), "episodes": 2, "videos": 0, "policy": "oracle", **changes})
+    return evaluate.Settings(
+        **{
+            "run": run,
+            "tasks": ("reach_target",),
+            "episodes": 2,
+            "videos": 0,
+            "policy": "oracle",
+            **changes,
+        }
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ arithmetic
 @pytest.mark.parametrize(
-    "successes, episodes, low, high", [(8, 10, 0.4902, 0.9433), (0, 10, 0, 0.2775), (50, 50, 0.9287, 1), (81, 263, 0.2553, 0.3662)]
+    "successes, episodes, low, high",
+    [(8, 10, 0.4902, 0.9433), (0, 10, 0, 0.2775), (50, 50, 0.9287, 1), (81, 263, 0.2553, 0.3662)],
 )
 def test_interval_is_wilsons(successes, episodes, low, high):
     report = evaluate.rate(successes, episodes)
@@ -100,7 +114,11 @@ def test_a_good_controller_succeeds_and_an_idle_one_fails(monkeypatch, tmp_path)
         assert np.linalg.norm(tool - ball) < 0.08 and not log["frames"]
     monkeypatch.setattr(evaluate, "networks", lambda *_: (None, Stayer()))
     outcome, log = evaluate.drive("reach_target", 0, settings(tmp_path, execute=8))
-    assert not outcome["success"] and outcome["steps"] == len(log["trace"]) == 100 and len(log["paint"]) == 13
+    assert (
+        not outcome["success"]
+        and outcome["steps"] == len(log["trace"]) == 100
+        and len(log["paint"]) == 13
+    )
 
 
 class KnowingPainter:
@@ -113,23 +131,33 @@ class KnowingPainter:
         env = evaluate.environment(self.task, (64, 64), CAMERAS)
         painted = []
         for i, instruction in enumerate(instructions):
-            named = [env.task.names[v] in instruction for v in range(env.task.candidates)].index(True)
+            named = [env.task.names[v] in instruction for v in range(env.task.candidates)].index(
+                True
+            )
             oracle = evaluate.Oracle(self.task, self.seed, 0 if self.deaf else named, 8)
-            painted.append(oracle.paint(env, {camera: image[i] for camera, image in images.items()}, 0))
+            painted.append(
+                oracle.paint(env, {camera: image[i] for camera, image in images.items()}, 0)
+            )
         return {camera: np.stack([picture[camera] for picture in painted]) for camera in images}
 
 
 @pytest.mark.parametrize("task", evaluate.LANGUAGE_TASKS)
 def test_language_check_tells_a_deaf_painter(task, monkeypatch, tmp_path):
     for deaf, expected in ((False, [True, True, True]), (True, [True, False, False])):
-        monkeypatch.setattr(evaluate, "networks", lambda *_: (KnowingPainter(task, 3, deaf), Follower()))
+        monkeypatch.setattr(
+            evaluate, "networks", lambda *_: (KnowingPainter(task, 3, deaf), Follower())
+        )
         assert evaluate.listen(task, 3, settings(tmp_path, policy="genima")) == expected
 
 
 def test_language_check_needs_a_sphere(monkeypatch, tmp_path):
     nothing = SimpleNamespace(paint=lambda images, instructions: images)
     monkeypatch.setattr(evaluate, "networks", lambda *_: (nothing, Follower()))
-    assert evaluate.listen("push_button", 3, settings(tmp_path, policy="genima")) == [False, False, False]
+    assert evaluate.listen("push_button", 3, settings(tmp_path, policy="genima")) == [
+        False,
+        False,
+        False,
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------- the whole command
@@ -146,15 +174,37 @@ for out, *arguments in (["one", "--policy", "oracle", "--workers", "1"], ["two",
 def test_command_writes_the_same_for_any_number_of_workers(tmp_path):
     untrained(tmp_path / "act")
     untrained(tmp_path / "act_rgb", observation="rgb", vocabulary=["blue", "reach"])
-    answer = subprocess.run([sys.executable, "-c", PROGRAM, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    answer = subprocess.run(
+        [sys.executable, "-c", PROGRAM, tmp_path], cwd=ROOT, capture_output=True, text=True
+    )
     assert answer.returncode == 0, answer.stderr
-    one, two = (json.loads((tmp_path / folder / "evaluation_oracle.json").read_text()) for folder in ("one", "two"))
+    one, two = (
+        json.loads((tmp_path / folder / "evaluation_oracle.json").read_text())
+        for folder in ("one", "two")
+    )
     task = one["tasks"]["reach_target"]
     assert task["outcomes"] == two["tasks"]["reach_target"]["outcomes"]
-    assert {"policy", "git_commit", "machine", "seeds", "tasks"} <= set(one) and one["machine"]["cores"] >= 1
-    assert set(task) == {"successes", "episodes", "rate", "wilson_95", "mean_steps", "paint_ms", "control_ms", "outcomes"}
-    assert [set(outcome) for outcome in task["outcomes"]] == [{"seed", "variation", "instruction", "success", "steps"}] * 2
-    assert task["control_ms"] > 0 and task["episodes"] == 2 and [outcome["seed"] for outcome in task["outcomes"]] == [0, 1]
+    assert {"policy", "git_commit", "machine", "seeds", "tasks"} <= set(one) and one["machine"][
+        "cores"
+    ] >= 1
+    assert set(task) == {
+        "successes",
+        "episodes",
+        "rate",
+        "wilson_95",
+        "mean_steps",
+        "paint_ms",
+        "control_ms",
+        "outcomes",
+    }
+    assert [set(outcome) for outcome in task["outcomes"]] == [
+        {"seed", "variation", "instruction", "success", "steps"}
+    ] * 2
+    assert (
+        task["control_ms"] > 0
+        and task["episodes"] == 2
+        and [outcome["seed"] for outcome in task["outcomes"]] == [0, 1]
+    )
     assert "reach_target" in answer.stdout and "95 % interval" in answer.stdout
 
     film = imageio.mimread(tmp_path / "one/reach_target_oracle.mp4", memtest=False)
@@ -162,11 +212,20 @@ def test_command_writes_the_same_for_any_number_of_workers(tmp_path):
     assert imageio.imread(tmp_path / "one/reach_target_oracle.png").shape == (304, 768, 3)
     assert imageio.imread(tmp_path / "one/success_oracle.png").shape[0] == 600
     failed = [outcome["seed"] for outcome in task["outcomes"] if not outcome["success"]]
-    assert sorted(path.name for path in (tmp_path / "two").glob("*.csv")) == [f"trace_oracle_reach_target_{seed}.csv" for seed in failed]
+    assert sorted(path.name for path in (tmp_path / "two").glob("*.csv")) == [
+        f"trace_oracle_reach_target_{seed}.csv" for seed in failed
+    ]
     perturbed = json.loads((tmp_path / "rgb/evaluation_act_light.json").read_text())
-    assert perturbed["perturb"] == "light" and one["perturb"] is None and perturbed["tasks"]["reach_target"]["episodes"] == 1
+    assert (
+        perturbed["perturb"] == "light"
+        and one["perturb"] is None
+        and perturbed["tasks"]["reach_target"]["episodes"] == 1
+    )
     # The first panel of the film: the same scene in another light.
-    plain, lit = (imageio.mimread(tmp_path / file, memtest=False)[0][60:250, :256] for file in ("one/reach_target_oracle.mp4", "rgb/reach_target_act_light.mp4"))
+    plain, lit = (
+        imageio.mimread(tmp_path / file, memtest=False)[0][60:250, :256]
+        for file in ("one/reach_target_oracle.mp4", "rgb/reach_target_act_light.mp4")
+    )
     assert np.abs(plain.astype(int) - lit).mean() > 5
     assert not list(tmp_path.glob("*/.*"))  # nothing half-written
 
@@ -179,7 +238,10 @@ def test_command_writes_the_same_for_any_number_of_workers(tmp_path):
         ({"tasks": ("fly",)}, "choose from reach_target"),
         ({"episodes": 0}, "--episodes must be 1 or more"),
         ({"seed": -1}, "--seed must be 0 or more"),
-        ({"tasks": ("pick_and_lift",), "seed": 0}, "Seed 0 was recorded in"),  # conftest's run holds seeds 0 and 1
+        (
+            {"tasks": ("pick_and_lift",), "seed": 0},
+            "Seed 0 was recorded in",
+        ),  # conftest's run holds seeds 0 and 1
         ({"seed": 10}, "There is no checkpoint"),
     ],
 )
@@ -193,7 +255,9 @@ def test_bad_checkpoints_are_one_sentence(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="was not trained with --observation rgb"):
         evaluate.networks("act", tmp_path, tmp_path, tmp_path / "act", "cpu")
     for what, value in (("horizon", 20), ("image_size", 128), ("cameras", ["front"])):
-        painter = SimpleNamespace(config={"horizon": 8, "image_size": 64, "cameras": list(CAMERAS)} | {what: value})
+        painter = SimpleNamespace(
+            config={"horizon": 8, "image_size": 64, "cameras": list(CAMERAS)} | {what: value}
+        )
         monkeypatch.setattr(evaluate.Painter, "load", lambda *_: painter)
         with pytest.raises(UserError, match=f"controlnet was trained with {what} "):
             evaluate.networks("genima", tmp_path, tmp_path / "controlnet", tmp_path / "act", "cpu")
@@ -204,6 +268,12 @@ def test_bad_checkpoints_are_one_sentence(tmp_path, monkeypatch):
 
 
 def test_command_says_what_is_wrong(tmp_path):
-    answer = subprocess.run([sys.executable, "evaluate.py", "--run", tmp_path], cwd=ROOT, capture_output=True, text=True)
-    assert answer.returncode == 2 and len(answer.stderr.splitlines()) == 1 and "Traceback" not in answer.stderr
+    answer = subprocess.run(
+        [sys.executable, "evaluate.py", "--run", tmp_path], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (
+        answer.returncode == 2
+        and len(answer.stderr.splitlines()) == 1
+        and "Traceback" not in answer.stderr
+    )
     assert "There is no HDF5 file" in answer.stderr

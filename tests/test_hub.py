@@ -25,7 +25,11 @@ class Hub(BaseHTTPRequestHandler):
     def answer(self, content=b"", status=200, **headers):
         content = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
-        for name, value in {"Content-Length": len(content), "X-Repo-Commit": REVISION, **headers}.items():
+        for name, value in {
+            "Content-Length": len(content),
+            "X-Repo-Commit": REVISION,
+            **headers,
+        }.items():
             self.send_header(name, str(value))
         self.end_headers()
         if self.command != "HEAD":
@@ -36,9 +40,20 @@ class Hub(BaseHTTPRequestHandler):
         if path == "/api/whoami-v2":
             return self.answer({"name": "me", "type": "user", "auth": {}})
         if path.startswith("/api/models/me/painter/tree"):
-            return self.answer([{"type": "file", "path": name, "size": len(file), "oid": name} for name, file in self.files.items()])
+            return self.answer(
+                [
+                    {"type": "file", "path": name, "size": len(file), "oid": name}
+                    for name, file in self.files.items()
+                ]
+            )
         if path.startswith("/api/models/me/painter"):
-            return self.answer({"id": "me/painter", "sha": REVISION, "siblings": [{"rfilename": name} for name in self.files]})
+            return self.answer(
+                {
+                    "id": "me/painter",
+                    "sha": REVISION,
+                    "siblings": [{"rfilename": name} for name in self.files],
+                }
+            )
         name = path.removeprefix(f"/me/painter/resolve/{REVISION}/")
         if name not in self.files:
             return self.answer({"error": "no such thing"}, 404, **{"X-Error-Code": "RepoNotFound"})
@@ -52,12 +67,25 @@ class Hub(BaseHTTPRequestHandler):
             self.made.append(json.loads(body))
             return self.answer({"url": f"{self.address()}/me/painter", "id": "me/painter"})
         if self.path.endswith("/preupload/main"):
-            return self.answer({"files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(body)["files"]]})
+            return self.answer(
+                {
+                    "files": [
+                        {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                        for file in json.loads(body)["files"]
+                    ]
+                }
+            )
         if "/commit/main" in self.path:
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-            return self.answer({"success": True, "commitOid": REVISION, "commitUrl": f"{self.address()}/me/painter/commit/{REVISION}"})
+            return self.answer(
+                {
+                    "success": True,
+                    "commitOid": REVISION,
+                    "commitUrl": f"{self.address()}/me/painter/commit/{REVISION}",
+                }
+            )
         self.answer({"errors": [], "warnings": []})  # the card's header is fine
 
     def address(self):
@@ -79,8 +107,8 @@ def hub(tmp_path):
 
 LOAD = """
 import sys, numpy as np
-from episodes import CAMERAS
-from painter import Painter
+from genima.episodes import CAMERAS
+from genima.painter import Painter
 views = {camera: np.random.default_rng(0).integers(0, 255, (1, 16, 16, 3), np.uint8) for camera in CAMERAS}
 here, there = (Painter.load(name).paint(views, ["push the blue button"]) for name in (sys.argv[1], "me/painter"))
 assert all(np.array_equal(here[camera], there[camera]) for camera in CAMERAS)
@@ -95,12 +123,33 @@ def test_what_is_pushed_can_be_loaded_by_name(recorded, tmp_path, hub):  # noqa:
         (run / name).symlink_to(recorded / name)
     command = ["train_controlnet.py", "--run", run, "--size", "sd-turbo", "--base", base, "--picture", "32", "--steps", "2", "--batch", "2",
                "--learning-rate", "0.01", "--push-to-hub", "me/painter"]  # fmt: skip
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=hub, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=hub, capture_output=True, text=True
+    )
     assert done.returncode == 0 and "Uploaded (private): " in done.stdout, done.stderr
     assert Hub.made == [{"name": "painter", "organization": "me", "visibility": "private"}]
-    assert set(Hub.files) >= {"README.md", "painter.json", "validation.png", "losses.csv", "controlnet/config.json"}
+    assert set(Hub.files) >= {
+        "README.md",
+        "painter.json",
+        "validation.png",
+        "losses.csv",
+        "controlnet/config.json",
+    }
     assert not [name for name in Hub.files if name.endswith((".pt", ".hdf5"))]
     card = Hub.files["README.md"].decode()
-    assert "license_name: stability-ai-community" in card and "base_model: stabilityai/sd-turbo" in card and 'load("me/painter")' in card
-    done = subprocess.run([sys.executable, "-c", LOAD, run / "controlnet"], cwd=ROOT, env=hub, capture_output=True, text=True)
-    assert "UserError: me/nothing is no folder here, and the Hugging Face Hub gives none of that name" in done.stderr, done.stderr
+    assert (
+        "license_name: stability-ai-community" in card
+        and "base_model: stabilityai/sd-turbo" in card
+        and 'load("me/painter")' in card
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, run / "controlnet"],
+        cwd=ROOT,
+        env=hub,
+        capture_output=True,
+        text=True,
+    )
+    assert (
+        "UserError: me/nothing is no folder here, and the Hugging Face Hub gives none of that name"
+        in done.stderr
+    ), done.stderr

@@ -11,12 +11,22 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from episodes import CAMERAS, find_episodes, read_episode
-from render_spheres import read_spheres
+from genima.episodes import CAMERAS, find_episodes, read_episode
+from genima.spheres import read_spheres
 
 TASKS, SIZE, STEPS = ("reach_target", "push_button"), 32, 3
 STAGES = {
-    "collect": ["collect_demos.py", "--run", "{run}", "--tasks", *TASKS, "--scenes", 2, "--image-size", SIZE],
+    "collect": [
+        "collect_demos.py",
+        "--run",
+        "{run}",
+        "--tasks",
+        *TASKS,
+        "--scenes",
+        2,
+        "--image-size",
+        SIZE,
+    ],
     "check": ["episodes.py", "--check", "{run}/episodes"],
     "spheres": ["render_spheres.py", "--run", "{run}", "--preview"],
     "painter": ["train_controlnet.py", "--run", "{run}", "--steps", STEPS, "--batch", 2],
@@ -48,9 +58,16 @@ def test_episodes_and_spheres(miniature):
     for path in paths:
         episode = read_episode(path)
         layers, target = read_spheres(run / "spheres" / path.relative_to(run / "episodes"))
-        assert episode.success and episode.sim and set(episode.images) == set(layers) == set(CAMERAS)
-        assert len(target) == len(episode.qpos) and all(layer.shape[1:] == (SIZE, SIZE, 4) for layer in layers.values())
-        assert path.name == f"{episode.seed:07d}_{episode.variation:02d}.hdf5" and episode.instruction in episode.instructions
+        assert (
+            episode.success and episode.sim and set(episode.images) == set(layers) == set(CAMERAS)
+        )
+        assert len(target) == len(episode.qpos) and all(
+            layer.shape[1:] == (SIZE, SIZE, 4) for layer in layers.values()
+        )
+        assert (
+            path.name == f"{episode.seed:07d}_{episode.variation:02d}.hdf5"
+            and episode.instruction in episode.instructions
+        )
     for task in TASKS:
         assert f"{task}: 1" in printed["collect"] and f"{task} " in printed["check"]  # 100.0% or so
     assert imageio.imread(run / "spheres/preview.png").ndim == 3
@@ -83,10 +100,27 @@ def test_networks(miniature, folder, names):
 def test_evaluation(miniature, policy, suffix):
     run, printed = miniature
     report = json.loads((run / f"evaluation/evaluation{suffix}.json").read_text())
-    assert report["policy"] == policy and {"git_commit", "seeds"} <= set(report) and set(report["tasks"]) == set(TASKS)
+    assert (
+        report["policy"] == policy
+        and {"git_commit", "seeds"} <= set(report)
+        and set(report["tasks"]) == set(TASKS)
+    )
     for name, task in report["tasks"].items():
-        assert {"successes", "episodes", "rate", "wilson_95", "mean_steps", "paint_ms", "control_ms"} <= set(task)
-        assert task["episodes"] == 1 and task["successes"] in (0, 1) and task["paint_ms"] > 0 and task["control_ms"] > 0
+        assert {
+            "successes",
+            "episodes",
+            "rate",
+            "wilson_95",
+            "mean_steps",
+            "paint_ms",
+            "control_ms",
+        } <= set(task)
+        assert (
+            task["episodes"] == 1
+            and task["successes"] in (0, 1)
+            and task["paint_ms"] > 0
+            and task["control_ms"] > 0
+        )
         film = imageio.mimread(run / f"evaluation/{name}{suffix}.mp4", memtest=False)
         assert len(film) > 1 and film[0].ndim == 3
         assert (run / f"evaluation/{name}{suffix}.png").exists() and name in printed[policy]

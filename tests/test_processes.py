@@ -16,9 +16,16 @@ from test_train_controlnet import recorded  # noqa: F401  (a fixture)
 from turbo import make_turbo
 
 OPTIONS = {"train_controlnet.py": [], "train_act.py": ["--device", "cpu"]}
-WEIGHTS = {"train_controlnet.py": "controlnet/controlnet/diffusion_pytorch_model.safetensors", "train_act.py": "act/model.safetensors"}
-PLAIN = {"train_controlnet.py": ["--precision", "fp32"]}  # rounded to bf16, no two orders of summing are the same
-TOLERANCE = 2e-5  # float32: the halves are summed in another order; a weight has moved by up to 5e-3
+WEIGHTS = {
+    "train_controlnet.py": "controlnet/controlnet/diffusion_pytorch_model.safetensors",
+    "train_act.py": "act/model.safetensors",
+}
+PLAIN = {
+    "train_controlnet.py": ["--precision", "fp32"]
+}  # rounded to bf16, no two orders of summing are the same
+TOLERANCE = (
+    2e-5  # float32: the halves are summed in another order; a weight has moved by up to 5e-3
+)
 
 
 def copy_of(recorded, folder):
@@ -42,14 +49,40 @@ def losses(run, script):
     return [float(row["loss"]) for row in rows]
 
 
-@pytest.mark.parametrize("script, more", [("train_controlnet.py", []), ("train_act.py", []), ("train_controlnet.py", ["sd-turbo"])])
+@pytest.mark.parametrize(
+    "script, more",
+    [("train_controlnet.py", []), ("train_act.py", []), ("train_controlnet.py", ["sd-turbo"])],
+)
 def test_two_processes_are_one(recorded, tmp_path, script, more):  # noqa: F811
     if more:
         base = make_turbo(tmp_path / "base")
-        more = ["--size", "sd-turbo", "--base", base, "--picture", 32, "--at-once", 1, "--learning-rate", 1e-3]
+        more = [
+            "--size",
+            "sd-turbo",
+            "--base",
+            base,
+            "--picture",
+            32,
+            "--at-once",
+            1,
+            "--learning-rate",
+            1e-3,
+        ]
     runs = {processes: copy_of(recorded, tmp_path / f"run{processes}") for processes in (1, 2)}
     for processes, run in runs.items():
-        process = start(processes, run, script, *PLAIN.get(script, []), "--steps", 5, "--batch", 4, "--checkpoint-every", 5, *more)
+        process = start(
+            processes,
+            run,
+            script,
+            *PLAIN.get(script, []),
+            "--steps",
+            5,
+            "--batch",
+            4,
+            "--checkpoint-every",
+            5,
+            *more,
+        )
         printed = process.communicate(timeout=500)[0]
         assert process.returncode == 0, printed
         assert printed.count(f"{run / WEIGHTS[script].split('/')[0]}: ") == 1  # one of them speaks
@@ -69,8 +102,14 @@ def test_killed_twenty_times(recorded, tmp_path, script):  # noqa: F811
     random, kills = np.random.default_rng(0), 0
     checkpoint = broken / WEIGHTS[script].split("/")[0] / "training.pt"
     while kills < 20:
-        process, before = start(1, broken, script, *options), checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
-        while process.poll() is None and (checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0) == before:
+        process, before = (
+            start(1, broken, script, *options),
+            checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0,
+        )
+        while (
+            process.poll() is None
+            and (checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0) == before
+        ):
             time.sleep(0.01)  # at least one checkpoint more, or it never comes to an end
         time.sleep(random.uniform(0, 1))
         if process.poll() is not None:

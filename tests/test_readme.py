@@ -9,7 +9,11 @@ README = (ROOT / "README.md").read_text()
 
 def test_every_file_is_on_the_map_with_its_length():
     rows = dict(re.findall(r"^\| `([\w/]+\.py)` \| (\d+) \|", README, re.MULTILINE))
-    paths = {str(path.relative_to(ROOT)) for folder in (".", "sims", "variations") for path in (ROOT / folder).glob("*.py")}
+    paths = {
+        str(path.relative_to(ROOT))
+        for folder in (".", "sims", "variations")
+        for path in (ROOT / folder).glob("*.py")
+    }
     assert set(rows) == paths
     for name, lines in rows.items():
         actual = len((ROOT / name).read_text().splitlines())

@@ -16,16 +16,21 @@ from functools import partial
 import h5py
 import numpy as np
 import pytest
+from robot import arm as robot_io
 
 import real_robot
-import robot_io
-from episodes import JOINT_LIMITS, UserError, read_episode, run_stage
+from genima.episodes import read_episode
+from genima.files import UserError, run_stage
+from genima.kinematics import JOINT_LIMITS, franka_chain
 from real_robot import Fault, Record, Replay, Run, Safety
-from recording import Recording, recover
-from robot_io import fit, franka_chain
+from robot.arm import fit
+from robot.recording import Recording, recover
 
 HOME = np.array([0.0, -0.3, 0.0, -2.2, 0.0, 1.9, 0.7853])
-CAMERA = {"intrinsics": np.array([[500.0, 0, 320], [0, 500, 240], [0, 0, 1]]), "world_from_camera": np.eye(4)}
+CAMERA = {
+    "intrinsics": np.array([[500.0, 0, 320], [0, 500, 240], [0, 0, 1]]),
+    "world_from_camera": np.eye(4),
+}
 
 
 # ------------------------------------------------------------------------------------------------------------- kinematics
@@ -33,26 +38,35 @@ def test_kinematics_are_the_simulators():
     from sims.mujoco_panda import PandaEnv, mujoco
 
     env, random = PandaEnv("reach_target", 16, images=False), np.random.default_rng(0)
-    mounted = {"wrist": {"last_joint_from_camera": np.eye(4)}, "front": {"world_from_camera": 2 * np.eye(4)}}
+    mounted = {
+        "wrist": {"last_joint_from_camera": np.eye(4)},
+        "front": {"world_from_camera": 2 * np.eye(4)},
+    }
     chain = franka_chain(mounted)
     for joints in random.uniform(*JOINT_LIMITS["fr3"], (5, 7)):
         env.data.qpos[:7] = joints
         mujoco.mj_forward(env.model, env.data)
         poses = chain.joint_poses(joints)
         assert np.abs(poses - env.joint_poses()).max() < 1e-5
-        assert (chain.camera_pose("wrist", poses) == poses[6]).all() and (chain.camera_pose("front", poses) == 2 * np.eye(4)).all()
+        assert (chain.camera_pose("wrist", poses) == poses[6]).all() and (
+            chain.camera_pose("front", poses) == 2 * np.eye(4)
+        ).all()
 
 
 # ----------------------------------------------------------------------------------------------------------------- safety
 def test_speed_is_capped_and_the_rest_of_the_way_remains():
     wish = HOME + 0.1 * np.eye(7)[0]
     command, share = Safety(speed=0.2).step(HOME, wish)
-    assert np.abs(command - HOME).max() == pytest.approx(0.2 * 2.175 / 10) and share == pytest.approx(0.435)
+    assert np.abs(command - HOME).max() == pytest.approx(
+        0.2 * 2.175 / 10
+    ) and share == pytest.approx(0.435)
     assert (Safety(speed=1.0).step(HOME, wish)[0] == wish).all()
     assert Safety().step(HOME, HOME)[1] == 1
 
 
-@pytest.mark.parametrize("joint, wish, words", [(0, 1.0, "jump by 1.00"), (0, np.nan, "jump by nan")])
+@pytest.mark.parametrize(
+    "joint, wish, words", [(0, 1.0, "jump by 1.00"), (0, np.nan, "jump by nan")]
+)
 def test_jumps_are_refused(joint, wish, words):
     target = HOME.copy()
     target[joint] += wish
@@ -102,7 +116,11 @@ def test_other_checks():
     for speed in (0, 1.5):
         with pytest.raises(UserError, match="--speed"):
             Safety(speed=speed)
-    for wrong in (dict(workspace=(0.8, -0.5, 0, 0.2, 0.5, 1)), dict(workspace=(np.nan, 0, 0, 1, 1, 1)), dict(watchdog=np.nan)):
+    for wrong in (
+        dict(workspace=(0.8, -0.5, 0, 0.2, 0.5, 1)),
+        dict(workspace=(np.nan, 0, 0, 1, 1, 1)),
+        dict(watchdog=np.nan),
+    ):
         with pytest.raises(UserError, match="--workspace .* --watchdog"):
             Safety(**wrong)
 
@@ -112,13 +130,17 @@ def test_nothing_moves_unless_a_person_confirms(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("builtins.input", lambda _: "n")
     with pytest.raises(Fault, match="nothing was sent"):
         Safety().confirm(painted, tmp_path / "first_target.png", False)
-    assert (tmp_path / "first_target.png").exists() and "first_target.png" in capsys.readouterr().out
+    assert (
+        tmp_path / "first_target.png"
+    ).exists() and "first_target.png" in capsys.readouterr().out
     monkeypatch.setattr("builtins.input", lambda _: "y")
     Safety().confirm(painted, tmp_path / "first_target.png", False)
 
 
 def test_reflexes_are_told_in_words():
-    assert "it touched something" in robot_io.in_words('Move command aborted: motion aborted by reflex! ["cartesian_reflex"]')
+    assert "it touched something" in robot_io.in_words(
+        'Move command aborted: motion aborted by reflex! ["cartesian_reflex"]'
+    )
     assert "look at Desk" in robot_io.in_words("something new")
 
 
@@ -133,25 +155,53 @@ def test_fit_keeps_what_a_pixel_sees():
     assert fit(picture, 0, CAMERA["intrinsics"]) == (picture, CAMERA["intrinsics"])
 
 
-ABOUT = dict(task="wipe", variation=0, instruction="wipe the table", instructions=["wipe the table"], robot="fr3", sim=False, seed=1)
+ABOUT = dict(
+    task="wipe",
+    variation=0,
+    instruction="wipe the table",
+    instructions=["wipe the table"],
+    robot="fr3",
+    sim=False,
+    seed=1,
+)
 
 
 def recording(path, frames, commanded=False):
-    log, action = Recording(path, ABOUT, {"front": CAMERA}), {"action": np.append(HOME, 1)} if commanded else {}
+    log, action = (
+        Recording(path, ABOUT, {"front": CAMERA}),
+        {"action": np.append(HOME, 1)} if commanded else {},
+    )
     for t in range(frames):
         qpos = np.append(HOME + t / 100, 1 - t / 10)
-        log.add({"front": np.full((6, 8, 3), t, np.uint8)}, time=t / 10, qpos=qpos, qvel=np.zeros(8), **action)
+        log.add(
+            {"front": np.full((6, 8, 3), t, np.uint8)},
+            time=t / 10,
+            qpos=qpos,
+            qvel=np.zeros(8),
+            **action,
+        )
     return log
 
 
 def test_a_recording_becomes_an_episode(tmp_path):
     path = recording(tmp_path / "demo.hdf5", 4).finish(True)
     episode = read_episode(path)
-    assert episode.success and episode.instruction == "wipe the table" and (episode.images["front"][3] == 3).all()
-    assert (episode.action[:3, :7] == episode.qpos[1:, :7]).all() and (episode.action[:, 7] == 0).all()  # the hand was closing
-    assert np.abs(episode.joint_poses - franka_chain().joint_poses(episode.qpos[:, :7])).max() < 1e-5
+    assert (
+        episode.success
+        and episode.instruction == "wipe the table"
+        and (episode.images["front"][3] == 3).all()
+    )
+    assert (episode.action[:3, :7] == episode.qpos[1:, :7]).all() and (
+        episode.action[:, 7] == 0
+    ).all()  # the hand was closing
+    assert (
+        np.abs(episode.joint_poses - franka_chain().joint_poses(episode.qpos[:, :7])).max() < 1e-5
+    )
     assert os.listdir(tmp_path) == ["demo.hdf5"]
-    assert (read_episode(recording(tmp_path / "run.hdf5", 2, True).finish(False)).action[:, :7] == HOME.astype(np.float32)).all()
+    assert (
+        read_episode(recording(tmp_path / "run.hdf5", 2, True).finish(False)).action[:, :7]
+        == HOME.astype(np.float32)
+    ).all()
 
 
 def test_a_recording_is_never_overwritten(tmp_path):
@@ -169,7 +219,9 @@ def test_what_a_killed_program_left_is_recovered(tmp_path, capsys):
     log.frames.close()
     recover(tmp_path)
     episode = read_episode(log.path)
-    assert len(episode.qpos) == 3 and not episode.success and (episode.images["front"][2] == 2).all()
+    assert (
+        len(episode.qpos) == 3 and not episode.success and (episode.images["front"][2] == 2).all()
+    )
     assert "cut off" in capsys.readouterr().out and not log.folder.exists()
     recover(tmp_path)
 
@@ -178,7 +230,9 @@ def test_a_full_disk_keeps_what_there_was(tmp_path):
     log = recording(tmp_path / "episodes/wipe/demo.hdf5", 2)
     while log.queue.qsize():
         time.sleep(0.01)
-    full = types.SimpleNamespace(write=lambda data: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+    full = types.SimpleNamespace(
+        write=lambda data: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left"))
+    )
     log.queue.put((full, b"frame"))
     while not log.error:
         time.sleep(0.01)
@@ -240,8 +294,14 @@ class Ramp:
     def ask(self, pictures, qpos, instruction, step):
         self.due = time.monotonic() + self.seconds
         self.steps.append(step)
-        first = qpos[0] - HOME[0] + (0.01 if step == 0 else 0)  # action 0 is the one that was under way
-        self.result = pictures, np.tile(np.append(HOME, 0.0), (8, 1)) + np.outer(first + 0.01 * np.arange(8), np.eye(8)[0])
+        first = (
+            qpos[0] - HOME[0] + (0.01 if step == 0 else 0)
+        )  # action 0 is the one that was under way
+        self.result = (
+            pictures,
+            np.tile(np.append(HOME, 0.0), (8, 1))
+            + np.outer(first + 0.01 * np.arange(8), np.eye(8)[0]),
+        )
 
     def answer(self, timeout=0.0):
         time.sleep(timeout and self.seconds)
@@ -251,7 +311,12 @@ class Ramp:
 
 
 def loop(tmp_path, policy, safety=None, steps=30, age=0.0, **settings):
-    arm, log = Arm(), types.SimpleNamespace(path=tmp_path / "log.hdf5", add=lambda *a, **k: None, event=lambda text: None)
+    arm, log = (
+        Arm(),
+        types.SimpleNamespace(
+            path=tmp_path / "log.hdf5", add=lambda *a, **k: None, event=lambda text: None
+        ),
+    )
     safety = safety or Safety(speed=1.0)
     real_robot.drive(arm, Eyes(age), policy, safety, log, Run(**settings), "", steps, lambda: False)
     return arm
@@ -263,7 +328,9 @@ def test_chunks_follow_one_another_without_a_pause(tmp_path):
     assert np.allclose(arm.sent, 0.01 * np.arange(1, 31))  # no step twice, none left out
     assert policy.steps[1:6] == [0, 8, 15, 22, 29]  # one look for every seven steps
     assert not any(arm.opened)
-    assert np.allclose(arm.velocities[1:6], 0.1) and arm.velocities[7] == 0  # passes its targets, and rests where a chunk ends
+    assert (
+        np.allclose(arm.velocities[1:6], 0.1) and arm.velocities[7] == 0
+    )  # passes its targets, and rests where a chunk ends
 
 
 def test_the_horizon_can_be_set_and_a_slower_policy_is_asked_earlier(tmp_path):
@@ -314,7 +381,9 @@ def fake_realsense(frames):
     """pyrealsense2 with one camera that gives these frames, then fails."""
     device = types.SimpleNamespace(get_info=lambda _: "1")
     config = types.SimpleNamespace(enable_device=lambda _: None, enable_stream=lambda *_: None)
-    frame = lambda data: types.SimpleNamespace(get_color_frame=lambda: types.SimpleNamespace(get_data=lambda: data))
+    frame = lambda data: types.SimpleNamespace(
+        get_color_frame=lambda: types.SimpleNamespace(get_data=lambda: data)
+    )
     waiting = iter(frames)
 
     def wait(_):
@@ -332,7 +401,11 @@ def fake_realsense(frames):
 
 
 def test_the_newest_picture_is_read_and_a_failing_camera_is_a_fault(monkeypatch):
-    monkeypatch.setitem(sys.modules, "pyrealsense2", fake_realsense([np.full((480, 640, 3), i, np.uint8) for i in (1, 2)]))
+    monkeypatch.setitem(
+        sys.modules,
+        "pyrealsense2",
+        fake_realsense([np.full((480, 640, 3), i, np.uint8) for i in (1, 2)]),
+    )
     cameras = robot_io.RealSense({"front": "1"})
     time.sleep(0.1)
     stamps, pictures = cameras.read()
@@ -345,6 +418,7 @@ def test_the_newest_picture_is_read_and_a_failing_camera_is_a_fault(monkeypatch)
 @pytest.mark.parametrize("typed, words", [("", "Not confirmed"), ("y", "before its first step")])
 def test_a_run_that_ends_at_once_is_one_sentence(tmp_path, monkeypatch, capsys, typed, words):
     """Nobody at the keyboard, or Enter typed too early: nothing was sent, nothing is left, nothing is a traceback."""
+
     def answer(_):
         if not typed:
             raise EOFError
@@ -354,10 +428,21 @@ def test_a_run_that_ends_at_once_is_one_sentence(tmp_path, monkeypatch, capsys, 
     monkeypatch.setattr("real_robot.Franka", lambda host, safety: arm)
     arm, eyes = Arm(), Eyes()
     arm.hold = lambda: arm.sent.append("held")
-    vars(eyes).update(sim=False, calibration={"front": CAMERA}, host="", variation=0, seed=0, max_steps=9, over=lambda: True, instruction="wipe")
+    vars(eyes).update(
+        sim=False,
+        calibration={"front": CAMERA},
+        host="",
+        variation=0,
+        seed=0,
+        max_steps=9,
+        over=lambda: True,
+        instruction="wipe",
+    )
     with pytest.raises(Fault, match=words):
         real_robot.run_once(Run(run=tmp_path, robot="10.0.0.1"), Ramp(0.03), eyes)
-    assert arm.sent == ["held"] and [path.name for path in tmp_path.glob("robot/*/*")] == ["first_target.png"]
+    assert arm.sent == ["held"] and [path.name for path in tmp_path.glob("robot/*/*")] == [
+        "first_target.png"
+    ]
 
 
 def test_a_policy_that_does_not_load_is_one_sentence(monkeypatch):
@@ -392,7 +477,11 @@ class Sweep:
         self.fault, self.size, self.first, self.begun = fault, size, None, None
 
     def __call__(self):  # in the policy's process
-        return {"cameras": ("wrist", "front", "right_shoulder", "left_shoulder"), "image_size": (self.size,) * 2, "horizon": 8}, self.policy
+        return {
+            "cameras": ("wrist", "front", "right_shoulder", "left_shoulder"),
+            "image_size": (self.size,) * 2,
+            "horizon": 8,
+        }, self.policy
 
     def policy(self, pictures, qpos, instruction, step):
         self.first = qpos if self.first is None else self.first
@@ -429,7 +518,9 @@ def hand_that_fails():
 
 def program(settings, load, bench, output, largest):
     """The command line's process."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests run in the background of a shell
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # also where the tests run in the background of a shell
     with open(output, "w") as file:
         os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
     if largest:
@@ -462,14 +553,29 @@ FAULTS = {  # what the sentence has to say; None where the program cannot speak 
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("fault", [pytest.param(f, marks=() if f in ("NaN", "Ctrl-C", "kill -9") else pytest.mark.slow) for f in FAULTS])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(f, marks=() if f in ("NaN", "Ctrl-C", "kill -9") else pytest.mark.slow)
+        for f in FAULTS
+    ],
+)
 def test_a_fault_stops_the_arm_and_says_why(fault, tmp_path):
     from sims.franky_panda import Bench
 
     bench = Bench("reach_target", 500_000, prepare=hand_that_fails if fault == "gripper" else None)
     output, run = tmp_path / "output.txt", tmp_path / "run"
-    arguments = Run(run=run, steps=60), Sweep(fault, 64), bench, output, 1_500_000 if fault == "disk full" else 0
-    process, speeds = multiprocessing.get_context("spawn").Process(target=program, args=arguments), Speeds(bench)
+    arguments = (
+        Run(run=run, steps=60),
+        Sweep(fault, 64),
+        bench,
+        output,
+        1_500_000 if fault == "disk full" else 0,
+    )
+    process, speeds = (
+        multiprocessing.get_context("spawn").Process(target=program, args=arguments),
+        Speeds(bench),
+    )
     try:
         process.start()
         end = time.monotonic() + 60
@@ -493,12 +599,21 @@ def test_a_fault_stops_the_arm_and_says_why(fault, tmp_path):
             recover(run)
         (path,) = run.glob("robot/*/log.hdf5")
         episode = read_episode(path)
-        assert len(episode.qpos) > 5 and not episode.success and set(episode.images) == set(bench.cameras)
+        assert (
+            len(episode.qpos) > 5
+            and not episode.success
+            and set(episode.images) == set(bench.cameras)
+        )
         if fault not in outside:
-            events = [json.loads(line) for line in bytes(episode.extras["events"]).decode().splitlines()]
+            events = [
+                json.loads(line) for line in bytes(episode.extras["events"]).decode().splitlines()
+            ]
             begin = events[-1]["time"] if fault != "disk full" else episode.extras["time"][-1] + 0.1
             assert fault == "disk full" or events[-1]["event"].startswith("stopped")
-        if fault not in ("server killed", "server frozen"):  # an arm without its controller: the simulated one is gone with it
+        if fault not in (
+            "server killed",
+            "server frozen",
+        ):  # an arm without its controller: the simulated one is gone with it
             time.sleep(max(begin + 0.6 - time.monotonic(), 0))
             assert speeds.rest_after(begin) < 0.5
     finally:
@@ -532,9 +647,14 @@ def test_a_run_over_the_protocol_and_its_film(tmp_path, capsys):
     episode = read_episode(path)
     assert episode.success and episode.sim and "done" in capsys.readouterr().out
     assert (path.parent / "timing.png").exists() and (path.parent / "first_target.png").exists()
-    assert set(episode.extras) >= {"painted_front", "late", "reached", "events"} and np.ptp(episode.extras["painted_front"]) > 0
+    assert (
+        set(episode.extras) >= {"painted_front", "late", "reached", "events"}
+        and np.ptp(episode.extras["painted_front"]) > 0
+    )
     real_robot.replay(Replay(path.parent, keep=True))
-    assert (path.parent / "film.mp4").stat().st_size > 1000 and "a new target" in capsys.readouterr().out
+    assert (
+        path.parent / "film.mp4"
+    ).stat().st_size > 1000 and "a new target" in capsys.readouterr().out
     (kept,) = tmp_path.glob("episodes/push_button/*.hdf5")
     assert read_episode(kept).instruction == episode.instruction
     with pytest.raises(UserError, match="added before"):
@@ -544,8 +664,12 @@ def test_a_run_over_the_protocol_and_its_film(tmp_path, capsys):
 def test_a_demonstration_is_recorded(tmp_path):
     path = real_robot.record(Record(run=tmp_path, task="push_button", seed=500_001, size=32))
     episode = read_episode(path)
-    assert episode.success and (np.diff(episode.extras["frame"]) > 0).all() and episode.images["front"].shape[1:] == (32, 32, 3)
-    from render_spheres import Chain
+    assert (
+        episode.success
+        and (np.diff(episode.extras["frame"]) > 0).all()
+        and episode.images["front"].shape[1:] == (32, 32, 3)
+    )
+    from genima.kinematics import Chain
 
     chain = Chain.from_episode(episode)  # cameras and joints agree with one another
     assert set(chain.mounted) == {"wrist"} and len(chain.fixed) == 3
@@ -560,6 +684,8 @@ def test_five_minutes_of_large_pictures(tmp_path):
     episode = read_episode(path, images=False)
     with h5py.File(path, "r") as file:
         frames = file["extras/frame"][()]  # when its pictures were taken
-    assert (np.diff(frames) > 0).all() and abs(frames[-1] - frames[0] - settings.seconds) < 0.5  # one of each round, none left out
+    assert (np.diff(frames) > 0).all() and abs(
+        frames[-1] - frames[0] - settings.seconds
+    ) < 0.5  # one of each round, none left out
     assert len(episode.qpos) == settings.seconds * 10 and episode.image_sizes["front"] == (480, 640)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 2e6  # kB

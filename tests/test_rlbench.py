@@ -30,8 +30,10 @@ from rlbench.tasks.reach_target import ReachTarget  # noqa: E402
 
 import collect_demos  # noqa: E402
 import evaluate  # noqa: E402
-from episodes import CAMERAS, UserError, check_episode, find_episodes, read_episode, write_episode  # noqa: E402
-from render_spheres import Chain, draw_spheres  # noqa: E402
+from genima.episodes import CAMERAS, check_episode, find_episodes, read_episode, write_episode  # noqa: E402
+from genima.files import UserError  # noqa: E402
+from genima.kinematics import Chain  # noqa: E402
+from genima.spheres import draw_spheres  # noqa: E402
 from sims import rlbench_dataset, rlbench_panda  # noqa: E402
 from sims.mujoco_panda import PandaEnv  # noqa: E402
 from sims.rlbench_dataset import find_demonstrations, load, read_demonstration  # noqa: E402
@@ -51,17 +53,32 @@ def dumps(thing, protocol=4, core="numpy._core"):
     file, whichmodule = io.BytesIO(), pickle.whichmodule
     with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
         warnings.simplefilter("ignore")
-        patch.setattr(pickle, "whichmodule", lambda obj, name: whichmodule(obj, name).replace("numpy._core", core))
+        patch.setattr(
+            pickle,
+            "whichmodule",
+            lambda obj, name: whichmodule(obj, name).replace("numpy._core", core),
+        )
         pickle._Pickler(file, protocol).dump(thing)
     return file.getvalue()
 
 
-def write_dataset(root, task="reach_target", variations=(0,), episodes=1, protocol=4, core="numpy._core", size=SIZE, change=None):
+def write_dataset(
+    root,
+    task="reach_target",
+    variations=(0,),
+    episodes=1,
+    protocol=4,
+    core="numpy._core",
+    size=SIZE,
+    change=None,
+):
     """A dataset as RLBench's generator writes it -> {(variation, episode): the Demo, with its pictures}."""
     config = ObservationConfig()
     for camera in ("left_shoulder", "right_shoulder", "wrist", "front"):
         getattr(config, f"{camera}_camera").image_size = size[::-1]
-    environment = Environment(MoveArmThenGripper(JointPosition(), Discrete()), obs_config=config, headless=True)
+    environment = Environment(
+        MoveArmThenGripper(JointPosition(), Discrete()), obs_config=config, headless=True
+    )
     environment.launch()
     live, demos = environment.get_task(ReachTarget), {}
     for variation in variations:
@@ -78,7 +95,10 @@ def write_dataset(root, task="reach_target", variations=(0,), episodes=1, protoc
             for camera in CAMERAS:
                 (episode / f"{camera}_rgb").mkdir(parents=True)
                 random = np.random.default_rng(number)
-                pictures[camera] = [o.__dict__[f"{camera}_rgb"] ^ random.integers(0, 4, (*size, 3), np.uint8) for o in demo]
+                pictures[camera] = [
+                    o.__dict__[f"{camera}_rgb"] ^ random.integers(0, 4, (*size, 3), np.uint8)
+                    for o in demo
+                ]
                 for t, picture in enumerate(pictures[camera]):
                     Image.fromarray(picture).save(episode / f"{camera}_rgb" / f"{t}.png")
             for observation in demo:
@@ -103,7 +123,9 @@ def only(root):
 def test_a_demonstration_comes_back(tmp_path, protocol, core):
     demo, pictures = write_dataset(tmp_path, variations=(1,), protocol=protocol, core=core)[1, 0]
     written = (tmp_path / "reach_target/variation1/episodes/episode0/low_dim_obs.pkl").read_bytes()
-    assert (b"numpy._core.multiarray" in written) == (core == "numpy._core") and f"{core}.multiarray".encode() in written
+    assert (b"numpy._core.multiarray" in written) == (
+        core == "numpy._core"
+    ) and f"{core}.multiarray".encode() in written
     episode = read_demonstration(only(tmp_path), CAMERAS)
     write_episode(tmp_path / "episode.hdf5", episode)
     episode = read_episode(tmp_path / "episode.hdf5")
@@ -115,10 +137,22 @@ def test_a_demonstration_comes_back(tmp_path, protocol, core):
     # what was sent after frame t stands in frame t+1; the planner's last step has nothing, so the joints themselves count
     sent = [o.misc["joint_position_action"] for o in demo[1:-1]]
     assert np.allclose(episode.action[:-2], sent, atol=1e-6)
-    assert np.allclose(episode.action[-2:, :7], demo[-1].joint_positions, atol=1e-6) and (episode.action[-2:, 7] == 0).all()
+    assert (
+        np.allclose(episode.action[-2:, :7], demo[-1].joint_positions, atol=1e-6)
+        and (episode.action[-2:, 7] == 0).all()
+    )
     assert np.array_equal(episode.action[:-1, 7], [o.gripper_open for o in demo[1:]])
-    assert (episode.task, episode.variation, episode.robot, episode.fps, episode.seed) == ("reach_target", 1, "panda", 20, 0)
-    assert episode.instruction == "reach the blue target" and episode.instructions == ["reach the blue target", "touch the blue ball"]
+    assert (episode.task, episode.variation, episode.robot, episode.fps, episode.seed) == (
+        "reach_target",
+        1,
+        "panda",
+        20,
+        0,
+    )
+    assert episode.instruction == "reach the blue target" and episode.instructions == [
+        "reach the blue target",
+        "touch the blue ball",
+    ]
 
 
 def project_as_rlbench(misc, camera, point):
@@ -143,20 +177,42 @@ def test_spheres_lie_where_rlbench_would_project_them(tmp_path, known):
     seen = 0
     for t, observation in enumerate(demo):
         joints, last = toy.kinematics(observation.joint_positions)
-        if known != "joint_poses":  # then the joints' origins are where Denavit and Hartenberg put them
+        if (
+            known != "joint_poses"
+        ):  # then the joints' origins are where Denavit and Hartenberg put them
             joints = joints @ np.array([toy.at(0, 0, -shift) for shift in toy.SHIFTS])
         points = [*joints[:, :3, 3], (last @ toy.TIP)[:3, 3]]
         for camera in CAMERAS:
-            world_from_camera, intrinsics = episode.extrinsics[camera][t], episode.intrinsics[camera]
+            world_from_camera, intrinsics = (
+                episode.extrinsics[camera][t],
+                episode.intrinsics[camera],
+            )
             for point, pose in zip(points, episode.joint_poses[t]):
                 expected = project_as_rlbench(observation.misc, camera, point)
                 x, y, z = np.linalg.inv(world_from_camera)[:3] @ np.append(pose[:3, 3], 1)
                 if z < 0.05:
                     continue
-                assert np.allclose([x / z, y / z] * intrinsics[[0, 1], [0, 1]] + intrinsics[:2, 2], expected, atol=0.05)
-                layer = draw_spheres(pose[None], np.array([0.05]), np.array([[255, 0, 0]]), intrinsics, world_from_camera, *SIZE)
+                assert np.allclose(
+                    [x / z, y / z] * intrinsics[[0, 1], [0, 1]] + intrinsics[:2, 2],
+                    expected,
+                    atol=0.05,
+                )
+                layer = draw_spheres(
+                    pose[None],
+                    np.array([0.05]),
+                    np.array([[255, 0, 0]]),
+                    intrinsics,
+                    world_from_camera,
+                    *SIZE,
+                )
                 rows, columns = np.nonzero(layer[..., 3])
-                if len(rows) > 8 and rows.min() > 0 and rows.max() < SIZE[0] - 1 and columns.min() > 0 and columns.max() < SIZE[1] - 1:
+                if (
+                    len(rows) > 8
+                    and rows.min() > 0
+                    and rows.max() < SIZE[0] - 1
+                    and columns.min() > 0
+                    and columns.max() < SIZE[1] - 1
+                ):
                     alpha = layer[rows, columns, 3].astype(float)
                     middle = np.average([columns + 0.5, rows + 0.5], axis=1, weights=alpha)
                     assert np.abs(middle - expected).max() < 0.5
@@ -172,14 +228,20 @@ def test_the_world_is_the_robots_base_and_joints_turn_about_z(tmp_path):
         expected = np.linalg.inv(toy.BASE) @ np.array([*joints, last @ toy.TIP])
         assert np.allclose(episode.joint_poses[t, :, :3, 3], expected[:, :3, 3], atol=1e-5)
         assert np.allclose(episode.joint_poses[t, :, :3, 2], expected[:, :3, 2], atol=1e-5)
-    assert np.allclose(Chain.from_episode(episode).joint_poses(episode.qpos[:, :7]), episode.joint_poses, atol=1e-5)
+    assert np.allclose(
+        Chain.from_episode(episode).joint_poses(episode.qpos[:, :7]), episode.joint_poses, atol=1e-5
+    )
 
 
 def test_the_panda_is_franka_s():
     env = PandaEnv("reach_target", images=False)
     for seed in range(3):
         env.reset(seed=seed)
-        assert np.allclose(rlbench_dataset.panda().joint_poses(env.data.qpos[:7])[:7], env.joint_poses()[:7], atol=1e-6)
+        assert np.allclose(
+            rlbench_dataset.panda().joint_poses(env.data.qpos[:7])[:7],
+            env.joint_poses()[:7],
+            atol=1e-6,
+        )
 
 
 def test_a_slack_arm_is_made_rigid(tmp_path):
@@ -198,15 +260,24 @@ def test_a_slack_arm_is_made_rigid(tmp_path):
     chain = Chain.from_episode(episode)
     demo, _ = write_dataset(tmp_path / "rigid")[0, 0]
     joints, _ = toy.kinematics(demo[5].joint_positions)
-    assert np.allclose(chain.joint_poses(episode.qpos[5, :7])[:7, :3, 3], (np.linalg.inv(toy.BASE) @ joints)[:, :3, 3], atol=3e-3)
+    assert np.allclose(
+        chain.joint_poses(episode.qpos[5, :7])[:7, :3, 3],
+        (np.linalg.inv(toy.BASE) @ joints)[:, :3, 3],
+        atol=3e-3,
+    )
 
 
 def test_pictures_are_resized_with_their_cameras(tmp_path):
     demo, _ = write_dataset(tmp_path)[0, 0]
     episode = read_demonstration(only(tmp_path), ("front", "wrist"), size=(20, 20))
-    assert episode.images["front"].shape == (len(demo), 20, 20, 3) and set(episode.images) == {"front", "wrist"}
+    assert episode.images["front"].shape == (len(demo), 20, 20, 3) and set(episode.images) == {
+        "front",
+        "wrist",
+    }
     tip = toy.kinematics(demo[3].joint_positions)[1] @ toy.TIP
-    x, y, z = np.linalg.inv(episode.extrinsics["front"][3])[:3] @ np.append(episode.joint_poses[3, -1, :3, 3], 1)
+    x, y, z = np.linalg.inv(episode.extrinsics["front"][3])[:3] @ np.append(
+        episode.joint_poses[3, -1, :3, 3], 1
+    )
     expected = project_as_rlbench(demo[3].misc, "front", tip[:3, 3]) * [20 / SIZE[1], 20 / SIZE[0]]
     assert np.allclose((episode.intrinsics["front"] @ [x, y, z])[:2] / z, expected, atol=0.02)
 
@@ -232,7 +303,17 @@ def attacks(marker):
 
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])
-@pytest.mark.parametrize("name", ["posix.system", "builtins.eval", "subprocess.Popen", "numpy.load", "numpy.fromfile", "builtins.getattr"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "posix.system",
+        "builtins.eval",
+        "subprocess.Popen",
+        "numpy.load",
+        "numpy.fromfile",
+        "builtins.getattr",
+    ],
+)
 @pytest.mark.parametrize("file", ["low_dim_obs.pkl", "variation_descriptions.pkl"])
 def test_a_pickle_that_runs_code_is_refused(tmp_path, protocol, name, file):
     write_dataset(tmp_path)
@@ -240,12 +321,20 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path, protocol, name, file):
     path = (folder if file == "low_dim_obs.pkl" else folder.parent.parent) / file
     attack = attacks(tmp_path / "ran")[name]
     content = load(path)
-    nested = [*content, {"deep": [attack]}] if isinstance(content, list) else {"a": [content._observations[0].__dict__, (attack,)]}
+    nested = (
+        [*content, {"deep": [attack]}]
+        if isinstance(content, list)
+        else {"a": [content._observations[0].__dict__, (attack,)]}
+    )
     for thing in (attack, nested):
         path.write_bytes(pickle.dumps(thing, protocol))
         with pytest.raises(UserError) as caught:
             read_demonstration(folder, CAMERAS)
-        assert str(path) in str(caught.value) and name in str(caught.value) and "\n" not in str(caught.value)
+        assert (
+            str(path) in str(caught.value)
+            and name in str(caught.value)
+            and "\n" not in str(caught.value)
+        )
         assert not (tmp_path / "ran").exists()
 
 
@@ -265,7 +354,9 @@ def test_a_broken_pickle_is_one_sentence(tmp_path, attack):
 
 def test_a_pickle_cannot_change_the_next_one_s_classes(tmp_path):
     # BUILD with a pair of states sets attributes, here of the class itself
-    (tmp_path / "evil.pkl").write_bytes(b"\x80\x02crlbench.demo\nDemo\nN}X\x05\x00\x00\x00taintK\x01s\x86b.")
+    (tmp_path / "evil.pkl").write_bytes(
+        b"\x80\x02crlbench.demo\nDemo\nN}X\x05\x00\x00\x00taintK\x01s\x86b."
+    )
     with pytest.raises(UserError, match="evil.pkl"):
         load(tmp_path / "evil.pkl")
     write_dataset(tmp_path)
@@ -308,7 +399,9 @@ def spoil(folder, how):
 def test_a_broken_demonstration_is_one_sentence_and_nothing_half_imported(tmp_path, how):
     write_dataset(tmp_path / "data", variations=(0, 1))
     sentence = spoil(tmp_path / "data/reach_target/variation1/episodes/episode0", how)
-    settings = collect_demos.Settings(run=tmp_path / "run", from_rlbench=tmp_path / "data", workers=2)
+    settings = collect_demos.Settings(
+        run=tmp_path / "run", from_rlbench=tmp_path / "data", workers=2
+    )
     with pytest.raises(UserError) as caught:
         collect_demos.collect(settings)
     assert sentence in str(caught.value) and "\n" not in str(caught.value)
@@ -333,7 +426,11 @@ def test_unusable_numbers_are_one_sentence(tmp_path, change, sentence):
     write_dataset(tmp_path, change=change_all)
     with pytest.raises(UserError) as caught:
         read_demonstration(only(tmp_path), CAMERAS)
-    assert sentence in str(caught.value) and "low_dim_obs.pkl" in str(caught.value) and "\n" not in str(caught.value)
+    assert (
+        sentence in str(caught.value)
+        and "low_dim_obs.pkl" in str(caught.value)
+        and "\n" not in str(caught.value)
+    )
 
 
 def test_wrong_folders_and_choices_are_one_sentence(tmp_path):
@@ -345,28 +442,77 @@ def test_wrong_folders_and_choices_are_one_sentence(tmp_path):
     ]:  # fmt: skip
         with pytest.raises(UserError, match=sentence.replace("<", ".")):
             find_demonstrations(*arguments)
-    with pytest.raises(UserError, match="overhead_rgb is missing; this demonstration's cameras are: front_rgb|front, left_shoulder"):
+    with pytest.raises(
+        UserError,
+        match="overhead_rgb is missing; this demonstration's cameras are: front_rgb|front, left_shoulder",
+    ):
         read_demonstration(only(tmp_path / "data"), ("overhead",))
 
 
 # ------------------------------------------------------------------------------------------------------------ the commands
 def run(*words, **environment):
     """A command with the stand-in for RLBench within reach."""
-    environment = {**os.environ, "PYTHONPATH": str(STANDIN), **{key: str(value) for key, value in environment.items()}}
-    return subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, env=environment)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(STANDIN),
+        **{key: str(value) for key, value in environment.items()},
+    }
+    return subprocess.run(
+        [sys.executable, *map(str, words)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
 
 
 def test_importing_chooses_goes_on_and_needs_no_rlbench(tmp_path):
     write_dataset(tmp_path / "data", variations=(0, 2, 10), episodes=2)
     command = ["collect_demos.py", "--from-rlbench", tmp_path / "data", "--run", tmp_path / "run"]
-    done = run(*command, "--variations", 2, 10, "--scenes", 1, "--image-size", 16, "--cameras", "front", "wrist", PYTHONPATH="")
-    assert done.returncode == 0 and "reach_target: 100.0% of 2 attempts succeeded; 2 episodes in" in done.stdout, done.stderr
+    done = run(
+        *command,
+        "--variations",
+        2,
+        10,
+        "--scenes",
+        1,
+        "--image-size",
+        16,
+        "--cameras",
+        "front",
+        "wrist",
+        PYTHONPATH="",
+    )
+    assert (
+        done.returncode == 0
+        and "reach_target: 100.0% of 2 attempts succeeded; 2 episodes in" in done.stdout
+    ), done.stderr
     paths = find_episodes(tmp_path / "run/episodes")
-    assert [path.name for path in paths] == ["episode000_variation02.hdf5", "episode000_variation10.hdf5"]
-    assert read_episode(paths[1]).variation == 10 and read_episode(paths[0]).image_sizes == {"front": (16, 16), "wrist": (16, 16)}
+    assert [path.name for path in paths] == [
+        "episode000_variation02.hdf5",
+        "episode000_variation10.hdf5",
+    ]
+    assert read_episode(paths[1]).variation == 10 and read_episode(paths[0]).image_sizes == {
+        "front": (16, 16),
+        "wrist": (16, 16),
+    }
     before = [path.stat().st_mtime_ns for path in paths]
-    done = run(*command, "--variations", 2, 10, "--image-size", 16, "--cameras", "front", "wrist", PYTHONPATH="")
-    assert "reach_target: 100.0% of 2 attempts succeeded; 4 episodes in" in done.stdout and [path.stat().st_mtime_ns for path in paths] == before
+    done = run(
+        *command,
+        "--variations",
+        2,
+        10,
+        "--image-size",
+        16,
+        "--cameras",
+        "front",
+        "wrist",
+        PYTHONPATH="",
+    )
+    assert (
+        "reach_target: 100.0% of 2 attempts succeeded; 4 episodes in" in done.stdout
+        and [path.stat().st_mtime_ns for path in paths] == before
+    )
 
 
 def test_stages_1_to_3_run_on_an_imported_dataset(tmp_path):
@@ -374,7 +520,11 @@ def test_stages_1_to_3_run_on_an_imported_dataset(tmp_path):
     for words in (["collect_demos.py", "--from-rlbench", tmp_path / "data"], ["episodes.py", "--check", tmp_path / "run/episodes"],
                   ["render_spheres.py", "--horizon", 4, "--preview"], ["train_controlnet.py", "--steps", 2, "--batch", 2],
                   ["train_act.py", "--steps", 2, "--batch", 2]):  # fmt: skip
-        done = run(*words, *([] if words[0] == "episodes.py" else ["--run", tmp_path / "run"]), PYTHONPATH="")
+        done = run(
+            *words,
+            *([] if words[0] == "episodes.py" else ["--run", tmp_path / "run"]),
+            PYTHONPATH="",
+        )
         assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
     assert {"controlnet", "act", "spheres"} <= {path.name for path in (tmp_path / "run").iterdir()}
 
@@ -382,18 +532,26 @@ def test_stages_1_to_3_run_on_an_imported_dataset(tmp_path):
 # ------------------------------------------------------------------------------------------------------ the live simulator
 def test_gymnasium_accepts_the_environment():
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # joint speeds have no bound; the environment is not registered
+        warnings.simplefilter(
+            "ignore"
+        )  # joint speeds have no bound; the environment is not registered
         check_env(RLBenchEnv("reach_target", image_size=(16, 24)))
 
 
 def test_the_live_environment_sees_what_rlbench_sees():
     env = RLBenchEnv("open_box", image_size=SIZE)
     observation, info = env.reset(seed=3, options={"variation": 1})
-    assert info["variation"] == 1 and info["instruction"] in info["instructions"] and "blue" in info["instruction"]
+    assert (
+        info["variation"] == 1
+        and info["instruction"] in info["instructions"]
+        and "blue" in info["instruction"]
+    )
     for _ in range(3):
         action = np.append(observation["qpos"][:7] + 0.05, 0)
         observation, reward, terminated, truncated, info = env.step(action)
-    assert np.allclose(observation["qpos"], action, atol=1e-6) and not (reward or terminated or truncated or info["success"])
+    assert np.allclose(observation["qpos"], action, atol=1e-6) and not (
+        reward or terminated or truncated or info["success"]
+    )
     joints, last = toy.kinematics(action[:7])
     expected = np.linalg.inv(toy.BASE) @ np.array([*joints, last @ toy.TIP])
     assert np.allclose(env.joint_poses()[:, :3, 3], expected[:, :3, 3], atol=1e-5)
@@ -409,7 +567,9 @@ def test_the_live_environment_sees_what_rlbench_sees():
     ]:  # fmt: skip
         with pytest.raises(UserError, match=sentence):
             env.step(bad)
-    observation, reward, terminated, _, info = env.step(np.append(env.action_space.high[:7], 1))  # a jump that RLBench refuses
+    observation, reward, terminated, _, info = env.step(
+        np.append(env.action_space.high[:7], 1)
+    )  # a jump that RLBench refuses
     assert terminated and not reward and info["error"] == "The arm does not jump."
 
 
@@ -421,18 +581,28 @@ def test_same_seed_same_scene_and_scenes_of_demonstrations_come_back(tmp_path):
         goals.append((env.variation, *env.live._task.goal))
     assert goals[0] == goals[2] != goals[1]
     demo, _ = write_dataset(tmp_path, variations=(0, 4), episodes=2)[4, 1]
-    _, info = env.reset(seed=5, options={"demonstration": tmp_path / "reach_target/variation4/episodes/episode1"})
+    _, info = env.reset(
+        seed=5, options={"demonstration": tmp_path / "reach_target/variation4/episodes/episode1"}
+    )
     assert info["variation"] == 4 and np.allclose(env.live._task.goal, demo[-1].joint_positions)
 
 
-@pytest.mark.parametrize("name, near", [("reach_targe", "reach_target"), ("open_bocks", "open_box"), ("Open_Box", "open_box")])
+@pytest.mark.parametrize(
+    "name, near",
+    [("reach_targe", "reach_target"), ("open_bocks", "open_box"), ("Open_Box", "open_box")],
+)
 def test_a_task_with_a_typo(name, near):
     with pytest.raises(UserError, match=f"no task '{name}'; is it '{near}'"):
         RLBenchEnv(name)
 
 
 def test_missing_software_is_one_sentence(tmp_path, monkeypatch):
-    for variable in ("COPPELIASIM_ROOT", "LD_LIBRARY_PATH", "QT_QPA_PLATFORM_PLUGIN_PATH", "DISPLAY"):
+    for variable in (
+        "COPPELIASIM_ROOT",
+        "LD_LIBRARY_PATH",
+        "QT_QPA_PLATFORM_PLUGIN_PATH",
+        "DISPLAY",
+    ):
         monkeypatch.delenv(variable, raising=False)
     (tmp_path / "platforms").mkdir()
     for variable, value in [("COPPELIASIM_ROOT", tmp_path), ("libcoppeliaSim", None), ("LD_LIBRARY_PATH", tmp_path),
@@ -445,24 +615,62 @@ def test_missing_software_is_one_sentence(tmp_path, monkeypatch):
     assert rlbench_panda.missing() is None
     for script in ("collect_demos.py", "evaluate.py"):
         (tmp_path / "run/act").mkdir(parents=True, exist_ok=True)
-        words = ["--policy", "act", "--controller", tmp_path / "run/act"] if script == "evaluate.py" else []
-        done = run(script, "--sim", "rlbench", "--tasks", "open_box", "--run", tmp_path / "run", *words, PYTHONPATH="", COPPELIASIM_ROOT="")
-        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "COPPELIASIM_ROOT" in done.stderr, done.stderr
+        words = (
+            ["--policy", "act", "--controller", tmp_path / "run/act"]
+            if script == "evaluate.py"
+            else []
+        )
+        done = run(
+            script,
+            "--sim",
+            "rlbench",
+            "--tasks",
+            "open_box",
+            "--run",
+            tmp_path / "run",
+            *words,
+            PYTHONPATH="",
+            COPPELIASIM_ROOT="",
+        )
+        assert (
+            done.returncode == 2
+            and len(done.stderr.splitlines()) == 1
+            and "COPPELIASIM_ROOT" in done.stderr
+        ), done.stderr
 
 
 def test_collecting_survives_what_goes_wrong(tmp_path):
-    command = ["collect_demos.py", "--sim", "rlbench", "--run", tmp_path, "--image-size", 16, "--workers", 2, "--scenes", 3]
+    command = [
+        "collect_demos.py",
+        "--sim",
+        "rlbench",
+        "--run",
+        tmp_path,
+        "--image-size",
+        16,
+        "--workers",
+        2,
+        "--scenes",
+        3,
+    ]
     tasks = ["reach_target", "crowded_table", "unreachable", "crashing"]
     done = run(*command, "--tasks", *tasks, STANDIN_CRASHED=tmp_path / "crashed")
     assert done.returncode == 0, done.stderr
-    assert "reach_target: 100.0% of 3 attempts succeeded; 3 episodes" in done.stdout and (tmp_path / "crashed").exists()
+    assert (
+        "reach_target: 100.0% of 3 attempts succeeded; 3 episodes" in done.stdout
+        and (tmp_path / "crashed").exists()
+    )
     assert "unreachable: 0.0% of 15 attempts succeeded; 0 episodes" in done.stdout
-    assert "crashing: 100.0% of 3 attempts succeeded; 3 episodes" in done.stdout  # the scene of the crash was tried once more
+    assert (
+        "crashing: 100.0% of 3 attempts succeeded; 3 episodes" in done.stdout
+    )  # the scene of the crash was tried once more
     crowded = next(line for line in done.stdout.splitlines() if line.startswith("crowded_table"))
     assert "100.0%" not in crowded and " 0 episodes" not in crowded
     for path in find_episodes(tmp_path / "episodes"):
         episode = read_episode(path)
-        assert path.name == f"{episode.seed:07d}_{episode.variation:02d}.hdf5" and set(episode.images) == set(CAMERAS)
+        assert path.name == f"{episode.seed:07d}_{episode.variation:02d}.hdf5" and set(
+            episode.images
+        ) == set(CAMERAS)
         Chain.from_episode(episode)
     done = run(*command, "--tasks", "reach_target", "crashing")
     assert done.stdout.count("nothing left to record") == 2
@@ -478,7 +686,9 @@ class Knowing:
         assert all(image.shape == (1, 16, 16, 3) for image in images.values())
         goal = evaluate.environment("reach_target", (16, 16), CAMERAS, "rlbench").live._task.goal
         steps = np.linspace(0, 1, 9)[1:, None]
-        return np.concatenate([qpos[:, :7] + steps * (goal - qpos[:, :7]), np.ones((8, 1))], axis=1)[None]
+        return np.concatenate(
+            [qpos[:, :7] + steps * (goal - qpos[:, :7]), np.ones((8, 1))], axis=1
+        )[None]
 
 
 def test_a_good_controller_succeeds_in_rlbench(tmp_path, monkeypatch):
@@ -487,7 +697,10 @@ def test_a_good_controller_succeeds_in_rlbench(tmp_path, monkeypatch):
     for seed in (0, 1):
         outcome, log = evaluate.drive("reach_target", seed, settings)
         assert outcome["success"] and outcome["steps"] == 8 and outcome["seed"] == seed
-        assert len(log["frames"]) == (9 if seed == 0 else 0) and np.isfinite(log["trace"][0][1:4]).all()
+        assert (
+            len(log["frames"]) == (9 if seed == 0 else 0)
+            and np.isfinite(log["trace"][0][1:4]).all()
+        )
     demos = write_dataset(tmp_path / "data", variations=(0, 4), episodes=2)
     for seed in range(4):
         evaluate.drive("reach_target", seed, replace(settings, demos=tmp_path / "data"))
@@ -501,27 +714,52 @@ def test_scenes_without_room_are_tried_again_and_counted(tmp_path, monkeypatch):
     outcomes = [evaluate.drive("crowded_table", seed, settings)[0] for seed in range(4)]
     retried = [outcome for outcome in outcomes if outcome.get("failed_resets")]
     assert retried and all(outcome["seed"] % 4 == i for i, outcome in enumerate(outcomes))
-    assert all(outcome["seed"] == i + 4 * outcome.get("failed_resets", 0) for i, outcome in enumerate(outcomes))
+    assert all(
+        outcome["seed"] == i + 4 * outcome.get("failed_resets", 0)
+        for i, outcome in enumerate(outcomes)
+    )
     report = evaluate.summary(outcomes, [{"paint": [], "control": []}] * 4)
     assert report["failed_resets"] == sum(outcome.get("failed_resets", 0) for outcome in outcomes)
     monkeypatch.setattr(evaluate, "ATTEMPTS", 1)
     given_up = evaluate.drive("crowded_table", outcomes.index(retried[0]), settings)[0]
-    assert not given_up["success"] and given_up["failed_resets"] == 1 and "Could not place" in given_up["error"]
+    assert (
+        not given_up["success"]
+        and given_up["failed_resets"] == 1
+        and "Could not place" in given_up["error"]
+    )
 
 
 def test_the_paper_s_protocol(tmp_path):
     assert len(rlbench_panda.PAPER_TASKS) == len(set(rlbench_panda.PAPER_TASKS)) == 25
     for folder in ("act_rgb", "act_rgb/step-900", "act_rgb/step-1100", "act_rgb/step-1000"):
-        test_evaluate.untrained(tmp_path / "held" / folder, observation="rgb", vocabulary=["red"], image_size=[16, 16])
-    command = ["evaluate.py", "--protocol", "paper", "--policy", "act", "--run", tmp_path / "held", "--videos", 1]
+        test_evaluate.untrained(
+            tmp_path / "held" / folder, observation="rgb", vocabulary=["red"], image_size=[16, 16]
+        )
+    command = [
+        "evaluate.py",
+        "--protocol",
+        "paper",
+        "--policy",
+        "act",
+        "--run",
+        tmp_path / "held",
+        "--videos",
+        1,
+    ]
     done = run(*command, "--tasks", "reach_target", "crashing", "--episodes", 2, "--workers", 2)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "held/evaluation/evaluation_act.json").read_text())
     used = [Path(checkpoint["controller"]).name for checkpoint in report["checkpoints"]]
     assert report["sim"] == "rlbench" and used == ["step-1100", "step-1000", "step-900"]
     for task in report["tasks"].values():
-        assert task["episodes"] == 6 and max(outcome["steps"] for outcome in task["outcomes"]) <= 200
-    assert report["tasks"]["crashing"]["episodes_with_errors"] == 6 and "64 %" in done.stdout and "16 of 25" in done.stdout
+        assert (
+            task["episodes"] == 6 and max(outcome["steps"] for outcome in task["outcomes"]) <= 200
+        )
+    assert (
+        report["tasks"]["crashing"]["episodes_with_errors"] == 6
+        and "64 %" in done.stdout
+        and "16 of 25" in done.stdout
+    )
     assert (tmp_path / "held/evaluation/reach_target_act.mp4").exists()
     done = run(*command)  # all 25: the stand-in has two of them
     assert done.returncode == 2 and "RLBench has no task 'basketball_in_hoop'" in done.stderr

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-from collect_demos import demonstration
-from episodes import CAMERAS, UserError
+from genima.episodes import CAMERAS
+from genima.files import UserError
+from sims.demonstrator import expert_actions
 from sims.mujoco_panda import PandaEnv, mujoco  # it sets the renderer before it imports mujoco
 from sims.mujoco_tasks import COLOURS, TASKS
 from sims.perturbed_panda import PERTURBATIONS, PerturbedEnv
@@ -34,14 +35,18 @@ def test_all_tasks_are_there():
     }  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore:.*(infinity|spec).*")  # joint speeds have no bound; the environment is not registered
+@pytest.mark.filterwarnings(
+    "ignore:.*(infinity|spec).*"
+)  # joint speeds have no bound; the environment is not registered
 def test_gymnasium_accepts_the_environment():
     check_env(PandaEnv("push_button", image_size=(16, 24)))
 
 
 def test_a_machine_that_cannot_draw_is_one_sentence(monkeypatch):
     monkeypatch.setattr(mujoco, "Renderer", lambda *_: 1 / 0)
-    with pytest.raises(UserError, match="Neither EGL nor OSMesa can draw .*apt-get install.*division by zero"):
+    with pytest.raises(
+        UserError, match="Neither EGL nor OSMesa can draw .*apt-get install.*division by zero"
+    ):
         PandaEnv("push_button", images=False).render()
 
 
@@ -50,8 +55,13 @@ def digest(env, seed):
     """A fingerprint of every byte that a whole demonstration shows and does."""
     fingerprint = hashlib.sha256()
     observation, info = env.reset(seed=seed)
-    for action in demonstration(env):
-        for part in (observation["qpos"], observation["qvel"], *observation["images"].values(), action):
+    for action in expert_actions(env):
+        for part in (
+            observation["qpos"],
+            observation["qvel"],
+            *observation["images"].values(),
+            action,
+        ):
             fingerprint.update(part.tobytes())
         observation, _, _, _, info = env.step(action)
     return fingerprint.hexdigest() + info["instruction"]
@@ -90,14 +100,16 @@ def test_the_scripted_expert_succeeds(task, start):
         _, info = env.reset(seed=seed, options={"variation": variation, "start": start})
         assert not info["success"]
         rewards, truncated = [], False
-        for action in demonstration(env):
+        for action in expert_actions(env):
             assert env.action_space.contains(action.astype(np.float32))
             _, reward, terminated, truncated, info = env.step(action)
             assert terminated == (reward == 1)
             rewards.append(reward)
         successes += info["success"] and not truncated
         assert info["success"] == (rewards[-1] == 1)
-        for other in set(range(env.task.candidates)) - {variation}:  # what was done counts for the named object only
+        for other in set(range(env.task.candidates)) - {
+            variation
+        }:  # what was done counts for the named object only
             env.variation = other
             assert not env.task.success(env)
     assert successes >= 0.9 * len(seeds)
@@ -106,7 +118,7 @@ def test_the_scripted_expert_succeeds(task, start):
 def test_a_stack_counts_once_it_is_let_go():
     env = blind("stack_blocks")
     env.reset(seed=100)
-    successes = [(action[7], env.step(action)[4]["success"]) for action in demonstration(env)]
+    successes = [(action[7], env.step(action)[4]["success"]) for action in expert_actions(env)]
     assert (1, True) in successes and (0, True) not in successes
 
 
@@ -134,7 +146,7 @@ def test_the_wrong_button_ends_the_episode_without_success():
     env = blind("push_button")
     env.reset(seed=11, options={"variation": 0})
     env.variation = 1
-    actions = list(demonstration(env))
+    actions = list(expert_actions(env))
     env.variation = 0
     for action in actions:
         _, reward, terminated, _, info = env.step(action)
@@ -155,7 +167,9 @@ def test_only_the_words_say_which_object_is_meant(task):
         instructions.append(info["instructions"])
         assert info["instruction"] in info["instructions"] and info["variation"] == variation
         for sentence in info["instructions"]:
-            assert [name for name in env.task.names if name in sentence.split()] == [env.task.names[variation]]
+            assert [name for name in env.task.names if name in sentence.split()] == [
+                env.task.names[variation]
+            ]
     for other in range(1, env.task.candidates):
         np.testing.assert_array_equal(pictures[0], pictures[other])
         assert not set(instructions[0]) & set(instructions[other])
@@ -163,7 +177,12 @@ def test_only_the_words_say_which_object_is_meant(task):
 
 @pytest.mark.parametrize(
     ("task", "geom"),
-    [("reach_target", "ball{}"), ("push_button", "cap{}"), ("pick_and_lift", "block{}"), ("stack_blocks", "block{}")],
+    [
+        ("reach_target", "ball{}"),
+        ("push_button", "cap{}"),
+        ("pick_and_lift", "block{}"),
+        ("stack_blocks", "block{}"),
+    ],
 )
 def test_the_named_object_has_the_named_colour(task, geom):
     env = blind(task)
@@ -173,7 +192,10 @@ def test_the_named_object_has_the_named_colour(task, geom):
             named = [i for i in range(4 if task == "stack_blocks" else 3)
                      if np.allclose(env.model.geom(geom.format(i)).rgba[:3], COLOURS[env.task.names[variation]])]  # fmt: skip
             assert len(named) == (2 if task == "stack_blocks" else 1)
-            gaps = [np.linalg.norm((env.data.geom(geom.format(i)).xpos - env.task.focus(env))[:2]) for i in named]
+            gaps = [
+                np.linalg.norm((env.data.geom(geom.format(i)).xpos - env.task.focus(env))[:2])
+                for i in named
+            ]
             assert min(gaps) < 1e-6
 
 
@@ -198,7 +220,10 @@ def test_one_candidate_needs_no_name(task):
 def test_camera_matrices_agree_with_mujocos_pictures():
     """Small balls anywhere in view: the projection of the centre is the middle of the ball's pixels."""
     height, width = 120, 200
-    env, random = PandaEnv("reach_target", image_size=(height, width), images=False), np.random.default_rng(0)
+    env, random = (
+        PandaEnv("reach_target", image_size=(height, width), images=False),
+        np.random.default_rng(0),
+    )
     env.reset(seed=2)
     ball = env.model.geom("ball0").id
     env.model.geom("ball0").size[0] = 0.006
@@ -212,13 +237,17 @@ def test_camera_matrices_agree_with_mujocos_pictures():
             intrinsics, world_from_camera = env.camera(camera)
             depth = random.uniform(0.15, 0.5)
             pixel = np.array([random.uniform(20, width - 20), random.uniform(20, height - 20), 1.0])
-            env.data.mocap_pos[0] = (world_from_camera @ np.append(np.linalg.inv(intrinsics) @ pixel * depth, 1))[:3]
+            env.data.mocap_pos[0] = (
+                world_from_camera @ np.append(np.linalg.inv(intrinsics) @ pixel * depth, 1)
+            )[:3]
             if env.data.mocap_pos[0, 2] < 0.02:  # under the table
                 continue
             mujoco.mj_forward(env.model, env.data)
             renderer.update_scene(env.data, camera, option)
             picture = renderer.render()
-            rows, columns = np.nonzero((picture[..., 0] == ball) & (picture[..., 1] == mujoco.mjtObj.mjOBJ_GEOM))
+            rows, columns = np.nonzero(
+                (picture[..., 0] == ball) & (picture[..., 1] == mujoco.mjtObj.mjOBJ_GEOM)
+            )
             assert len(rows), f"{camera}: no ball at pixel {pixel[:2]}"
             assert np.hypot(columns.mean() + 0.5 - pixel[0], rows.mean() + 0.5 - pixel[1]) < 0.75
             seen += 1
@@ -295,14 +324,18 @@ def test_a_perturbation_changes_the_pictures_and_nothing_else(kind, task):
         (usual, expected), (seen, info) = plain.reset(seed=seed), env.reset(seed=seed)
         assert info == expected
         for camera in ("front", "right_shoulder"):
-            different = np.abs(seen["images"][camera].astype(int) - usual["images"][camera]).max(-1) > 8
-            least, most = {"light": (0.3, 1), "table": (0.3, 1), "camera": (0.05, 0.5)}.get(kind, (0.002, 0.2))  # share of the picture
+            different = (
+                np.abs(seen["images"][camera].astype(int) - usual["images"][camera]).max(-1) > 8
+            )
+            least, most = {"light": (0.3, 1), "table": (0.3, 1), "camera": (0.05, 0.5)}.get(
+                kind, (0.002, 0.2)
+            )  # share of the picture
             assert least < different.mean() < most
         pictures = np.stack(list(seen["images"].values()))
         if seed in before:  # the same seed looks the same, whatever was there in between
             np.testing.assert_array_equal(pictures, before[seed])
         before[seed] = pictures
-        for action, _ in zip(demonstration(plain), range(15)):
+        for action, _ in zip(expert_actions(plain), range(15)):
             usual, seen = plain.step(action)[0], env.step(action)[0]
             np.testing.assert_array_equal(seen["qpos"], usual["qpos"])
         np.testing.assert_array_equal(env.tool(), plain.tool())
@@ -310,10 +343,16 @@ def test_a_perturbation_changes_the_pictures_and_nothing_else(kind, task):
 
 
 def test_cameras_tell_where_they_were_moved_to():
-    plain, env = PandaEnv("push_button", images=False), PerturbedEnv("camera", "push_button", images=False)
+    plain, env = (
+        PandaEnv("push_button", images=False),
+        PerturbedEnv("camera", "push_button", images=False),
+    )
     for seed in range(3):
         plain.reset(seed=seed), env.reset(seed=seed)
         for camera in CAMERAS:
             (_, usual), (_, moved) = plain.camera(camera), env.camera(camera)
             turn = np.degrees(np.arccos((np.trace(usual[:3, :3].T @ moved[:3, :3]) - 1) / 2))
-            assert 0 < np.abs(usual[:3, 3] - moved[:3, 3]).max() <= 0.03 * 3**0.5 and 0 < turn <= 3 * 3**0.5
+            assert (
+                0 < np.abs(usual[:3, 3] - moved[:3, 3]).max() <= 0.03 * 3**0.5
+                and 0 < turn <= 3 * 3**0.5
+            )

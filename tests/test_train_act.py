@@ -16,9 +16,11 @@ from test_episodes import stage
 
 import render_spheres
 import train_act
-from act import ACT, Controller
-from episodes import UserError, find_episodes, read_episode, run_stage, write_hdf5
-from render_spheres import FORMAT, Chain, draw_spheres, target_spheres
+from genima.act import ACT, Controller
+from genima.episodes import find_episodes, read_episode
+from genima.files import UserError, run_stage, write_hdf5
+from genima.kinematics import Chain
+from genima.spheres import FORMAT, draw_spheres, target_spheres
 from train_act import COLUMNS, Samples, Settings, losses_of
 
 HORIZON = 3
@@ -36,14 +38,28 @@ def write_target(source, target, horizon):
     later = np.minimum(np.arange(len(episode.qpos)) + horizon, len(episode.qpos) - 1)
     with write_hdf5(target) as root:
         root.attrs.update(format=FORMAT, horizon=horizon)
-        root["target/qpos"] = np.hstack([episode.qpos[later, :-1], np.round(episode.action[later, -1:])])
+        root["target/qpos"] = np.hstack(
+            [episode.qpos[later, :-1], np.round(episode.action[later, -1:])]
+        )
 
 
 def train(run, *options, steps=4):
     """Run the stage in this process; the exit code."""
     before = signal.getsignal(signal.SIGINT)
     try:
-        sys.argv[1:] = ["--run", str(run), "--steps", str(steps), "--batch", "4", "--checkpoint-every", "4", "--device", "cpu", *options]
+        sys.argv[1:] = [
+            "--run",
+            str(run),
+            "--steps",
+            str(steps),
+            "--batch",
+            "4",
+            "--checkpoint-every",
+            "4",
+            "--device",
+            "cpu",
+            *options,
+        ]
         run_stage(train_act.main)
     except SystemExit as stop:
         return stop.code
@@ -58,8 +74,17 @@ def make_samples(frames=8, observation="spheres", batch=8, size="tiny"):
     later = np.minimum(np.arange(frames) + HORIZON, frames - 1)
     episode.target = np.hstack([episode.qpos[later, :-1], np.round(episode.action[later, -1:])])
     episode.chain = Chain.from_episode(episode)
-    config = dict(size=size, observation=observation, horizon=HORIZON, joints=7, cameras=CAMERAS, image_size=[32, 40], vocabulary=[],
-                  state_mean=episode.qpos.mean(0).tolist(), state_std=[0.3] * 8)
+    config = dict(
+        size=size,
+        observation=observation,
+        horizon=HORIZON,
+        joints=7,
+        cameras=CAMERAS,
+        image_size=[32, 40],
+        vocabulary=[],
+        state_mean=episode.qpos.mean(0).tolist(),
+        state_std=[0.3] * 8,
+    )
     return Samples([episode], [episode], config, Settings(batch=batch)), config
 
 
@@ -74,20 +99,26 @@ def test_chunks_lead_from_the_shifted_present_to_the_shifted_target():
         for k in range(1, HORIZON + 1):
             assert valid[k - 1] == (t + k - 1 < len(episode.action))
             action = episode.action[min(t + k - 1, len(episode.action) - 1)]
-            np.testing.assert_allclose(chunk[k - 1], action + delta * (1 - k / HORIZON) + epsilon * k / HORIZON, atol=1e-5)
+            np.testing.assert_allclose(
+                chunk[k - 1], action + delta * (1 - k / HORIZON) + epsilon * k / HORIZON, atol=1e-5
+            )
     assert moved > 10
 
 
 def test_the_controller_draws_with_the_calibrated_cameras(run, tmp_path, monkeypatch, capsys):
     eye, mount = look_at((1.5, -0.5, 0.7), (0, 0, 0)), look_at((0.1, 0, 0), (0.05, 0, 0.3))
     intrinsics = [[50.0, 0, 21], [0, 50, 15], [0, 0, 1]]
-    cameras = {"front": {"intrinsics": intrinsics, "world_from_camera": eye.tolist()},
-               "wrist": {"intrinsics": intrinsics, "last_joint_from_camera": mount.tolist()}}
+    cameras = {
+        "front": {"intrinsics": intrinsics, "world_from_camera": eye.tolist()},
+        "wrist": {"intrinsics": intrinsics, "last_joint_from_camera": mount.tolist()},
+    }
     (tmp_path / "cams.json").write_text(json.dumps(cameras))
     arguments = ("--run", run, "--horizon", 1, "--calibration", tmp_path / "cams.json")
     assert stage(monkeypatch, capsys, render_spheres.main, *arguments)[0] == 0
     for episode in train_act.read_run(Settings(run=run))[0]:
-        np.testing.assert_array_equal([episode.intrinsics[camera] for camera in cameras], [intrinsics, intrinsics])
+        np.testing.assert_array_equal(
+            [episode.intrinsics[camera] for camera in cameras], [intrinsics, intrinsics]
+        )
         np.testing.assert_allclose(episode.chain.fixed["front"], eye, atol=1e-6)
         np.testing.assert_allclose(episode.chain.mounted["wrist"], mount, atol=1e-5)
 
@@ -96,7 +127,9 @@ def test_without_spheres_nothing_is_shifted():
     samples, _ = make_samples(observation="rgb")
     for seed in range(10):
         episode, t, present, _, chunk, valid = samples.motion(np.random.default_rng(seed))
-        assert (present == episode.qpos[t]).all() and (chunk[valid] == episode.action[t:t + HORIZON]).all()
+        assert (present == episode.qpos[t]).all() and (
+            chunk[valid] == episode.action[t : t + HORIZON]
+        ).all()
 
 
 def test_spheres_stand_at_the_target_and_are_seen_from_the_present(monkeypatch):
@@ -110,7 +143,11 @@ def test_spheres_stand_at_the_target_and_are_seen_from_the_present(monkeypatch):
     episode.chain.mounted["wrist"] = np.linalg.inv(now[-2]) @ look_at(tool + [0.4, 0, 0.2], tool)
     wrist, front = samples.draw(random, episode, present, target)
     for camera, layer in (("wrist", wrist), ("front", front)):
-        pose = now[-2] @ episode.chain.mounted["wrist"] if camera == "wrist" else episode.chain.fixed["front"]
+        pose = (
+            now[-2] @ episode.chain.mounted["wrist"]
+            if camera == "wrist"
+            else episode.chain.fixed["front"]
+        )
         spheres = target_spheres(later, target[-1] == 1, camera)
         expected = draw_spheres(*spheres, episode.intrinsics[camera], pose, 32, 40).astype(int)
         assert np.abs(layer - expected).max() <= 1
@@ -125,14 +162,22 @@ def test_spheres_stand_at_the_target_and_are_seen_from_the_present(monkeypatch):
 
 def test_painters_errors_are_about_half_a_pixel_and_differ_between_views(monkeypatch):
     seen = []
-    monkeypatch.setattr(train_act, "draw_spheres", lambda poses, radii, colours, intrinsics, camera, height, width: seen.append(
-        intrinsics @ ((poses[:, :3, 3] - camera[:3, 3]) @ camera[:3, :3]).T) or np.zeros((height, width, 4), np.uint8))
+    monkeypatch.setattr(
+        train_act,
+        "draw_spheres",
+        lambda poses, radii, colours, intrinsics, camera, height, width: (
+            seen.append(intrinsics @ ((poses[:, :3, 3] - camera[:3, 3]) @ camera[:3, :3]).T)
+            or np.zeros((height, width, 4), np.uint8)
+        ),
+    )
     samples, _ = make_samples()
     random = np.random.default_rng(0)
     episode, _, present, target, _, _ = samples.motion(random)
     for _ in range(200):
         samples.draw(random, episode, present, target)
-    pixels = np.array([points[:2] / points[2] for points in seen[1::2]])  # (200, 2, S) in the front view
+    pixels = np.array(
+        [points[:2] / points[2] for points in seen[1::2]]
+    )  # (200, 2, S) in the front view
     assert 0.4 < pixels.std(0).mean() < 0.6
     other = np.array([points[:2] / points[2] for points in seen[0::2]])
     assert abs(np.corrcoef(pixels[:, 0, -1], other[:, 0, -1])[0, 1]) < 0.3
@@ -151,7 +196,9 @@ def test_colour_jitter_keeps_what_it_should(monkeypatch):
     monkeypatch.setattr(train_act, "JITTER", np.zeros(4))
     pictures = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3)).astype(np.float32)
     assert (train_act.jitter(np.random.default_rng(0), pictures) == pictures).all()
-    monkeypatch.setattr(train_act, "JITTER", np.array([0, 0, 0.1, 0.05]))  # neither turns a grey into a colour
+    monkeypatch.setattr(
+        train_act, "JITTER", np.array([0, 0, 0.1, 0.05])
+    )  # neither turns a grey into a colour
     grey = np.full((1, 4, 4, 3), 100, np.float32)
     assert np.abs(train_act.jitter(np.random.default_rng(1), grey).astype(int) - 100).max() <= 1
 
@@ -193,9 +240,13 @@ def test_the_state_can_be_left_out():
         batch["state_given"][:] = False
         one, *_ = model(batch["pictures"], batch["state"], batch["state_given"], batch["words"])
         shift = torch.full_like(batch["state"], 0.5)
-        other, *_ = model(batch["pictures"], batch["state"] + shift, batch["state_given"], batch["words"])
+        other, *_ = model(
+            batch["pictures"], batch["state"] + shift, batch["state_given"], batch["words"]
+        )
     u = torch.arange(1, HORIZON + 1)[:, None] / HORIZON
-    torch.testing.assert_close(other, one - 0.5 * u, atol=1e-5, rtol=0)  # the goal is the same: relative to now, it is nearer
+    torch.testing.assert_close(
+        other, one - 0.5 * u, atol=1e-5, rtol=0
+    )  # the goal is the same: relative to now, it is nearer
 
 
 def test_training_stopped_twice_gives_the_losses_of_an_uninterrupted_one(run):
@@ -208,11 +259,32 @@ def test_training_stopped_twice_gives_the_losses_of_an_uninterrupted_one(run):
     assert (run / "act/losses.png").stat().st_size > 10_000
     (run / "act").rename(run / "uninterrupted")
 
-    command = [sys.executable, "train_act.py", "--run", str(run), "--steps", "16", "--batch", "4", "--checkpoint-every", "4", "--device", "cpu"]
+    command = [
+        sys.executable,
+        "train_act.py",
+        "--run",
+        str(run),
+        "--steps",
+        "16",
+        "--batch",
+        "4",
+        "--checkpoint-every",
+        "4",
+        "--device",
+        "cpu",
+    ]
     checkpoint, seen = run / "act/training.pt", 0
     for stop, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):
-        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})
-        while process.poll() is None and (not checkpoint.exists() or checkpoint.stat().st_mtime_ns == seen):
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        )
+        while process.poll() is None and (
+            not checkpoint.exists() or checkpoint.stat().st_mtime_ns == seen
+        ):
             time.sleep(0.01)
         process.send_signal(stop)
         _, said = process.communicate()
@@ -229,10 +301,15 @@ def test_a_trained_controller_is_loaded_and_says_what_it_cannot_do(run, capsys):
     assert train(run) == 0
     assert train(run) == 0 and "trained already" in capsys.readouterr().out
     controller = Controller.load(run / "act")
-    images = {camera: np.random.default_rng(0).integers(0, 256, (2, 32, 40, 3), np.uint8) for camera in (*CAMERAS, "overhead")}
+    images = {
+        camera: np.random.default_rng(0).integers(0, 256, (2, 32, 40, 3), np.uint8)
+        for camera in (*CAMERAS, "overhead")
+    }
     qpos = np.random.default_rng(1).normal(size=(2, 8)).astype(np.float32)
     chunks = controller(images, qpos)
-    assert chunks.shape == (2, HORIZON, 8) and ((chunks[..., -1] >= 0) & (chunks[..., -1] <= 1)).all()
+    assert (
+        chunks.shape == (2, HORIZON, 8) and ((chunks[..., -1] >= 0) & (chunks[..., -1] <= 1)).all()
+    )
     single = controller({camera: pictures[1:] for camera, pictures in images.items()}, qpos[1:])
     np.testing.assert_allclose(single, chunks[1:], atol=1e-4)
     assert np.abs(controller(images, qpos, drop_state=True) - chunks).max() > 0
@@ -253,8 +330,16 @@ def test_the_baseline_reads_the_instruction(run):
     assert train(run, "--observation", "rgb") == 0
     controller = Controller.load(run / "act_rgb")
     assert {"pick", "up", "cube", "lift"} <= set(controller.config["vocabulary"])
-    images, qpos = {camera: np.full((1, 32, 40, 3), 99, np.uint8) for camera in CAMERAS}, np.zeros((1, 8))
-    assert np.abs(controller(images, qpos, ["lift it"]) - controller(images, qpos, ["pick up the cube"])).max() > 0
+    images, qpos = (
+        {camera: np.full((1, 32, 40, 3), 99, np.uint8) for camera in CAMERAS},
+        np.zeros((1, 8)),
+    )
+    assert (
+        np.abs(
+            controller(images, qpos, ["lift it"]) - controller(images, qpos, ["pick up the cube"])
+        ).max()
+        > 0
+    )
     with pytest.raises(UserError, match="instructions"):
         controller(images, qpos)
 
@@ -263,7 +348,7 @@ def test_bad_input_is_one_sentence(run, capsys):
     def sentence(*options, **settings):
         assert train(run, *options, **settings) == 2
         text = capsys.readouterr().err.strip().splitlines()[-1]
-        return text[text.rfind("\r") + 1:]
+        return text[text.rfind("\r") + 1 :]
 
     assert "render_spheres.py" in sentence()  # no spheres yet
     write_targets(run)
@@ -286,4 +371,6 @@ def test_bad_input_is_one_sentence(run, capsys):
     assert "horizon 3, not 4" in sentence()  # not the checkpoint's
     spheres[0].write_bytes(b"")
     assert "cannot be read" in sentence()
-    assert json.loads((run / "act/config.json").read_text())["horizon"] == HORIZON  # nothing is lost
+    assert (
+        json.loads((run / "act/config.json").read_text())["horizon"] == HORIZON
+    )  # nothing is lost

@@ -23,8 +23,18 @@ from test_episodes import contents
 from transformers import CLIPTextModel, CLIPTokenizer
 
 import train_controlnet
-from episodes import CAMERAS, UserError, run_stage
-from painter import PROMPT, TOKENS, Painter, build_tiny, compose, tile, train_tokenizer, untile
+from genima.episodes import CAMERAS
+from genima.files import UserError, run_stage
+from genima.painter import (
+    PROMPT,
+    TOKENS,
+    Painter,
+    build_tiny,
+    composite,
+    tile,
+    train_tokenizer,
+    untile,
+)
 from train_controlnet import Batches, Settings, find_frames, load, painting_loss
 
 SIZE = 16  # pixels a view
@@ -34,7 +44,15 @@ INSTRUCTIONS = [
 ]  # fmt: skip
 
 
-CONFIG = {"size": "tiny", "objective": "one-step", "steps": 1, "image_size": SIZE, "picture": 2 * SIZE, "horizon": 8, "cameras": list(CAMERAS)}
+CONFIG = {
+    "size": "tiny",
+    "objective": "one-step",
+    "steps": 1,
+    "image_size": SIZE,
+    "picture": 2 * SIZE,
+    "horizon": 8,
+    "cameras": list(CAMERAS),
+}
 
 
 SETTINGS = Settings(picture=2 * SIZE)
@@ -63,15 +81,30 @@ def picture(seed=0, batch=1):
 def test_tiles_are_where_the_paper_puts_them():
     views = torch.rand(2, 4, 3, 5, 7)
     tiled = tile(views)
-    assert tiled.shape == (2, 3, 10, 14) and CAMERAS == ("wrist", "front", "right_shoulder", "left_shoulder")
-    for i, (rows, columns) in enumerate([(slice(5), slice(7)), (slice(5), slice(7, 14)), (slice(5, 10), slice(7)), (slice(5, 10), slice(7, 14))]):
+    assert tiled.shape == (2, 3, 10, 14) and CAMERAS == (
+        "wrist",
+        "front",
+        "right_shoulder",
+        "left_shoulder",
+    )
+    for i, (rows, columns) in enumerate(
+        [
+            (slice(5), slice(7)),
+            (slice(5), slice(7, 14)),
+            (slice(5, 10), slice(7)),
+            (slice(5, 10), slice(7, 14)),
+        ]
+    ):
         torch.testing.assert_close(tiled[:, :, rows, columns], views[:, i], rtol=0, atol=0)
     assert torch.equal(untile(tiled), views)
 
 
 def test_painting_nothing_gives_the_views_back(painter, monkeypatch):
     random = np.random.default_rng(0)
-    images = {camera: random.integers(0, 256, (2, SIZE, SIZE, 3), np.uint8) for camera in reversed(CAMERAS)}
+    images = {
+        camera: random.integers(0, 256, (2, SIZE, SIZE, 3), np.uint8)
+        for camera in reversed(CAMERAS)
+    }
     logits = torch.full((2, 4, 2 * SIZE, 2 * SIZE), -30.0)
     monkeypatch.setattr(painter, "forward", lambda condition, prompts: logits)
     painted = painter.paint(images, INSTRUCTIONS[:2])
@@ -87,18 +120,34 @@ def test_painting_nothing_gives_the_views_back(painter, monkeypatch):
 
 # --------------------------------------------------------------------------------------------------------------- tokens
 def test_every_word_of_the_instructions_is_one_token(painter):
-    tokenizer, words = painter.tokenizer, sorted({word for text in INSTRUCTIONS for word in re.findall("[a-z]+", text)})
-    assert {word: len(tokenizer(word).input_ids) for word in words} == dict.fromkeys(words, 3)  # start, word, end
+    tokenizer, words = (
+        painter.tokenizer,
+        sorted({word for text in INSTRUCTIONS for word in re.findall("[a-z]+", text)}),
+    )
+    assert {word: len(tokenizer(word).input_ids) for word in words} == dict.fromkeys(
+        words, 3
+    )  # start, word, end
     for text in INSTRUCTIONS:
-        ids, tokens = tokenizer(PROMPT.format(text)).input_ids, tokenizer.tokenize(PROMPT.format(text))
+        ids, tokens = (
+            tokenizer(PROMPT.format(text)).input_ids,
+            tokenizer.tokenize(PROMPT.format(text)),
+        )
         assert len(ids) <= TOKENS and tokenizer.unk_token_id not in ids[:-1]
-        assert {word + "</w>" for word in text.split()[1:]} <= set(tokens)  # the first word: CLIP cuts 'touch into 't and ouch
-    assert len({tuple(tokenizer(PROMPT.format(text)).input_ids) for text in INSTRUCTIONS}) == len(INSTRUCTIONS)
+        assert {word + "</w>" for word in text.split()[1:]} <= set(
+            tokens
+        )  # the first word: CLIP cuts 'touch into 't and ouch
+    assert len({tuple(tokenizer(PROMPT.format(text)).input_ids) for text in INSTRUCTIONS}) == len(
+        INSTRUCTIONS
+    )
 
 
 def test_the_same_instructions_give_the_same_numbers():
     """Or a resumed training would mix the words up."""
-    vocabularies = [train_tokenizer(sentences).get_vocab() for sentences in (INSTRUCTIONS, INSTRUCTIONS[::-1]) for _ in range(3)]
+    vocabularies = [
+        train_tokenizer(sentences).get_vocab()
+        for sentences in (INSTRUCTIONS, INSTRUCTIONS[::-1])
+        for _ in range(3)
+    ]
     assert all(vocabulary == vocabularies[0] for vocabulary in vocabularies)
 
 
@@ -106,7 +155,9 @@ def test_unknown_words_become_bytes(painter, tmp_path):
     tokenizer, text = painter.tokenizer, "polish the zebra's ñandú in 1984 猫 "
     ids = tokenizer(text).input_ids
     assert ids[0] == tokenizer.bos_token_id and ids[-1] == tokenizer.eos_token_id
-    assert not {tokenizer.unk_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id} & set(ids[1:-1])
+    assert not {tokenizer.unk_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id} & set(
+        ids[1:-1]
+    )
     assert tokenizer.decode(ids, skip_special_tokens=True).replace(" ", "") == text.replace(" ", "")
 
     tokenizer.save_pretrained(tmp_path)
@@ -127,13 +178,17 @@ def test_an_untrained_controlnet_changes_nothing(painter, monkeypatch):
     with torch.no_grad():
         painted = painter(*arguments)
         monkeypatch.setattr(painter.unet, "forward", alone)
-        assert painted.shape == (2, 4, 2 * SIZE, 2 * SIZE) and torch.equal(painted, painter(*arguments))
+        assert painted.shape == (2, 4, 2 * SIZE, 2 * SIZE) and torch.equal(
+            painted, painter(*arguments)
+        )
 
 
 def test_diffusers_and_transformers_load_what_is_saved(tmp_path):
     painter = new_painter()
     with torch.no_grad():
-        for parameter in painter.controlnet.parameters():  # as after training: no zero convolution is zero any more
+        for parameter in (
+            painter.controlnet.parameters()
+        ):  # as after training: no zero convolution is zero any more
             parameter += 0.01 * torch.randn_like(parameter)
     painter.save(tmp_path)
     parts = dict(
@@ -174,7 +229,9 @@ def test_the_same_picture_is_painted_as_the_instruction_says():
     painter = new_painter().train()
     observation = picture().expand(2, -1, -1, -1)
     y, x = torch.meshgrid(torch.arange(2 * SIZE), torch.arange(2 * SIZE), indexing="ij")
-    alphas = torch.stack([(x - centre) ** 2 + (y - 20) ** 2 < 25 for centre in (7, 24)]).float()  # (2, H, W)
+    alphas = torch.stack(
+        [(x - centre) ** 2 + (y - 20) ** 2 < 25 for centre in (7, 24)]
+    ).float()  # (2, H, W)
     layer = torch.stack([0 * alphas, alphas, alphas, alphas], dim=1)  # cyan
     prompts = [PROMPT.format(text) for text in INSTRUCTIONS[:2]]
     optimizer = torch.optim.AdamW(painter.parameters(), lr=1e-3)
@@ -188,9 +245,20 @@ def test_the_same_picture_is_painted_as_the_instruction_says():
     assert losses[0] > 1 and losses[-1] < 0.1, (losses[0], losses[-1])
     with torch.no_grad():
         painted = painter.eval()(observation, prompts)[:, 3] > 0
-    overlap = [[((a & (b > 0)).sum() / (a | (b > 0)).sum()).item() for b in alphas] for a in painted]
-    assert min(overlap[0][0], overlap[1][1]) > 0.9 and max(overlap[0][1], overlap[1][0]) < 0.1, overlap
-    assert max(parameter.abs().max() for block in painter.controlnet.controlnet_down_blocks for parameter in block.parameters()) > 0
+    overlap = [
+        [((a & (b > 0)).sum() / (a | (b > 0)).sum()).item() for b in alphas] for a in painted
+    ]
+    assert min(overlap[0][0], overlap[1][1]) > 0.9 and max(overlap[0][1], overlap[1][0]) < 0.1, (
+        overlap
+    )
+    assert (
+        max(
+            parameter.abs().max()
+            for block in painter.controlnet.controlnet_down_blocks
+            for parameter in block.parameters()
+        )
+        > 0
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------- data
@@ -198,62 +266,108 @@ def test_the_same_picture_is_painted_as_the_instruction_says():
 def recorded(tmp_path_factory):
     """A run with two scenes of three buttons (one scene is held out), and their spheres."""
     run = tmp_path_factory.mktemp("recorded")
-    for command in (["collect_demos.py", "--tasks", "push_button", "--scenes", "2", "--image-size", str(SIZE)], ["render_spheres.py"]):
-        done = subprocess.run([sys.executable, *command, "--run", run], cwd=ROOT, capture_output=True, text=True)
+    for command in (
+        ["collect_demos.py", "--tasks", "push_button", "--scenes", "2", "--image-size", str(SIZE)],
+        ["render_spheres.py"],
+    ):
+        done = subprocess.run(
+            [sys.executable, *command, "--run", run], cwd=ROOT, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
     return run
 
 
 def test_noise_becomes_the_picture_with_the_layer_in_any_number_of_steps(monkeypatch):
-    painter = Painter(build_tiny(["push the blue button"], SIZE), CONFIG | {"objective": "noise", "steps": 4}).eval()
-    condition, layer, seen = torch.rand(2, 3, 2 * SIZE, 2 * SIZE), torch.rand(2, 4, 2 * SIZE, 2 * SIZE), []
-    monkeypatch.setattr(painter, "forward", lambda condition, prompts, latent, t: seen.append((t.item(), latent)) or layer.logit())
+    painter = Painter(
+        build_tiny(["push the blue button"], SIZE), CONFIG | {"objective": "noise", "steps": 4}
+    ).eval()
+    condition, layer, seen = (
+        torch.rand(2, 3, 2 * SIZE, 2 * SIZE),
+        torch.rand(2, 4, 2 * SIZE, 2 * SIZE),
+        [],
+    )
+    monkeypatch.setattr(
+        painter,
+        "forward",
+        lambda condition, prompts, latent, t: seen.append((t.item(), latent)) or layer.logit(),
+    )
     painted = painter.paint_tiles(condition, ["", ""])
-    torch.testing.assert_close(painted, compose(layer, condition), atol=1e-4, rtol=0)
+    torch.testing.assert_close(painted, composite(layer, condition), atol=1e-4, rtol=0)
     assert [t for t, _ in seen] == [999, 749, 499, 249]
-    assert 0.9 < seen[0][1].std() < 1.1 and not torch.equal(seen[0][1], seen[1][1])  # from noise of unit strength
+    assert 0.9 < seen[0][1].std() < 1.1 and not torch.equal(
+        seen[0][1], seen[1][1]
+    )  # from noise of unit strength
     far, near = ((painter.decode(seen[i][1]) - painted).abs().mean() for i in (1, 3))
     assert near < 0.7 * far  # step by step, it clears up
 
 
 def test_batches_depend_on_seed_and_step_alone(recorded):
     training, held_out, horizon = find_frames(recorded)
-    assert horizon == 8 and {"1000000"} == {path.split("/")[-1].split("_")[0] for path, *_ in held_out}
+    assert horizon == 8 and {"1000000"} == {
+        path.split("/")[-1].split("_")[0] for path, *_ in held_out
+    }
     assert {"1000001"} == {path.split("/")[-1].split("_")[0] for path, *_ in training}
     settings = Settings(batch=4, seed=5, picture=2 * SIZE)
     batches = Batches(training, settings)
-    first, again, next_one = batches[4], Batches(training, replace(settings, steps=9))[4], batches[5]
-    halves = [Batches(training, settings, process, 2)[4] for process in range(2)]  # shared between two processes: the same samples
+    first, again, next_one = (
+        batches[4],
+        Batches(training, replace(settings, steps=9))[4],
+        batches[5],
+    )
+    halves = [
+        Batches(training, settings, process, 2)[4] for process in range(2)
+    ]  # shared between two processes: the same samples
     for name, value in first.items():
         if isinstance(value, torch.Tensor):
-            assert torch.equal(value, again[name]) and torch.equal(value, torch.cat([half[name] for half in halves]))
+            assert torch.equal(value, again[name]) and torch.equal(
+                value, torch.cat([half[name] for half in halves])
+            )
         else:
             assert value == again[name] == halves[0][name] + halves[1][name]
-    assert not torch.equal(first["condition"], next_one["condition"]) and len(set(first["seeds"])) == 4
+    assert (
+        not torch.equal(first["condition"], next_one["condition"]) and len(set(first["seeds"])) == 4
+    )
     condition, observation, layer, prompts = parts_of(first)
-    assert condition.shape == observation.shape == (4, 3, 2 * SIZE, 2 * SIZE) and layer.shape == (4, 4, 2 * SIZE, 2 * SIZE)
-    assert all(x.min() >= 0 and x.max() <= 1 for x in (condition, observation, layer)) and len(prompts) == 4
+    assert condition.shape == observation.shape == (4, 3, 2 * SIZE, 2 * SIZE) and layer.shape == (
+        4,
+        4,
+        2 * SIZE,
+        2 * SIZE,
+    )
+    assert (
+        all(x.min() >= 0 and x.max() <= 1 for x in (condition, observation, layer))
+        and len(prompts) == 4
+    )
 
 
 def test_crop_moves_picture_and_layer_together_and_jitter_the_condition_alone(tmp_path):
     pictures = np.random.default_rng(0).integers(0, 256, (1, SIZE, SIZE, 4), np.uint8)
     with h5py.File(tmp_path / "both.hdf5", "w") as root:
         for camera in CAMERAS:
-            root[f"layers/{camera}"], root[f"observations/images/{camera}"] = pictures, pictures[..., :3]
+            root[f"layers/{camera}"], root[f"observations/images/{camera}"] = (
+                pictures,
+                pictures[..., :3],
+            )
     frames = [(tmp_path / "both.hdf5", tmp_path / "both.hdf5", 0, ["push"])] * 8
-    condition, observation, layer, prompts = parts_of(load(frames, [np.random.default_rng(i) for i in range(8)], SETTINGS, augment=True))
+    condition, observation, layer, prompts = parts_of(
+        load(frames, [np.random.default_rng(i) for i in range(8)], SETTINGS, augment=True)
+    )
     seen = (layer[:, 3:] > 0.01).expand(-1, 3, -1, -1)  # what is transparent has no colour
     torch.testing.assert_close(observation[seen], layer[:, :3][seen])
     assert not torch.equal(observation[0], observation[1])
     assert (condition - observation).abs().mean() > 0.01 and prompts == [PROMPT.format("push")] * 8
-    condition, observation, layer, _ = parts_of(load(frames, [np.random.default_rng(0)] * 8, SETTINGS, augment=False))
+    condition, observation, layer, _ = parts_of(
+        load(frames, [np.random.default_rng(0)] * 8, SETTINGS, augment=False)
+    )
     plain = torch.from_numpy(pictures[0]).permute(2, 0, 1) / 255
     assert torch.equal(condition, observation)
     torch.testing.assert_close(untile(layer)[3, 2][:, plain[3] > 0.01], plain[:, plain[3] > 0.01])
 
 
 # ------------------------------------------------------------------------------------------- processes that run the stage
-FORKS = multiprocessing.get_context("forkserver")  # imports the stage once, which takes seconds, and forks a process per run
+FORKS = multiprocessing.get_context(
+    "forkserver"
+)  # imports the stage once, which takes seconds, and forks a process per run
 FORKS.set_forkserver_preload(["train_controlnet"])
 STEPS, CHECKPOINT = 24, 8
 
@@ -308,10 +422,16 @@ def test_a_stopped_training_goes_on_to_the_same_losses(trained):
     log = broken / "controlnet/losses.csv"
 
     stopped = start(broken)
-    wait_until(lambda: re.search(r"\| [1-9]\d*/", printed(broken)), stopped)  # the progress bar counts
+    wait_until(
+        lambda: re.search(r"\| [1-9]\d*/", printed(broken)), stopped
+    )  # the progress bar counts
     os.kill(stopped.pid, signal.SIGINT)  # Ctrl-C
     assert end(stopped) == 130
-    step = int(re.search(r"Stopped after step (\d+): run the same command again to go on\.", printed(broken))[1])
+    step = int(
+        re.search(
+            r"Stopped after step (\d+): run the same command again to go on\.", printed(broken)
+        )[1]
+    )
     assert 0 < step < STEPS and len(log.read_text().splitlines()) == 1 + step
 
     before = log.stat().st_mtime_ns
@@ -327,12 +447,22 @@ def test_a_stopped_training_goes_on_to_the_same_losses(trained):
     rows = list(csv.DictReader(log.open()))
     assert [int(row["step"]) for row in rows] == list(range(1, STEPS + 1))
     assert [int(row["step"]) for row in rows if row["first_frame_iou"]] == [8, 16, 24]
-    same = [Painter.load(folder / "controlnet")(picture(), INSTRUCTIONS[:1]) for folder in (run, broken)]
+    same = [
+        Painter.load(folder / "controlnet")(picture(), INSTRUCTIONS[:1]) for folder in (run, broken)
+    ]
     assert torch.equal(*same)
-    assert "painter" in printed(run) and f"{STEPS}/{STEPS}" in printed(run) and "IoU" in printed(run, "out")
+    assert (
+        "painter" in printed(run)
+        and f"{STEPS}/{STEPS}" in printed(run)
+        and "IoU" in printed(run, "out")
+    )
 
     untouched = contents(run / "controlnet")
-    assert end(start(run)) == 0 and "trained already" in printed(run, "out") and contents(run / "controlnet") == untouched
+    assert (
+        end(start(run)) == 0
+        and "trained already" in printed(run, "out")
+        and contents(run / "controlnet") == untouched
+    )
 
 
 def paint_larger_pictures():
@@ -361,11 +491,19 @@ def half_a_checkpoint(run):
 
 BAD = {
     "no episodes": (lambda run: shutil.rmtree(run / "episodes"), [], "There is no HDF5 file in"),
-    "no spheres": (lambda run: first(run, "spheres").unlink(), [], "is missing: draw the spheres first"),
+    "no spheres": (
+        lambda run: first(run, "spheres").unlink(),
+        [],
+        "is missing: draw the spheres first",
+    ),
     "two horizons": (change_horizon, [], "different horizons"),
     "half an episode": (lambda run: halve(first(run, "episodes")), [], "cannot be read"),
     "half a file of spheres": (lambda run: halve(first(run, "spheres")), [], "cannot be read"),
-    "nothing but held-out scenes": (lambda run: [path.unlink() for path in run.glob("*/*/1000001*")], [], "no scene to train on"),
+    "nothing but held-out scenes": (
+        lambda run: [path.unlink() for path in run.glob("*/*/1000001*")],
+        [],
+        "no scene to train on",
+    ),
     "half a checkpoint": (half_a_checkpoint, [], "training.pt cannot be read"),
     "no step": (lambda run: None, ["--steps", "0"], "must be 1 or more"),
 }
@@ -408,7 +546,9 @@ def test_a_checkpoint_is_refused_with_other_settings(trained):
     before = contents(run)
     assert end(start(run, "--batch", "3")) == 2
     assert "was trained with batch 2, not 3" in printed(run) and len(printed(run).splitlines()) == 1
-    this = torch.load(run / "controlnet/training.pt", weights_only=True)["identity"]["precision"]  # bf16 where the CPU has it
+    this = torch.load(run / "controlnet/training.pt", weights_only=True)["identity"][
+        "precision"
+    ]  # bf16 where the CPU has it
     other = {"bf16": "fp32", "fp32": "bf16"}[this]
     assert end(start(run, "--precision", other)) == 2
     assert f"was trained with precision {this}, not {other}" in printed(run)

@@ -19,9 +19,11 @@ import train_diffusion_policy as diffusion
 import train_future_frame as future
 import train_points as points
 
-from episodes import CAMERAS, UserError, read_episode
-from painter import tile
-from render_spheres import JOINTS, Chain
+from genima.episodes import CAMERAS, read_episode
+from genima.files import UserError
+from genima.kinematics import Chain
+from genima.painter import tile
+from genima.spheres import JOINTS
 from train_controlnet import find_frames
 
 HORIZON, SIZE = 3, 32
@@ -37,7 +39,9 @@ def samples_of(kind, **changes):
     """Samples of one synthetic episode, and their configuration."""
     episode, *_ = make_episode(frames=8)
     later = np.minimum(np.arange(8) + HORIZON, 7)
-    episode.target = np.hstack([episode.qpos[later, :-1], np.round(episode.action[later, -1:])]).astype(np.float32)
+    episode.target = np.hstack(
+        [episode.qpos[later, :-1], np.round(episode.action[later, -1:])]
+    ).astype(np.float32)
     episode.chain = Chain.from_episode(episode)
     config = config_of(episode, **changes)
     return kind([episode], [episode], config, loop.Settings(batch=4)), config
@@ -50,10 +54,16 @@ def test_diffusion_policy_ends_at_the_chunk_that_the_denoiser_sees(monkeypatch):
     seen = [batch[name] for name in ("pictures", "state", "state_given", "words")]
     chunk = torch.rand(4, HORIZON, 8) * 1.6 - 0.8
     levels = []
-    monkeypatch.setattr(network, "denoise", lambda noisy, level, *_: levels.append(int(level[0])) or chunk)
+    monkeypatch.setattr(
+        network, "denoise", lambda noisy, level, *_: levels.append(int(level[0])) or chunk
+    )
     with torch.no_grad():
         joints, gripper = network(*seen)
-    assert len(levels) == diffusion.DENOISE and levels == sorted(levels, reverse=True) and levels[-1] == 0
+    assert (
+        len(levels) == diffusion.DENOISE
+        and levels == sorted(levels, reverse=True)
+        and levels[-1] == 0
+    )
     torch.testing.assert_close(joints, 0.5 * chunk[..., :-1])  # chunk_scale
     assert torch.equal(gripper > 0, chunk[..., -1] > 0)
 
@@ -73,7 +83,9 @@ def test_diffusion_policys_chunk_depends_on_pictures_words_and_nothing_random():
 def test_diffusion_policys_loss_is_that_of_the_chunk(monkeypatch):
     samples, config = samples_of(loop.Samples)
     network, batch = diffusion.DiffusionPolicy(config), samples[0]
-    truth = torch.cat([batch["joints"] / 0.5, 2 * batch["gripper"][..., None] - 1], -1).repeat_interleave(diffusion.DRAWS, 0)
+    truth = torch.cat(
+        [batch["joints"] / 0.5, 2 * batch["gripper"][..., None] - 1], -1
+    ).repeat_interleave(diffusion.DRAWS, 0)
     monkeypatch.setattr(network, "denoise", lambda *_: truth + 0.5)
     assert diffusion.loss_of(network, batch).item() == pytest.approx(0.25)
 
@@ -106,7 +118,9 @@ def test_goals_are_the_same_views_some_steps_later(monkeypatch):
             if np.array_equal(pictures[2 + i], then):
                 continue
             soft += 1  # softened: each pixel the mean of nine
-            np.testing.assert_allclose(pictures[2 + i, 5, 7], then[4:7, 6:9].mean((0, 1)), rtol=1e-5)
+            np.testing.assert_allclose(
+                pictures[2 + i, 5, 7], then[4:7, 6:9].mean((0, 1)), rtol=1e-5
+            )
     assert 0 < soft < 8
     assert samples[0]["pictures"].shape == (4, 4, 3, SIZE, 40)
 
@@ -128,7 +142,10 @@ def test_the_goal_controller_sees_present_and_painted_views():
     assert both.config["cameras"] == ["front"]  # those that the simulator has
     painted = both.paint({"front": np.zeros(1)}, ["reach"])
     images, qpos, drop_state = both(painted, "joints", ["reach"], True)
-    assert images == {"front": np.zeros(1), "goal_front": np.ones(1)} and (qpos, drop_state) == ("joints", True)
+    assert images == {"front": np.zeros(1), "goal_front": np.ones(1)} and (qpos, drop_state) == (
+        "joints",
+        True,
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------- points
@@ -153,8 +170,12 @@ def test_pictures_and_numbers_are_of_one_moment():
     for seed in range(10):
         sample, again = samples.sample(np.random.default_rng(seed)), np.random.default_rng(seed)
         episode, t, present, target, chunk, _ = samples.motion(again)
-        np.testing.assert_allclose(sample["numbers"], samples.true_numbers(episode, episode.target[t]).ravel(), rtol=1e-5)
-        np.testing.assert_allclose(sample["joints"], (chunk - present)[:, :-1] / 0.3, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            sample["numbers"], samples.true_numbers(episode, episode.target[t]).ravel(), rtol=1e-5
+        )
+        np.testing.assert_allclose(
+            sample["joints"], (chunk - present)[:, :-1] / 0.3, rtol=1e-4, atol=1e-5
+        )
         assert sample["open"] == target[-1]
 
 
@@ -171,14 +192,23 @@ def test_each_stage_learns_from_its_own_loss_alone():
     only_second["move_numbers"] = only_second["move_numbers"] + 1
     points.loss_of(network, only_second).backward()
     torch.testing.assert_close(network.numbers.weight.grad, eyes)  # stage 2 does not notice
-    joints, gripper = network.eval()(*(batch[name] for name in ("pictures", "state", "state_given", "words")))
+    joints, gripper = network.eval()(
+        *(batch[name] for name in ("pictures", "state", "state_given", "words"))
+    )
     assert joints.shape == (4, HORIZON, 7) and gripper.shape == (4, HORIZON)
 
 
 def test_stage_three_does_not_see_a_state_that_is_left_out():
     samples, config = point_samples()
-    network, numbers, gripper = points.Points(config).eval(), torch.randn(2, points.NUMBERS), torch.ones(2)
-    goal = [network.follow(numbers, gripper, state, torch.zeros(2)) for state in (torch.zeros(2, 8), torch.ones(2, 8))]
+    network, numbers, gripper = (
+        points.Points(config).eval(),
+        torch.randn(2, points.NUMBERS),
+        torch.ones(2),
+    )
+    goal = [
+        network.follow(numbers, gripper, state, torch.zeros(2))
+        for state in (torch.zeros(2, 8), torch.ones(2, 8))
+    ]
     # The goal stays; the straight way to it begins elsewhere.
     torch.testing.assert_close(goal[0][0][:, -1] - goal[1][0][:, -1], torch.ones(2, 7))
     torch.testing.assert_close(goal[0][1], goal[1][1])
@@ -195,7 +225,9 @@ def test_a_stopped_training_goes_on_to_the_same_weights(tmp_path):
 
         def loss_of(network, batch):
             calls.append(1)
-            if fail and network.training and len(calls) > 9:  # after two steps and the check that follows
+            if (
+                fail and network.training and len(calls) > 9
+            ):  # after two steps and the check that follows
                 raise RuntimeError("power cut")
             return diffusion.loss_of(network, batch)
 
@@ -208,7 +240,9 @@ def test_a_stopped_training_goes_on_to_the_same_weights(tmp_path):
     for name, value in run(tmp_path / "cut").state_dict().items():
         torch.testing.assert_close(value, whole.state_dict()[name], atol=1e-6, rtol=1e-4)
     rows = list(csv.DictReader((tmp_path / "cut/losses.csv").open()))
-    assert [int(row["step"]) for row in rows] == [0, 1, 2, 3] and all(rows[i]["held_out"] for i in (1, 3))
+    assert [int(row["step"]) for row in rows] == [0, 1, 2, 3] and all(
+        rows[i]["held_out"] for i in (1, 3)
+    )
     settings.steps = 5
     with pytest.raises(UserError, match="steps 4, not 5"):
         run(tmp_path / "cut")
@@ -221,7 +255,9 @@ def test_what_is_not_trained_is_one_sentence(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------- end to end
 def command(*words):
-    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -229,7 +265,17 @@ def command(*words):
 @pytest.fixture(scope="module")
 def miniature(tmp_path_factory):
     run = tmp_path_factory.mktemp("variations") / "run"
-    command("collect_demos.py", "--run", run, "--tasks", "reach_target", "--scenes", 2, "--image-size", SIZE)
+    command(
+        "collect_demos.py",
+        "--run",
+        run,
+        "--tasks",
+        "reach_target",
+        "--scenes",
+        2,
+        "--image-size",
+        SIZE,
+    )
     command("render_spheres.py", "--run", run)
     return run
 
@@ -247,8 +293,12 @@ def test_the_painted_layer_is_the_future_where_it_differs(miniature):
                      for k in (t, min(t + horizon, len(frames) - 1)))  # fmt: skip
         torch.testing.assert_close(batch["observation"][i], now)
         torch.testing.assert_close(batch["layer"][i, :3], then)
-        assert torch.equal(batch["layer"][i, 3] == 1, ((now - then).abs() > future.DIFFERENT).any(0))
-    assert batch["layer"][0, 3].any() and not batch["layer"][1, 3].any()  # the last frame is its own future
+        assert torch.equal(
+            batch["layer"][i, 3] == 1, ((now - then).abs() > future.DIFFERENT).any(0)
+        )
+    assert (
+        batch["layer"][0, 3].any() and not batch["layer"][1, 3].any()
+    )  # the last frame is its own future
     assert futures[0]["layer"].shape == (5, 4, 2 * SIZE, 2 * SIZE)
 
 
@@ -266,5 +316,12 @@ def test_each_variation_trains_and_drives(miniature, name, options, networks):
         for file in ("config.json", "model.safetensors", "losses.csv", "losses.png", "training.pt"):
             assert (folder / network / file).exists(), file
     report = json.loads((folder / f"evaluation_{name}.json").read_text())
-    assert report["policy"] == name and report["tasks"]["reach_target"]["episodes"] == 1 and "reach_target" in printed
-    assert report["seeds"] == {"first": 500000, "last": 500000} and (folder / f"reach_target_{name}.mp4").exists()
+    assert (
+        report["policy"] == name
+        and report["tasks"]["reach_target"]["episodes"] == 1
+        and "reach_target" in printed
+    )
+    assert (
+        report["seeds"] == {"first": 500000, "last": 500000}
+        and (folder / f"reach_target_{name}.mp4").exists()
+    )

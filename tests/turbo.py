@@ -1,15 +1,38 @@
 """A folder in SD-Turbo's exact layout, with random weights: of its true size (METHOD's configuration), or small."""
 
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from painter import train_tokenizer
+from genima.painter import train_tokenizer
 
 SENTENCES = ["tiled perspectives of a robot arm executing 'push the blue button'"]
 # SD 2.1-base, from which SD-Turbo was distilled: about 1.3 G parameters
-TRUE = dict(channels=(320, 640, 1280, 1280), heads=(5, 10, 20, 20), width=1024, text_layers=23, text_heads=16, vae=(128, 256, 512, 512), layers=2, groups=32)
-SMALL = dict(channels=(8, 16, 16, 16), heads=(1, 2, 2, 2), width=16, text_layers=2, text_heads=2, vae=(4, 4, 4, 4), layers=1, groups=4)
+TRUE = dict(
+    channels=(320, 640, 1280, 1280),
+    heads=(5, 10, 20, 20),
+    width=1024,
+    text_layers=23,
+    text_heads=16,
+    vae=(128, 256, 512, 512),
+    layers=2,
+    groups=32,
+)
+SMALL = dict(
+    channels=(8, 16, 16, 16),
+    heads=(1, 2, 2, 2),
+    width=16,
+    text_layers=2,
+    text_heads=2,
+    vae=(4, 4, 4, 4),
+    layers=1,
+    groups=4,
+)
 
 
 def make_turbo(folder, size=SMALL, seed=0):
@@ -31,5 +54,7 @@ def make_turbo(folder, size=SMALL, seed=0):
         scaling_factor=0.18215)  # fmt: skip
     scheduler = EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="trailing",
                                        steps_offset=1, prediction_type="epsilon")  # fmt: skip
-    StableDiffusionPipeline(vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False).save_pretrained(folder)
+    StableDiffusionPipeline(
+        vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
+    ).save_pretrained(folder)
     return folder

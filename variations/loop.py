@@ -17,8 +17,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import evaluate as closed_loop
-from episodes import CAMERAS, UserError, ignore_interrupt, read_checkpoint, write_whole
-from films import write_losses
+from genima.episodes import CAMERAS
+from genima.files import UserError, write_whole
+from genima.parallel import ignore_interrupt
+from genima.plots import write_losses
+from genima.training import read_checkpoint
 from train_act import Samples, read_run, words_in
 
 
@@ -54,7 +57,13 @@ def settle(settings_class, description):
     if min(settings.steps, settings.batch, settings.checkpoint_every, settings.scenes) < 1:
         raise UserError("--steps, --batch, --checkpoint-every and --scenes must be 1 or more.")
     if settings.device == "auto":
-        settings.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        settings.device = (
+            "cuda"
+            if torch.cuda.is_available()
+            else "mps"
+            if torch.backends.mps.is_available()
+            else "cpu"
+        )
     return settings
 
 
@@ -68,13 +77,28 @@ def prepare(settings, samples_class=Samples, language=True):
     scenes = sorted({(episode.task, episode.seed) for episode in episodes})
     held_out = set(scenes[9::20] or scenes[1:][-1:])
     training = [episode for episode in episodes if (episode.task, episode.seed) not in held_out]
-    unseen = [episode for episode in episodes if (episode.task, episode.seed) in held_out] or training
-    vocabulary = {word for episode in episodes for text in (episode.instruction, *episode.instructions) for word in words_in(text)}
-    config = dict(size="tiny", observation="rgb", horizon=horizon, joints=episodes[0].qpos.shape[1] - 1,
-                  cameras=sorted(episodes[0].image_sizes, key=lambda name: (*CAMERAS, name).index(name)),
-                  image_size=list(next(iter(episodes[0].image_sizes.values()))), vocabulary=sorted(vocabulary) if language else [])
+    unseen = [
+        episode for episode in episodes if (episode.task, episode.seed) in held_out
+    ] or training
+    vocabulary = {
+        word
+        for episode in episodes
+        for text in (episode.instruction, *episode.instructions)
+        for word in words_in(text)
+    }
+    config = dict(
+        size="tiny",
+        observation="rgb",
+        horizon=horizon,
+        joints=episodes[0].qpos.shape[1] - 1,
+        cameras=sorted(episodes[0].image_sizes, key=lambda name: (*CAMERAS, name).index(name)),
+        image_size=list(next(iter(episodes[0].image_sizes.values()))),
+        vocabulary=sorted(vocabulary) if language else [],
+    )
     samples = samples_class(training, episodes, config, settings)
-    present = np.stack([samples.motion(np.random.default_rng((settings.seed, i)))[2] for i in range(2000)])  # (2000, D+1)
+    present = np.stack(
+        [samples.motion(np.random.default_rng((settings.seed, i)))[2] for i in range(2000)]
+    )  # (2000, D+1)
     config.update(state_mean=present.mean(0).tolist(), state_std=(present.std(0) + 1e-3).tolist())
     return samples, samples_class(unseen, episodes, config, settings), config
 
@@ -85,10 +109,18 @@ def train(network, loss_of, samples, checks, settings, folder, config):
     Item i of `samples` and of `checks` (held-out scenes) is the batch of step i: a dict of tensors, and of lists that stay as they are.
     Ctrl-C stops, and the same command goes on from there. A batch and its noise are a function of seed and step alone.
     """
-    identity = dict(config, steps=settings.steps, batch=settings.batch, learning_rate=settings.learning_rate, seed=settings.seed,
-                    bf16=settings.bf16)
+    identity = dict(
+        config,
+        steps=settings.steps,
+        batch=settings.batch,
+        learning_rate=settings.learning_rate,
+        seed=settings.seed,
+        bf16=settings.bf16,
+    )
     checkpoint = read_checkpoint(folder / "training.pt", identity)
-    start, history, seconds = (checkpoint[name] for name in ("step", "history", "seconds")) if checkpoint else (0, [], 0)
+    start, history, seconds = (
+        (checkpoint[name] for name in ("step", "history", "seconds")) if checkpoint else (0, [], 0)
+    )
     if start == settings.steps:
         print(f"{folder} is trained already, {start} steps.")
         return
@@ -97,17 +129,41 @@ def train(network, loss_of, samples, checks, settings, folder, config):
     if checkpoint:
         network.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-    on_device = lambda batch: {name: value.to(settings.device) if torch.is_tensor(value) else value for name, value in batch.items()}  # noqa: E731
-    print(f"{sum(p.numel() for p in network.parameters()) / 1e6:.1f} M parameters, on {settings.device}.")
+    on_device = lambda batch: {
+        name: value.to(settings.device) if torch.is_tensor(value) else value
+        for name, value in batch.items()
+    }  # noqa: E731
+    print(
+        f"{sum(p.numel() for p in network.parameters()) / 1e6:.1f} M parameters, on {settings.device}."
+    )
 
     stopping = []  # Ctrl-C ends the training after the step it is in, a second one at once
-    signal.signal(signal.SIGINT, lambda *_: stopping.append(True) or signal.signal(signal.SIGINT, signal.default_int_handler))
-    batches = DataLoader(samples, batch_size=None, sampler=range(start, settings.steps), num_workers=2, worker_init_fn=ignore_interrupt)
+    signal.signal(
+        signal.SIGINT,
+        lambda *_: (
+            stopping.append(True) or signal.signal(signal.SIGINT, signal.default_int_handler)
+        ),
+    )
+    batches = DataLoader(
+        samples,
+        batch_size=None,
+        sampler=range(start, settings.steps),
+        num_workers=2,
+        worker_init_fn=ignore_interrupt,
+    )
     began = time.monotonic() - seconds
-    for step, batch in enumerate(bar := tqdm(batches, desc=folder.name, unit="step", initial=start, total=settings.steps), start):
+    for step, batch in enumerate(
+        bar := tqdm(batches, desc=folder.name, unit="step", initial=start, total=settings.steps),
+        start,
+    ):
         torch.manual_seed(int(np.random.SeedSequence((settings.seed, step)).generate_state(1)[0]))
         for group in optimizer.param_groups:  # a short warm-up, and half a cosine down to zero
-            group["lr"] = settings.learning_rate * min(1, (step + 1) / 100) * (1 + math.cos(math.pi * step / settings.steps)) / 2
+            group["lr"] = (
+                settings.learning_rate
+                * min(1, (step + 1) / 100)
+                * (1 + math.cos(math.pi * step / settings.steps))
+                / 2
+            )
         with torch.autocast(settings.device, torch.bfloat16, enabled=settings.bf16):
             loss = loss_of(network, on_device(batch))
         optimizer.zero_grad()
@@ -123,16 +179,38 @@ def train(network, loss_of, samples, checks, settings, folder, config):
             network.eval()
             with torch.no_grad():
                 torch.manual_seed(0)
-                history[-1][2] = float(np.mean([loss_of(network, on_device(checks[settings.steps + i])).item() for i in range(6)]))
+                history[-1][2] = float(
+                    np.mean(
+                        [
+                            loss_of(network, on_device(checks[settings.steps + i])).item()
+                            for i in range(6)
+                        ]
+                    )
+                )
             network.train()
         if due or stopping:
-            save(folder, config, dict(model=network.state_dict(), optimizer=optimizer.state_dict(), step=done, identity=identity,
-                                      history=history, seconds=time.monotonic() - began))
+            save(
+                folder,
+                config,
+                dict(
+                    model=network.state_dict(),
+                    optimizer=optimizer.state_dict(),
+                    step=done,
+                    identity=identity,
+                    history=history,
+                    seconds=time.monotonic() - began,
+                ),
+            )
         if stopping and done < settings.steps:
-            print(f"\nStopped after step {done}: the same command goes on from there.", file=sys.stderr)
+            print(
+                f"\nStopped after step {done}: the same command goes on from there.",
+                file=sys.stderr,
+            )
             sys.exit(130)
     minutes = (time.monotonic() - began) / 60
-    print(f"{folder}: loss in held-out scenes {history[-1][2]:.4f}, after {settings.steps} steps in {minutes:.1f} minutes.")
+    print(
+        f"{folder}: loss in held-out scenes {history[-1][2]:.4f}, after {settings.steps} steps in {minutes:.1f} minutes."
+    )
 
 
 def save(folder, config, checkpoint):
@@ -141,7 +219,9 @@ def save(folder, config, checkpoint):
         path.write_text(json.dumps(config, indent=1))
     with write_whole(folder / "model.safetensors") as path:
         save_file({name: value.contiguous() for name, value in checkpoint["model"].items()}, path)
-    write_losses(folder, ("step", "loss", "held_out"), checkpoint["history"], ["loss"], ["held_out"], "loss")
+    write_losses(
+        folder, ("step", "loss", "held_out"), checkpoint["history"], ["loss"], ["held_out"], "loss"
+    )
     with write_whole(folder / "training.pt") as path:
         torch.save(checkpoint, path)
 
@@ -154,13 +234,23 @@ def load(network_class, folder, device):
         network.load_state_dict(load_file(folder / "model.safetensors"))
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder} holds no trained network ({reason}): run the script without --evaluate first.") from error
+        raise UserError(
+            f"{folder} holds no trained network ({reason}): run the script without --evaluate first."
+        ) from error
     return network.to(device).eval(), config
 
 
 def drive(policy, settings, folder):
     """evaluate.py with another policy: policy(run, device) -> painter or None, controller. Writes evaluation_<name>.json and films."""
-    closed = closed_loop.Settings(run=settings.run, policy=policy, episodes=settings.scenes, seed=settings.first_scene, language=0,
-                                  controller=folder, out=folder, device=settings.device)
+    closed = closed_loop.Settings(
+        run=settings.run,
+        policy=policy,
+        episodes=settings.scenes,
+        seed=settings.first_scene,
+        language=0,
+        controller=folder,
+        out=folder,
+        device=settings.device,
+    )
     closed_loop.check_settings(closed)
     closed_loop.write_report(closed)

@@ -7,8 +7,20 @@ from rlbench.task_environment import TaskEnvironment
 
 
 class Environment:
-    def __init__(self, action_mode, dataset_root="", obs_config=None, headless=False, static_positions=False, robot_setup="panda"):
-        assert isinstance(action_mode, MoveArmThenGripper) and isinstance(obs_config, ObservationConfig) and headless
+    def __init__(
+        self,
+        action_mode,
+        dataset_root="",
+        obs_config=None,
+        headless=False,
+        static_positions=False,
+        robot_setup="panda",
+    ):
+        assert (
+            isinstance(action_mode, MoveArmThenGripper)
+            and isinstance(obs_config, ObservationConfig)
+            and headless
+        )
         self._action_mode, self._config, self._scene = action_mode, obs_config, None
 
     def launch(self):

@@ -19,7 +19,9 @@ class TaskEnvironment:
 
     def set_variation(self, v):
         if v >= self.variation_count():
-            raise TaskEnvironmentError(f"Requested variation {v}, but there are only {self.variation_count()} variations.")
+            raise TaskEnvironmentError(
+                f"Requested variation {v}, but there are only {self.variation_count()} variations."
+            )
         self._variation_number = v
 
     def variation_count(self):
@@ -61,7 +63,9 @@ class TaskEnvironment:
                 scene.move(START + (self._task.goal - START) * i / steps)
                 scene.gripper_open = float(i < 9)
                 # as in RLBench: the planner cannot say what it sent in the last step of a path
-                scene.action = np.append(None if i == steps else scene.q + 0.001, scene.gripper_open)
+                scene.action = np.append(
+                    None if i == steps else scene.q + 0.001, scene.gripper_open
+                )
                 observations.append(scene.get_observation(self._variation_number))
             demos.append(Demo(observations, random_seed=state, num_reset_attempts=1))
         return demos

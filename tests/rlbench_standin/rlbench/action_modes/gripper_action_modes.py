@@ -9,5 +9,7 @@ class Discrete:
 
     def action(self, scene, action):
         if np.shape(action) != (1,):
-            raise InvalidActionError(f"Expected the action shape to be: (1,), but was shape: {np.shape(action)}")
+            raise InvalidActionError(
+                f"Expected the action shape to be: (1,), but was shape: {np.shape(action)}"
+            )
         scene.gripper_open = float(action[0] > 0.5)

@@ -7,7 +7,9 @@ from rlbench.backend.observation import CAMERAS, FIELDS, Observation
 # Franka's URDF (franka_description): where each joint sits in the link before it, and its quarter turns about x
 ORIGINS = [((0, 0, 0.333), 0), ((0, 0, 0), -1), ((0, -0.316, 0), 1), ((0.0825, 0, 0), 1), ((-0.0825, 0.384, 0), -1), ((0, 0, 0), 1),
            ((0.088, 0, 0), 1)]  # fmt: skip
-SHIFTS = np.array([-0.19, 0, -0.12, 0, -0.05, 0, 0.04])  # the model's joints lie elsewhere on their axes
+SHIFTS = np.array(
+    [-0.19, 0, -0.12, 0, -0.05, 0, 0.04]
+)  # the model's joints lie elsewhere on their axes
 START = np.array([0, 0.175, 0, -0.873, 0, 1.222, 0.785])
 LOOKS_FROM = {"front": (1.35, 0.05, 1.6),
               "left_shoulder": (0.3, 0.5, 2.0), "right_shoulder": (0.3, -0.5, 2.0), "overhead": (0.35, 0.01, 2.1)}  # fmt: skip
@@ -29,7 +31,9 @@ def at(x, y, z):
 
 BASE = at(-0.27, -0.01, 0.77) @ about("z", 0.02)  # world from base
 TIP = at(0, 0, 0.107 + 0.1034) @ about("z", 0.75 * np.pi)  # last joint from tip
-WRIST = TIP @ at(0.07, 0, -0.17) @ about("z", -0.5 * np.pi) @ about("x", -0.3)  # last joint from wrist camera
+WRIST = (
+    TIP @ at(0.07, 0, -0.17) @ about("z", -0.5 * np.pi) @ about("x", -0.3)
+)  # last joint from wrist camera
 
 
 def kinematics(q):
@@ -86,8 +90,16 @@ class Scene:
             if not settings.rgb:
                 continue  # RLBench removes such a camera
             width, height = settings.image_size
-            pose = last @ WRIST if camera == "wrist" else look_at(LOOKS_FROM[camera], (0.25, 0, 0.9))
-            intrinsics = np.array([[-width / (2 * np.tan(0.6)), 0, width / 2], [0, -height / (2 * np.tan(0.6)), height / 2], [0, 0, 1]])
+            pose = (
+                last @ WRIST if camera == "wrist" else look_at(LOOKS_FROM[camera], (0.25, 0, 0.9))
+            )
+            intrinsics = np.array(
+                [
+                    [-width / (2 * np.tan(0.6)), 0, width / 2],
+                    [0, -height / (2 * np.tan(0.6)), height / 2],
+                    [0, 0, 1],
+                ]
+            )
             misc |= {f"{camera}_camera_extrinsics": pose, f"{camera}_camera_intrinsics": intrinsics, f"{camera}_camera_near": 0.01,
                      f"{camera}_camera_far": 4.5}  # fmt: skip
             picture = np.zeros((height, width, 3), np.uint8)

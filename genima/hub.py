@@ -6,7 +6,7 @@ from pathlib import Path
 
 import huggingface_hub
 
-from episodes import UserError, write_whole
+from genima.files import UserError, write_whole
 
 CARD = """---
 license: {licence}
@@ -20,7 +20,7 @@ Paints a robot's joint positions, a few steps ahead, as coloured spheres on its 
 prompt: the diffusion stage of [GENIMA](https://arxiv.org/abs/2407.07875), trained with nanoGENIMA.
 
 ```python
-from painter import Painter
+from genima.painter import Painter
 
 painter = Painter.load("{name}")
 painted = painter.paint({{camera: pictures}}, ["push the blue button"])  # (B, H, W, 3) uint8 each
@@ -69,8 +69,10 @@ def check_hub(name):
         huggingface_hub.utils.validate_repo_id(name)
         huggingface_hub.HfApi().whoami()
     except Exception as error:
-        raise UserError(f"--push-to-hub {name} cannot work ({' '.join(str(error).split())[:100]}): check the name and the network, and "
-                        "log in (hf auth login); without the flag everything stays in the run's folder.") from error
+        raise UserError(
+            f"--push-to-hub {name} cannot work ({' '.join(str(error).split())[:100]}): check the name and the network, and "
+            "log in (hf auth login); without the flag everything stays in the run's folder."
+        ) from error
 
 
 def push(folder, names, repository):
@@ -79,8 +81,15 @@ def push(folder, names, repository):
     try:
         api = huggingface_hub.HfApi()
         api.create_repo(repository, exist_ok=True, private=True)
-        url = api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=patterns, commit_message="Trained with nanoGENIMA")
+        url = api.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            allow_patterns=patterns,
+            commit_message="Trained with nanoGENIMA",
+        )
     except Exception as error:
-        raise UserError(f"{folder} is trained, but {repository} cannot be uploaded to ({' '.join(str(error).split())[:100]}): "
-                        "run the same command again when the network is there.") from error
+        raise UserError(
+            f"{folder} is trained, but {repository} cannot be uploaded to ({' '.join(str(error).split())[:100]}): "
+            "run the same command again when the network is there."
+        ) from error
     print(f"Uploaded (private): {url}")

@@ -1,5 +1,6 @@
 """Jobs in several processes that may crash, as simulators do: a job whose process died is begun once more in a fresh one."""
 
+import signal
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
@@ -7,23 +8,34 @@ from multiprocessing import active_children, get_context
 
 from tqdm import tqdm
 
-from episodes import ignore_interrupt
+
+def ignore_interrupt(_worker):
+    """Ctrl-C is the first process's business. (A function of the module: macOS starts workers by name.)"""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def in_parallel(jobs, workers, description, unit, start=None):
+def run_in_parallel(jobs, workers, description, unit, start=None):
     """Yield (job, result) for jobs (function, arguments...) as they are done, under a progress bar; result is None for a job that
     killed two processes. An exception in a job ends everything. start: how processes start (None: the system's way)."""
     waiting = [(job, False) for job in jobs][::-1]  # and whether it has killed a process
-    pools, idle, running = [], [], {}  # pools of one process, for one that dies takes its pool along; future -> (pool, job, killed)
+    pools, idle, running = (
+        [],
+        [],
+        {},
+    )  # pools of one process, for one that dies takes its pool along; future -> (pool, job, killed)
     try:
         with tqdm(total=len(waiting), desc=description, unit=unit) as bar:
             while waiting or running:
                 while waiting and len(running) < workers:
                     if not idle:
-                        idle.append(ProcessPoolExecutor(1, get_context(start), ignore_interrupt, (0,)))
+                        idle.append(
+                            ProcessPoolExecutor(1, get_context(start), ignore_interrupt, (0,))
+                        )
                         pools += idle
                     pool = idle.pop()
-                    with suppress(BrokenProcessPool):  # it died when it had nothing to do: the next one
+                    with suppress(
+                        BrokenProcessPool
+                    ):  # it died when it had nothing to do: the next one
                         future = pool.submit(*waiting[-1][0])
                         running[future] = pool, *waiting.pop()
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -39,7 +51,9 @@ def in_parallel(jobs, workers, description, unit, start=None):
                     bar.update()
                     yield job, result
     finally:
-        for process in active_children() if running else ():  # those with nothing to do end by themselves
+        for process in (
+            active_children() if running else ()
+        ):  # those with nothing to do end by themselves
             process.kill()
         for pool in pools:
             pool.shutdown()

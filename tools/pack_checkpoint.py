@@ -17,9 +17,14 @@ import tyro
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from episodes import UserError, find_episodes, run_stage
+from genima.episodes import find_episodes
+from genima.files import UserError, run_stage
 
-HALVED = ("act", "unet", "controlnet")  # folders of the large weights; they are read back as single precision
+HALVED = (
+    "act",
+    "unet",
+    "controlnet",
+)  # folders of the large weights; they are read back as single precision
 
 
 @dataclass
@@ -28,7 +33,12 @@ class Settings:
     """The trained run."""
     out: Path = Path("checkpoints/demo")
     """Where the small copy goes; controlnet/, act/, episodes/ and spheres/ in it are replaced."""
-    episodes: tuple[str, ...] = ("push_button/1000000", "push_button/1000001", "reach_target/1000000", "pick_and_lift/1000000")
+    episodes: tuple[str, ...] = (
+        "push_button/1000000",
+        "push_button/1000001",
+        "reach_target/1000000",
+        "pick_and_lift/1000000",
+    )
     """Task and seed of the scenes to keep; each is there once for every object that can be named."""
 
 
@@ -41,11 +51,18 @@ def main():
         shutil.rmtree(settings.out / part, ignore_errors=True)
     for source in [path for part in parts[:2] for path in sorted((settings.run / part).rglob("*"))]:
         target = settings.out / source.relative_to(settings.run)
-        if source.is_dir() or source.suffix in (".pt", ".png"):  # to go on training, and to look at: not needed here
+        if source.is_dir() or source.suffix in (
+            ".pt",
+            ".png",
+        ):  # to go on training, and to look at: not needed here
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
         if source.suffix == ".safetensors" and source.parent.name in HALVED:
-            save_file({name: weight.half() for name, weight in load_file(source).items()}, target, metadata={"format": "pt"})
+            save_file(
+                {name: weight.half() for name, weight in load_file(source).items()},
+                target,
+                metadata={"format": "pt"},
+            )
         else:
             shutil.copyfile(source, target)
     for path in find_episodes(settings.run / "episodes"):

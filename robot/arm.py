@@ -13,8 +13,8 @@ from contextlib import suppress
 import numpy as np
 from PIL import Image, ImageOps
 
-from episodes import UserError
-from render_spheres import Chain, load_calibration, turns
+from genima.calibration import load_calibration
+from genima.files import UserError
 
 HZ = 10  # commands a second (paper: 10 Hz and below on the real arm)
 HAND_WIDTH = 0.08  # metres between the open fingers
@@ -43,24 +43,15 @@ def in_words(error):
     """An error of franky's as one sentence."""
     text = one_line(error)
     advice = [words for names, words in REFLEXES.items() if re.search(names, text)]
-    return f"The robot stopped, {advice[0]} ({text})." if advice else f"The robot stopped ({text}): look at Desk, and start again."
+    return (
+        f"The robot stopped, {advice[0]} ({text})."
+        if advice
+        else f"The robot stopped ({text}): look at Desk, and start again."
+    )
 
 
 def one_line(error):
     return " ".join(str(error).split())
-
-
-def franka_chain(cameras=None):
-    """The kinematics of Panda and FR3 (Denavit and Hartenberg after Craig; data sheet) with hand, and where the cameras are."""
-    a, d = [0, 0, 0, 0.0825, -0.0825, 0, 0.088], [0.333, 0, 0.316, 0, 0.384, 0, 0]
-    alpha = np.pi / 2 * np.array([0, -1, 1, 1, -1, 1, 1])
-    links = np.array([[[1, 0, 0, a[i]], [0, cosine, -sine, -sine * d[i]], [0, sine, cosine, cosine * d[i]], [0, 0, 0, 1]]
-                      for i, (sine, cosine) in enumerate(zip(np.sin(alpha), np.cos(alpha)))])  # fmt: skip
-    tool = turns(np.array(-np.pi / 4))
-    tool[2, 3] = 0.107 + 0.1034  # flange and fingertips
-    mounted, fixed = ({camera: entry[key] for camera, entry in (cameras or {}).items() if key in entry}
-                      for key in ("last_joint_from_camera", "world_from_camera"))
-    return Chain(links.round(12), tool, mounted, fixed)
 
 
 class Franka:
@@ -70,17 +61,29 @@ class Franka:
         try:
             import franky
         except ImportError as error:
-            raise UserError(f"franky-control is not installed ({error}): pip install -r requirements.txt (Linux on x86-64 only).") from None
-        self.franky, self.safety, self.moving, self.wanted, self.error = franky, safety, False, None, None
+            raise UserError(
+                f"franky-control is not installed ({error}): pip install -r requirements.txt (Linux on x86-64 only)."
+            ) from None
+        self.franky, self.safety, self.moving, self.wanted, self.error = (
+            franky,
+            safety,
+            False,
+            None,
+            None,
+        )
         try:
             self.robot = franky.Robot(host, realtime_config=franky.RealtimeConfig.Ignore)
             soft = max(safety.speed, 0.5)  # less acceleration and jerk would leave the arm behind
-            self.robot.relative_dynamics_factor = franky.RelativeDynamicsFactor(safety.speed, soft, soft)
+            self.robot.relative_dynamics_factor = franky.RelativeDynamicsFactor(
+                safety.speed, soft, soft
+            )
             self.gripper = franky.Gripper(host)
             self.opening = self.gripper.width / HAND_WIDTH
         except Exception as error:
-            raise UserError(f"No connection to the robot at {host} ({one_line(error)}): is it on, unlocked, with FCI active, "
-                            "and is franky-control the version for its system (README)?") from None
+            raise UserError(
+                f"No connection to the robot at {host} ({one_line(error)}): is it on, unlocked, with FCI active, "
+                "and is franky-control the version for its system (README)?"
+            ) from None
         self.clock, self.heard, self.closing = 0.0, time.monotonic(), threading.Event()
         threading.Thread(target=self._hand, daemon=True).start()
 
@@ -106,7 +109,9 @@ class Franka:
         """Go to joint positions (7,), and be there with this velocity (7,), from wherever the arm is on its way."""
         try:
             target = self.franky.JointState(joints, velocity)
-            self.robot.move(self.franky.JointMotion(target, return_when_finished=False), asynchronous=True)
+            self.robot.move(
+                self.franky.JointMotion(target, return_when_finished=False), asynchronous=True
+            )
         except Exception as error:
             raise Fault(in_words(error)) from None
         self.moving = True
@@ -122,8 +127,13 @@ class Franka:
             return
         self.moving = False
         try:
-            self.robot.move(self.franky.JointStopMotion(self.franky.RelativeDynamicsFactor.MAX_DYNAMICS), asynchronous=True)
-            self.robot.join_motion(2)  # it brakes in less than 0.4 s; without a connection libfranka's thread ends after one
+            self.robot.move(
+                self.franky.JointStopMotion(self.franky.RelativeDynamicsFactor.MAX_DYNAMICS),
+                asynchronous=True,
+            )
+            self.robot.join_motion(
+                2
+            )  # it brakes in less than 0.4 s; without a connection libfranka's thread ends after one
         except Exception:
             with suppress(Exception):  # no connection: the robot stops by itself when commands end
                 self.robot.stop()
@@ -132,7 +142,9 @@ class Franka:
         done = doing = None  # whether it was opened, whether it is being opened
         try:
             while not self.closing.wait(0.005):
-                self.opening = self.gripper.width / HAND_WIDTH  # the real hand answers some thirty times a second
+                self.opening = (
+                    self.gripper.width / HAND_WIDTH
+                )  # the real hand answers some thirty times a second
                 if doing is None and (wanted := self.wanted) not in (None, done):
                     doing, answer = wanted, (
                         self.gripper.move_async(HAND_WIDTH, GRIPPER_SPEED) if wanted  # whatever closing fingers meet is held
@@ -166,19 +178,27 @@ class RealSense:
         try:
             import pyrealsense2 as rs
         except ImportError:
-            raise UserError("pyrealsense2 is not installed: pip install -r requirements-robot.txt.") from None
-        present = {device.get_info(rs.camera_info.serial_number) for device in rs.context().query_devices()}
+            raise UserError(
+                "pyrealsense2 is not installed: pip install -r requirements-robot.txt."
+            ) from None
+        present = {
+            device.get_info(rs.camera_info.serial_number) for device in rs.context().query_devices()
+        }
         for camera, serial in serials.items():
             if serial not in present:
                 others = ", ".join(sorted(present)) or "none"
-                raise UserError(f"There is no RealSense camera {serial} for '{camera}'; connected are: {others}.")
+                raise UserError(
+                    f"There is no RealSense camera {serial} for '{camera}'; connected are: {others}."
+                )
         self.closing, self.errors = threading.Event(), {}
         self.newest = {camera: (0.0, np.zeros((480, 640, 3), np.uint8)) for camera in serials}
         for camera, serial in serials.items():
             config = rs.config()
             config.enable_device(serial)
             config.enable_stream(rs.stream.color, 640, 480, rs.format.rgb8, 30)
-            threading.Thread(target=self._read, args=(camera, rs.pipeline(), config), daemon=True).start()
+            threading.Thread(
+                target=self._read, args=(camera, rs.pipeline(), config), daemon=True
+            ).start()
 
     def _read(self, camera, pipeline, config):
         try:
@@ -221,11 +241,16 @@ class Station(RealSense):
         calibration = load_calibration(settings.calibration) if settings.calibration else {}
         serials = dict(entry.partition("=")[::2] for entry in settings.cameras)
         if not serials or not all(serials.values()) or set(serials) - set(calibration):
-            raise UserError("A robot needs --cameras name=serial ... and a --calibration file with these names (real_robot.py calibrate).")
+            raise UserError(
+                "A robot needs --cameras name=serial ... and a --calibration file with these names (real_robot.py calibrate)."
+            )
         if not (instruction := settings.instruction or ask("Instruction: ")):
             raise UserError("There is no instruction: give one with --instruction.")
         super().__init__(serials)
-        self.instruction, self.calibration = instruction, {camera: calibration[camera] for camera in serials}
+        self.instruction, self.calibration = (
+            instruction,
+            {camera: calibration[camera] for camera in serials},
+        )
         self.host, self.seed = settings.robot, int(time.time())
 
     def success(self):
@@ -239,7 +264,10 @@ class History:
         """Waits until the arm and every camera have been heard of."""
         self.robot, self.cameras, self.safety, self.rows = robot, cameras, safety, deque(maxlen=200)
         end = time.monotonic() + 10
-        while len(self.rows) < 20 or time.monotonic() - min(cameras.read()[0].values()) > safety.stale / 2:
+        while (
+            len(self.rows) < 20
+            or time.monotonic() - min(cameras.read()[0].values()) > safety.stale / 2
+        ):
             self.listen()
             time.sleep(0.01)
             if time.monotonic() > end:
@@ -266,7 +294,13 @@ class History:
         self.safety.check_fresh(stamps, time.monotonic())
         frame, rows = float(np.mean([stamps[name] for name in names])), np.array(self.rows)
         values = np.array([np.interp(frame, rows[:, 0], column) for column in rows[:, 1:].T])
-        return {name: fit(pictures[name], size)[0] for name in names}, stamps, frame, values[:8], values[8:]
+        return (
+            {name: fit(pictures[name], size)[0] for name in names},
+            stamps,
+            frame,
+            values[:8],
+            values[8:],
+        )
 
 
 # --------------------------------------------------------------------------------------------------------------- the policy
@@ -277,8 +311,12 @@ def trained(run, device):
     painter, controller = networks("genima", run, run / "controlnet", run / "act", device)
 
     def policy(pictures, qpos, instruction, step):
-        painted = painter.paint({camera: picture[None] for camera, picture in pictures.items()}, [instruction])
-        return {camera: picture[0] for camera, picture in painted.items()}, controller(painted, qpos[None], [instruction])[0]
+        painted = painter.paint(
+            {camera: picture[None] for camera, picture in pictures.items()}, [instruction]
+        )
+        return {camera: picture[0] for camera, picture in painted.items()}, controller(
+            painted, qpos[None], [instruction]
+        )[0]
 
     return {name: controller.config[name] for name in ("cameras", "image_size", "horizon")}, policy
 
@@ -296,7 +334,11 @@ def think(load, pipe):
     except (EOFError, BrokenPipeError):  # the main program is gone
         pass
     except Exception as error:
-        words = str(error) if isinstance(error, UserError) else f"The policy failed ({type(error).__name__}: {one_line(error)})."
+        words = (
+            str(error)
+            if isinstance(error, UserError)
+            else f"The policy failed ({type(error).__name__}: {one_line(error)})."
+        )
         pipe.send(Fault(words))
 
 
@@ -311,7 +353,9 @@ class Policy:
         there.close()
         if not (needs := self.answer(LOADING)):
             self.close()
-            raise Fault(f"The policy was not loaded within {LOADING} s: is the machine busy, or the disk slow? Start it again.")
+            raise Fault(
+                f"The policy was not loaded within {LOADING} s: is the machine busy, or the disk slow? Start it again."
+            )
         self.needs = needs
 
     def ask(self, pictures, qpos, instruction, step):

@@ -7,20 +7,26 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
-from episodes import write_whole
+from genima.files import write_whole
 
 PANEL = 256  # height and width of a film's three panels, pixels
 
 
 def two_columns(pictures):
     """A list of pictures as one, two in a row; an odd one's neighbour is black."""
-    pictures = pictures + [np.zeros_like(pictures[0])] * (len(pictures) % 2 if len(pictures) > 1 else 0)
-    return np.concatenate([np.concatenate(pictures[i : i + 2], axis=-2) for i in range(0, len(pictures), 2)], axis=-3)
+    pictures = pictures + [np.zeros_like(pictures[0])] * (
+        len(pictures) % 2 if len(pictures) > 1 else 0
+    )
+    return np.concatenate(
+        [np.concatenate(pictures[i : i + 2], axis=-2) for i in range(0, len(pictures), 2)], axis=-3
+    )
 
 
 def tile(images):
     """Pictures {camera: (H, W, 3)} as the painter sees them, enlarged to a panel with the pixels left visible."""
-    return np.array(Image.fromarray(two_columns(list(images.values()))).resize((PANEL, PANEL), Image.NEAREST))
+    return np.array(
+        Image.fromarray(two_columns(list(images.values()))).resize((PANEL, PANEL), Image.NEAREST)
+    )
 
 
 def write_video(path, frames, fps):
@@ -34,7 +40,9 @@ def caption(frame, text, what):
     sheet = Image.new("RGB", (width, height + 48), "white")
     sheet.paste(Image.fromarray(frame), (0, 28))
     draw, names = ImageDraw.Draw(sheet), ("observation", what, "motion")
-    for name, x, y, size in [(text, width // 2, 14, 16)] + [(names[i], (2 * i + 1) * PANEL // 2, height + 38, 13) for i in range(3)]:
+    for name, x, y, size in [(text, width // 2, 14, 16)] + [
+        (names[i], (2 * i + 1) * PANEL // 2, height + 38, 13) for i in range(3)
+    ]:
         draw.text((x, y), name, "black", ImageFont.load_default(size), anchor="mm")
     return np.array(sheet)
 
@@ -56,10 +64,14 @@ def write_film(out, name, films, what, fps=10):
 def write_grid(path, columns, captions):
     """Pictures (N, 3, H, W), 0..1, under each column's title, side by side; the first column has a caption for each row instead."""
     rows = len(captions)
-    axes = (figure := Figure((9, 3.3 * rows), layout="tight")).subplots(rows, len(columns), squeeze=False)
+    axes = (figure := Figure((9, 3.3 * rows), layout="tight")).subplots(
+        rows, len(columns), squeeze=False
+    )
     for column, (title, pictures) in enumerate(columns.items()):
         for row in range(rows):
-            axes[row, column].imshow(pictures[row].permute(1, 2, 0).numpy(), interpolation="nearest")
+            axes[row, column].imshow(
+                pictures[row].permute(1, 2, 0).numpy(), interpolation="nearest"
+            )
             axes[row, column].axis("off")
             axes[row, column].set_title(title if column else captions[row], fontsize=9)
     with write_whole(path) as temporary:
@@ -69,14 +81,34 @@ def write_grid(path, columns, captions):
 def write_bars(path, report):
     """Success per task with its interval, as a picture."""
     tasks = report["tasks"]
-    rates, ends = np.array([100 * task["rate"] for task in tasks.values()]), np.array([task["wilson_95"] for task in tasks.values()])
+    rates, ends = (
+        np.array([100 * task["rate"] for task in tasks.values()]),
+        np.array([task["wilson_95"] for task in tasks.values()]),
+    )
     whiskers = np.maximum([rates - 100 * ends[:, 0], 100 * ends[:, 1] - rates], 0)  # (2, tasks)
     figure = Figure(figsize=(2 + 1.4 * len(tasks), 4), layout="constrained")
     axes = figure.subplots()
-    axes.bar([name.replace("_", "\n") for name in tasks], rates, 0.6, color="#4c78a8", yerr=whiskers, capsize=6)
+    axes.bar(
+        [name.replace("_", "\n") for name in tasks],
+        rates,
+        0.6,
+        color="#4c78a8",
+        yerr=whiskers,
+        capsize=6,
+    )
     for i, task in enumerate(tasks.values()):
-        axes.text(i, 3, f"{task['successes']} of {task['episodes']}", ha="center", color="white" if rates[i] > 10 else "black")
-    axes.set(ylim=(0, 102), ylabel="success in unseen scenes, %", title=f"policy: {report['policy']} (whiskers: 95 % interval)")
+        axes.text(
+            i,
+            3,
+            f"{task['successes']} of {task['episodes']}",
+            ha="center",
+            color="white" if rates[i] > 10 else "black",
+        )
+    axes.set(
+        ylim=(0, 102),
+        ylabel="success in unseen scenes, %",
+        title=f"policy: {report['policy']} (whiskers: 95 % interval)",
+    )
     axes.spines[["top", "right"]].set_visible(False)
     with write_whole(path) as temporary:
         figure.savefig(temporary, dpi=150)
@@ -91,7 +123,11 @@ def write_losses(folder, columns, rows, training, held_out, measured):
     window = np.ones(min(50, len(rows))) / min(50, len(rows))
     for name in training:
         values = [row[columns.index(name)] for row in rows]
-        left.semilogy([row[0] for row in rows[len(window) - 1 :]], np.convolve(values, window, "valid"), label=name.replace("_", " "))
+        left.semilogy(
+            [row[0] for row in rows[len(window) - 1 :]],
+            np.convolve(values, window, "valid"),
+            label=name.replace("_", " "),
+        )
     for name in held_out:
         i = columns.index(name)
         points = [(row[0], row[i]) for row in rows if len(row) > i and row[i] != ""]

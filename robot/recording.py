@@ -14,9 +14,11 @@ import numpy as np
 import tyro
 from PIL import Image
 
-from episodes import Episode, UserError, read_episode, write_episode, write_whole
-from films import PANEL, tile, write_film
-from robot_io import HZ, Fault, franka_chain
+from genima.episodes import Episode, read_episode, write_episode
+from genima.files import UserError, write_whole
+from genima.kinematics import franka_chain
+from genima.plots import PANEL, tile, write_film
+from robot.arm import HZ, Fault
 
 FILES = ("about.json", "events.jsonl", "frames.bin")  # of a recording that is not finished
 
@@ -27,7 +29,12 @@ class Frames:
     dtype, ndim = np.dtype(np.uint8), 4
 
     def __init__(self, path, record, count, name):
-        self.path, self.record, self.name, self.shape = path, record, name, (count, *record[name].shape)
+        self.path, self.record, self.name, self.shape = (
+            path,
+            record,
+            name,
+            (count, *record[name].shape),
+        )
 
     def __getitem__(self, t):
         return np.array(np.memmap(self.path, self.record, "r", shape=self.shape[:1])[self.name][t])
@@ -42,9 +49,18 @@ class Recording:
         if self.path.exists() or self.folder.exists():
             raise UserError(f"{self.path} exists already: delete it, or write to another folder.")
         self.folder.mkdir(parents=True)
-        self.header, self.events, self.frames = (open(self.folder / name, "ab", buffering=0) for name in FILES)
-        fcntl.flock(self.frames, fcntl.LOCK_EX)  # held while this program lives: what is not held was left behind
-        self.about, self.count, self.error, self.queue = {"about": about, "cameras": cameras}, 0, None, queue.Queue()
+        self.header, self.events, self.frames = (
+            open(self.folder / name, "ab", buffering=0) for name in FILES
+        )
+        fcntl.flock(
+            self.frames, fcntl.LOCK_EX
+        )  # held while this program lives: what is not held was left behind
+        self.about, self.count, self.error, self.queue = (
+            {"about": about, "cameras": cameras},
+            0,
+            None,
+            queue.Queue(),
+        )
         self.writer = threading.Thread(target=self._write, daemon=True)
         self.writer.start()
 
@@ -53,7 +69,7 @@ class Recording:
             file, data = item
             try:
                 while data and not self.error:
-                    data = data[file.write(data):]
+                    data = data[file.write(data) :]
             except OSError as error:
                 self.error = OSError(error.errno, error.strerror, str(self.folder))
 
@@ -62,18 +78,30 @@ class Recording:
         if self.error:
             raise self.error
         if self.queue.qsize() > 10 * HZ:
-            raise Fault(f"The disk of {self.folder} is ten seconds behind the cameras: record fewer or smaller pictures (--size).")
+            raise Fault(
+                f"The disk of {self.folder} is ten seconds behind the cameras: record fewer or smaller pictures (--size)."
+            )
         values |= {f"images/{camera}": picture for camera, picture in pictures.items()}
         values |= {f"painted/{camera}": picture for camera, picture in (painted or {}).items()}
         arrays = {name: np.asarray(value) for name, value in values.items()}
-        fields = {"names": list(arrays), "formats": [f"{array.shape}{array.dtype.str}" for array in arrays.values()]}
+        fields = {
+            "names": list(arrays),
+            "formats": [f"{array.shape}{array.dtype.str}" for array in arrays.values()],
+        }
         if not self.count:
-            self.queue.put((self.header, json.dumps(self.about | {"fields": fields}, default=np.ndarray.tolist).encode()))
+            self.queue.put(
+                (
+                    self.header,
+                    json.dumps(self.about | {"fields": fields}, default=np.ndarray.tolist).encode(),
+                )
+            )
         self.queue.put((self.frames, np.array(tuple(arrays.values()), fields).tobytes()))
         self.count += 1
 
     def event(self, text):
-        self.queue.put((self.events, json.dumps({"time": time.monotonic(), "event": text}).encode() + b"\n"))
+        self.queue.put(
+            (self.events, json.dumps({"time": time.monotonic(), "event": text}).encode() + b"\n")
+        )
 
     def finish(self, success):
         """Write the episode file and remove the scratch folder. Returns the path, or None when there is no frame."""
@@ -88,20 +116,32 @@ class Recording:
 def finish(folder, success):
     """Make the episode file of a recording's folder, and remove the folder. A last frame that was cut off is left out."""
     path, (about, events, frames) = folder.with_suffix(".hdf5"), (folder / name for name in FILES)
-    if frames.stat().st_size and not path.exists():  # killed before the first frame, or between writing the file and removing the folder
+    if (
+        frames.stat().st_size and not path.exists()
+    ):  # killed before the first frame, or between writing the file and removing the folder
         saved = json.loads(about.read_text())
         record = np.dtype(saved["fields"])
         if count := frames.stat().st_size // record.itemsize:
             rows = np.memmap(frames, record, "r", shape=(count,))
-            fields = {name: Frames(frames, record, count, name) if "/" in name else np.array(rows[name]) for name in record.names}
+            fields = {
+                name: Frames(frames, record, count, name) if "/" in name else np.array(rows[name])
+                for name in record.names
+            }
             write_episode(path, as_episode(saved, fields, events.read_bytes(), success))
     shutil.rmtree(folder)
     return path if path.exists() else None
 
 
 def as_episode(saved, fields, events, success):
-    cameras = {camera: {key: np.array(value) for key, value in entry.items()} for camera, entry in saved["cameras"].items()}
-    qpos, qvel, images = fields.pop("qpos"), fields.pop("qvel"), {camera: fields.pop(f"images/{camera}") for camera in cameras}
+    cameras = {
+        camera: {key: np.array(value) for key, value in entry.items()}
+        for camera, entry in saved["cameras"].items()
+    }
+    qpos, qvel, images = (
+        fields.pop("qpos"),
+        fields.pop("qvel"),
+        {camera: fields.pop(f"images/{camera}") for camera in cameras},
+    )
     qvel[:, 7] = np.gradient(qpos[:, 7]) * HZ if len(qpos) > 1 else 0  # the hand does not tell
     chain = franka_chain(cameras)
     poses = chain.joint_poses(qpos[:, :7])
@@ -164,16 +204,32 @@ def replay(settings):
     """Observation, painted target and motion side by side."""
     path = settings.log / "log.hdf5" if settings.log.is_dir() else settings.log
     episode = read_episode(path)
-    painted = {name.removeprefix("painted_"): data for name, data in episode.extras.items() if name.startswith("painted_")}
+    painted = {
+        name.removeprefix("painted_"): data
+        for name, data in episode.extras.items()
+        if name.startswith("painted_")
+    }
     if not painted:
-        raise UserError(f"{path} has no painted targets: it is a demonstration, not the log of a run.")
+        raise UserError(
+            f"{path} has no painted targets: it is a demonstration, not the log of a run."
+        )
     front = "front" if "front" in painted else next(iter(painted))
     frames, seen = [], 0
     for t in range(len(episode.qpos)):
         if t and any((painted[camera][t] != painted[camera][t - 1]).any() for camera in painted):
             seen = t - 1  # the target came from this picture, or one just before
-        large = [np.array(Image.fromarray(episode.images[front][moment]).resize((PANEL, PANEL), Image.BICUBIC)) for moment in (seen, t)]
-        frames.append(np.concatenate([large[0], tile({camera: painted[camera][t] for camera in painted}), large[1]], axis=1))
+        large = [
+            np.array(
+                Image.fromarray(episode.images[front][moment]).resize((PANEL, PANEL), Image.BICUBIC)
+            )
+            for moment in (seen, t)
+        ]
+        frames.append(
+            np.concatenate(
+                [large[0], tile({camera: painted[camera][t] for camera in painted}), large[1]],
+                axis=1,
+            )
+        )
     outcome = {"success": episode.success, "instruction": episode.instruction}
     write_film(path.parent, "film", [(outcome, frames)], "painted target")
     print(f"The film is {path.parent / 'film.mp4'}.")
@@ -182,8 +238,15 @@ def replay(settings):
         print(f"{event['time'] - episode.extras['time'][0]:8.2f} s  {event['event']}")
     if settings.keep:
         if not episode.success:
-            raise UserError(f"{path} was not successful: a policy learns from successes, so it was not added.")
-        target = path.resolve().parent.parent.parent / "episodes" / episode.task / f"real_{path.resolve().parent.name}.hdf5"
+            raise UserError(
+                f"{path} was not successful: a policy learns from successes, so it was not added."
+            )
+        target = (
+            path.resolve().parent.parent.parent
+            / "episodes"
+            / episode.task
+            / f"real_{path.resolve().parent.name}.hdf5"
+        )
         if target.exists():
             raise UserError(f"{target} exists already: this run was added before.")
         with write_whole(target) as temporary:

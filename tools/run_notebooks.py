@@ -1,7 +1,7 @@
 """Run the notebooks and store their outputs in them, stamped with the code and data they came from.
 
-    python notebooks/execute.py                  all of them (make notebooks)
-    python notebooks/execute.py 01 03            some, by the beginning of their names
+python notebooks/execute.py                  all of them (make notebooks)
+python notebooks/execute.py 01 03            some, by the beginning of their names
 """
 
 import ast
@@ -17,12 +17,12 @@ from IPython.core.inputtransformer2 import TransformerManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
-FOLDER = Path(__file__).resolve().parent
+FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
 ROOT = FOLDER.parent
 LONGEST = 1800  # seconds for one cell, on however busy a machine; on two quiet cores the slowest takes about half a minute
 
 sys.path.insert(0, str(ROOT))
-from episodes import UserError, run_stage, write_whole
+from genima.files import UserError, run_stage, write_whole
 
 
 def python_of(notebook):
@@ -61,7 +61,11 @@ def stamp(notebook):
     for path in imported_files(code):
         numbers.update(path.name.encode() + without_comments(path.read_text()).encode())
     data = ROOT / "checkpoints/demo"
-    for path in sorted(path for part in ("act", "controlnet", "episodes", "spheres") for path in (data / part).rglob("*")):
+    for path in sorted(
+        path
+        for part in ("act", "controlnet", "episodes", "spheres")
+        for path in (data / part).rglob("*")
+    ):
         if path.suffix in (".safetensors", ".json", ".hdf5"):
             numbers.update(path.relative_to(data).as_posix().encode() + path.read_bytes())
     return hashlib.sha256(numbers.digest() + without_comments(code).encode()).hexdigest()
@@ -90,13 +94,17 @@ def main():
     wanted = sys.argv[1:] or [""]
     paths = [path for path in sorted(FOLDER.glob("*.ipynb")) if path.name.startswith(tuple(wanted))]
     if not paths:
-        raise UserError(f"There is no notebook in {FOLDER} whose name begins with {' or '.join(wanted)}.")
+        raise UserError(
+            f"There is no notebook in {FOLDER} whose name begins with {' or '.join(wanted)}."
+        )
     begin = time.perf_counter()
     for path in paths:
         start = time.perf_counter()
         print(f"{path.name} ...", end=" ", flush=True)
         execute(path)
-        print(f"{time.perf_counter() - start:.0f} s, {path.stat().st_size / 1e3:.0f} kB", flush=True)
+        print(
+            f"{time.perf_counter() - start:.0f} s, {path.stat().st_size / 1e3:.0f} kB", flush=True
+        )
     print(f"{len(paths)} notebooks in {time.perf_counter() - begin:.0f} s.")
 
 
