@@ -1,13 +1,13 @@
-"""What every training loop needs and no reader wants to see twice: learning rate, checkpoints, stop.
+"""What every training loop needs and no reader wants to see twice: stop, resume, learning rate.
 
 A training script uses it like this; everything else of the loop stands in the script:
 
-    start, log = resume(folder, network, optimizer, identity)      # 0 and [] where nothing was trained
+    start, log = resume(folder, network, optimizer, identity)  # 0 and [] the first time
     stopping = StopSignal()
     for step, batch in enumerate(batches(samples, start, steps), start + 1):
         set_learning_rate(optimizer, peak * warmup(step) * half_cosine(step, steps))
         ...
-        loss, stop = agree(accelerator, loss, stopping.requested)  # the same in every process
+        loss, stop = agree(accelerator, loss, stopping.requested)
         log.append([step, loss])
         save(folder, network, optimizer, identity, step, log)
         keep_last(folder, ["config.json", "model.safetensors"], step, keep=3)
@@ -66,7 +66,7 @@ def set_learning_rate(optimizer, learning_rate: float):
         group["lr"] = learning_rate
 
 
-# -------------------------------------------------------------------------------- batches, processes
+# ------------------------------------------------------------------------------- batches, processes
 def batches(dataset, start: int, steps: int, num_workers: int, pin_memory: bool = False):
     """Items start, ..., steps - 1 of a dataset whose item `i` is the whole batch of step i + 1."""
     return torch.utils.data.DataLoader(
@@ -88,7 +88,7 @@ def agree(accelerator, loss: torch.Tensor, stop: bool) -> tuple[float, bool]:
     return loss, stop > 0
 
 
-# ---------------------------------------------------------------------------------------- checkpoints
+# -------------------------------------------------------------------------------------- checkpoints
 def trained_parameters(network) -> dict[str, torch.Tensor]:
     """The parameters that are trained; what is frozen is not in a checkpoint."""
     return {name: p for name, p in network.named_parameters() if p.requires_grad}
@@ -152,7 +152,7 @@ def read_checkpoint(path: Path, identity: dict) -> dict | None:
 
 
 def keep_last(folder: Path, names: list[str], step: int, keep: int):
-    """Copy the files and folders `names` to <folder>/step-<step>/; of those keep the last `keep`."""
+    """Copy the files and folders `names` to <folder>/step-<step>/; keep the last `keep` of these."""
     if not keep:
         return
     target = folder / f"step-{step}"
