@@ -1,42 +1,59 @@
-# make demo    sets up, then runs the whole method on the smallest rung
-# make test    sets up, then runs the fast tests
+# make try         sets up; the shipped checkpoint drives the robot and leaves a film
+# make demo        sets up, then runs the whole method on the smallest rung
+# make test        sets up, then runs lint and the fast tests
 # make notebooks   sets up, then runs all notebooks and stores their outputs
 # Another interpreter or folder: make setup PYTHON=python3.12, make demo RUN=runs/mine
 
 PYTHON = python3
 RUN = runs/demo
 PY = .venv/bin/python
-APT_GET = test "$$(id -u)" = 0 && apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y
-CAN_DRAW = $(PYTHON) -c 'from ctypes.util import find_library as f; exit(not (f("EGL") and f("GL") or f("OSMesa")))'
+RUFF = .venv/bin/ruff
 
-# On Linux the plain PyTorch brings gigabytes of CUDA. uv knows where the CPU build lives, and which build suits a GPU's driver.
+APT_GET = test "$$(id -u)" = 0 && apt-get update -qq && \
+	DEBIAN_FRONTEND=noninteractive apt-get install -qq -y
+CAN_DRAW = $(PYTHON) -c 'from ctypes.util import find_library as find; \
+	exit(not (find("EGL") and find("GL") or find("OSMesa")))'
+
+# On Linux the plain PyTorch brings gigabytes of CUDA. uv knows where the CPU build is, and which
+# build suits a GPU's driver.
 TORCH = $(shell grep -o '^torch==[0-9.]*' requirements.txt)
 TORCH_BACKEND = $(if $(shell command -v nvidia-smi 2>/dev/null),auto,cpu)
 UV = UV_HTTP_TIMEOUT=20 UV_HTTP_RETRIES=1 .venv/bin/uv
+INSTALL_TORCH = $(UV) pip install -q --python $(PY) --torch-backend=$(TORCH_BACKEND) $(TORCH)
 
-.PHONY: setup demo test test-slow notebooks clean
+OLD_PYTHON = nanoGENIMA needs Python 3.10 or newer: install it, then make setup PYTHON=/path/to/it.
+NO_VENV = Python has no venv module: install it (Debian, Ubuntu: apt-get install python3-venv).
+NO_DRAWING = No library to draw with: install EGL or OSMesa \
+	(Debian, Ubuntu: apt-get install libegl1 libgl1 libosmesa6).
+NO_UV = uv cannot fetch the $(TORCH_BACKEND) build of PyTorch here: pip takes the one it finds.
+
+.PHONY: setup try demo lint format test test-slow notebooks clean
 
 # the virtual environment with everything in requirements.txt
 setup: .venv/.installed
 
 .venv/.installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-		{ echo "nanoGENIMA needs Python 3.10 or newer: install one and run make setup PYTHON=/path/to/it."; exit 1; }
-	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { $(APT_GET) python3-venv; } >/dev/null 2>&1 || \
-		{ echo "Python's venv module is missing: install it (Debian, Ubuntu: apt-get install python3-venv)."; exit 1; }
+		{ echo "$(OLD_PYTHON)"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ $(APT_GET) python3-venv; } >/dev/null 2>&1 || { echo "$(NO_VENV)"; exit 1; }
 ifeq ($(shell uname),Linux)
-	@$(CAN_DRAW) || { $(APT_GET) libegl1 libgl1; $(APT_GET) libosmesa6; } >/dev/null 2>&1; $(CAN_DRAW) || \
-		{ echo "No library to draw with: install EGL or OSMesa (Debian, Ubuntu: apt-get install libegl1 libgl1 libosmesa6)."; exit 1; }
+	@$(CAN_DRAW) || { $(APT_GET) libegl1 libgl1; $(APT_GET) libosmesa6; } >/dev/null 2>&1; \
+		$(CAN_DRAW) || { echo "$(NO_DRAWING)"; exit 1; }
 endif
 	$(PYTHON) -m venv .venv
 	@# the pip that comes with Python 3.10 searches for minutes through the versions of `pin`
 	$(PY) -m pip install -q pip==26.3
 ifeq ($(shell uname),Linux)
-	@$(PY) -m pip install -q uv==0.13.9 && $(UV) pip install -q --python $(PY) --torch-backend=$(TORCH_BACKEND) $(TORCH) 2>/dev/null || \
-		echo "uv cannot fetch the $(TORCH_BACKEND) build of PyTorch here: pip takes the one it finds."
+	@$(PY) -m pip install -q uv==0.13.9 && $(INSTALL_TORCH) 2>/dev/null || echo "$(NO_UV)"
 endif
 	$(PY) -m pip install -q -r requirements.txt
 	@touch $@
+
+# the shipped checkpoint at work: two episodes of each of its tasks
+try: setup
+	$(PY) evaluate.py --run checkpoints/demo --episodes 2 --language 0 --videos 2 --out runs/try
+	@echo "Films: $$(echo runs/try/*.mp4)"
 
 # the five stages, one after the other, on any laptop
 demo: setup
@@ -46,8 +63,21 @@ demo: setup
 	$(PY) train_act.py --run $(RUN)
 	$(PY) evaluate.py --run $(RUN)
 
+# faults and layout of every Python file; changes nothing
+lint: setup
+	@$(RUFF) check . || \
+		{ echo "Lint: ruff check found the faults above. Some of them: make format."; exit 1; }
+	@$(RUFF) format --check . || \
+		{ echo "Lint: the files above are not laid out by ruff format: make format."; exit 1; }
+	@echo "Lint: no faults."
+
+# mends what ruff can mend
+format: setup
+	$(RUFF) check --fix .
+	$(RUFF) format .
+
 # what should pass after every change
-test: setup
+test: setup lint
 	$(PY) -m pytest -q tests -m "not slow"
 
 # the tests that train or drive for minutes
@@ -56,9 +86,9 @@ test-slow: setup
 
 # all notebooks, their outputs stored in them
 notebooks: setup
-	$(PY) notebooks/execute.py
+	$(PY) tools/run_notebooks.py
 
-# what the targets above made; other runs stay
+# what setup and test made; runs/ stays, with everything that was recorded
 clean:
-	rm -rf .venv .pytest_cache runs/demo
-	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf .venv .pytest_cache .ruff_cache
+	find . -path ./runs -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
