@@ -1,7 +1,13 @@
-"""Run the notebooks and store their outputs in them, stamped with the code and data they came from.
+"""Run the notebooks and store their outputs in them, stamped with the code and data behind them.
 
-python notebooks/execute.py                  all of them (make notebooks)
-python notebooks/execute.py 01 03            some, by the beginning of their names
+In:   notebooks/*.ipynb, the modules that they import, checkpoints/demo
+Out:  the same notebooks with new outputs, and a stamp in their metadata
+
+    python tools/run_notebooks.py             all of them (make notebooks)
+    python tools/run_notebooks.py 01 03       some, by the beginning of their names
+
+The stamp is a hash of all that the outputs depend on. A test compares it with the present code, so
+a notebook never shows the outputs of code that is no longer there. Comments do not count.
 """
 
 import ast
@@ -10,6 +16,7 @@ import io
 import sys
 import time
 import tokenize
+from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
@@ -17,94 +24,144 @@ from IPython.core.inputtransformer2 import TransformerManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
-FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
-ROOT = FOLDER.parent
-LONGEST = 1800  # seconds for one cell, on however busy a machine; on two quiet cores the slowest takes about half a minute
-
+ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
 from genima.files import UserError, run_stage, write_whole
 
+NOTEBOOKS = ROOT / "notebooks"
+CHECKPOINT = ROOT / "checkpoints/demo"
+CELL_TIMEOUT = 1800  # seconds; on two free cores the slowest cell takes about half a minute
 
-def python_of(notebook):
-    """The code cells as one Python text, Jupyter's ! and % lines translated."""
+
+def notebook_code(notebook) -> str:
+    """The code cells of a notebook as one Python text, Jupyter's ! and % lines translated."""
     transform = TransformerManager().transform_cell
-    return "\n".join(transform(cell.source) for cell in notebook.cells if cell.cell_type == "code")
+    cells = [transform(cell.source) for cell in notebook.cells if cell.cell_type == "code"]
+    return "\n".join(cells)
 
 
-def imported_files(code):
-    """The repository's modules that a Python text imports, and those that these import, sorted."""
-    found, open_texts = set(), [code]
-    while open_texts:
-        for node in ast.walk(ast.parse(open_texts.pop())):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            for name in [node.module] if isinstance(node, ast.ImportFrom) else names:
-                path = ROOT / f"{(name or '').replace('.', '/')}.py"
+def imported_names(code: str) -> Iterator[str]:
+    """Every name that a Python text imports and that can be a module: `a.b` and `a.b.c` for
+    `from a.b import c`.
+    """
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            for alias in node.names:
+                yield f"{node.module}.{alias.name}"
+
+
+def imported_files(code: str, root: Path = ROOT) -> list[Path]:
+    """The modules below root that a Python text imports, and those that these import, sorted.
+
+    A package stands for its __init__.py, which Python runs before any module inside it.
+    """
+    found = set()
+    texts = [code]
+    while texts:
+        for name in imported_names(texts.pop()):
+            parts = name.split(".")
+            folders = [root.joinpath(*parts[:depth]) for depth in range(1, len(parts) + 1)]
+            candidates = [folder / "__init__.py" for folder in folders]
+            candidates.append(folders[-1].with_suffix(".py"))
+            for path in candidates:
                 if path.exists() and path not in found:
                     found.add(path)
-                    open_texts.append(path.read_text())
+                    texts.append(path.read_text())
     return sorted(found)
 
 
-def without_comments(text):
+def without_comments(code: str) -> str:
     """A Python text without comments and empty lines: what is left decides what the code does."""
-    lines = text.splitlines()
-    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+    lines = code.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(code).readline):
         if token.type == tokenize.COMMENT:
             row, column = token.start
             lines[row - 1] = lines[row - 1][:column]
     return "\n".join(line.rstrip() for line in lines if line.strip())
 
 
-def stamp(notebook):
-    """A hash of what the outputs depend on: the code cells, the modules they use, and the files under checkpoints/demo."""
-    code, numbers = python_of(notebook), hashlib.sha256()
+def checkpoint_files() -> list[Path]:
+    """The weights, settings and episodes of checkpoints/demo, sorted."""
+    paths = []
+    for part in ("act", "controlnet", "episodes", "spheres"):
+        for suffix in ("safetensors", "json", "hdf5"):
+            paths += (CHECKPOINT / part).rglob(f"*.{suffix}")
+    return sorted(paths)
+
+
+def stamp(notebook) -> str:
+    """A hash of what the outputs depend on: code cells, imported modules, the packed checkpoint."""
+    code = notebook_code(notebook)
+    numbers = hashlib.sha256()
     for path in imported_files(code):
-        numbers.update(path.name.encode() + without_comments(path.read_text()).encode())
-    data = ROOT / "checkpoints/demo"
-    for path in sorted(
-        path
-        for part in ("act", "controlnet", "episodes", "spheres")
-        for path in (data / part).rglob("*")
-    ):
-        if path.suffix in (".safetensors", ".json", ".hdf5"):
-            numbers.update(path.relative_to(data).as_posix().encode() + path.read_bytes())
-    return hashlib.sha256(numbers.digest() + without_comments(code).encode()).hexdigest()
+        numbers.update(path.relative_to(ROOT).as_posix().encode())
+        numbers.update(without_comments(path.read_text()).encode())
+    for path in checkpoint_files():
+        numbers.update(path.relative_to(CHECKPOINT).as_posix().encode())
+        numbers.update(path.read_bytes())
+    numbers.update(without_comments(code).encode())
+    return numbers.hexdigest()
 
 
-def execute(path):
-    """Run one notebook as Jupyter would, in its own folder, and store the outputs."""
+def execute(path: Path):
+    """Run one notebook as Jupyter would, in its own folder, and store the outputs.
+
+    A cell that fails raises UserError and leaves the file as it was.
+    """
     notebook = nbformat.read(path, as_version=4)
-    client = NotebookClient(notebook, timeout=LONGEST, resources={"metadata": {"path": str(FOLDER)}}, record_timing=False,
-                            extra_arguments=["--IPKernelApp.log_level=ERROR"])  # fmt: skip
+    client = NotebookClient(
+        notebook,
+        timeout=CELL_TIMEOUT,
+        resources={"metadata": {"path": str(NOTEBOOKS)}},
+        record_timing=False,
+        extra_arguments=["--IPKernelApp.log_level=ERROR"],
+    )
     try:
         client.execute()
     except CellExecutionError as error:
         raise UserError(f"{path.name} stopped with {error.ename}: {error.evalue}") from error
-    for cell in notebook.cells:  # progress bars are for the one who waits
-        if cell.cell_type == "code":
+    for cell in notebook.cells:
+        if cell.cell_type == "code":  # progress bars go to stderr: a page does not need them
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
-    notebook.metadata = nbformat.from_dict({
+    metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-        "language_info": {"name": "python"}, "stamp": stamp(notebook)})  # fmt: skip
+        "language_info": {"name": "python"},
+        "stamp": stamp(notebook),
+    }
+    notebook.metadata = nbformat.from_dict(metadata)
     with write_whole(path) as temporary:
         nbformat.write(notebook, temporary)
 
 
+def find_notebooks(beginnings: list[str]) -> list[Path]:
+    """The notebooks whose names begin with one of these; all of them if none is given."""
+    paths = sorted(NOTEBOOKS.glob("*.ipynb"))
+    if not beginnings:
+        return paths
+    chosen = [path for path in paths if path.name.startswith(tuple(beginnings))]
+    if not chosen:
+        names = " or ".join(beginnings)
+        raise UserError(f"There is no notebook in {NOTEBOOKS} whose name begins with {names}.")
+    return chosen
+
+
 def main():
-    wanted = sys.argv[1:] or [""]
-    paths = [path for path in sorted(FOLDER.glob("*.ipynb")) if path.name.startswith(tuple(wanted))]
-    if not paths:
-        raise UserError(
-            f"There is no notebook in {FOLDER} whose name begins with {' or '.join(wanted)}."
-        )
+    if "--help" in sys.argv or "-h" in sys.argv:
+        print(__doc__)
+        return
     begin = time.perf_counter()
+    paths = find_notebooks(sys.argv[1:])
     for path in paths:
         start = time.perf_counter()
         print(f"{path.name} ...", end=" ", flush=True)
         execute(path)
-        print(
-            f"{time.perf_counter() - start:.0f} s, {path.stat().st_size / 1e3:.0f} kB", flush=True
-        )
+        seconds = time.perf_counter() - start
+        print(f"{seconds:.0f} s, {path.stat().st_size / 1e3:.0f} kB", flush=True)
     print(f"{len(paths)} notebooks in {time.perf_counter() - begin:.0f} s.")
 
 
