@@ -1,47 +1,69 @@
-"""The notebooks run, and as files: short cells, three exercises, small pictures, and outputs that belong to the present code."""
+"""The notebooks run; and as files: short cells, three exercises, small pictures, and outputs that
+belong to the present code.
+"""
 
 import ast
 import base64
 import re
 import shutil
-import sys
-from pathlib import Path
 
 import nbformat
 import pytest
+from conftest import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tools"))
+from genima.files import UserError
+from tools.run_notebooks import (
+    execute,
+    find_notebooks,
+    imported_files,
+    notebook_code,
+    stamp,
+    without_comments,
+)
 
-from run_notebooks import execute, imported_files, python_of, stamp, without_comments
-
-NAMES = ["00_genima_in_ten_minutes", "01_joints_to_spheres", "02_controlnet_paints_targets", "03_act_follows_spheres",
-         "04_closed_loop", "05_real_robot"]  # fmt: skip
+NAMES = [
+    "00_genima_in_ten_minutes",
+    "01_joints_to_spheres",
+    "02_controlnet_paints_targets",
+    "03_act_follows_spheres",
+    "04_closed_loop",
+    "05_real_robot",
+]
 
 
 def read(name):
     return nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
 
 
-def outputs(notebook):
-    """Every output that is stored: its mime type and its bytes, pictures decoded."""
-    for cell in notebook.cells:
-        for output in cell.get("outputs", []):
-            for kind, data in output.get("data", {}).items():
-                yield (
-                    kind,
-                    base64.b64decode(data) if kind.startswith("image/") else str(data).encode(),
-                )
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def stored_outputs(notebook):
+    return [output for cell in notebook.cells for output in cell.get("outputs", [])]
+
+
+def stored_data(notebook):
+    """Every piece of output data that is stored: its mime type and its bytes, pictures decoded."""
+    for output in stored_outputs(notebook):
+        for kind, data in output.get("data", {}).items():
+            if kind.startswith("image/"):
+                yield kind, base64.b64decode(data)
+            else:
+                yield kind, str(data).encode()
+
+
+def output_kinds(cell):
+    """The kinds of a cell's outputs: text (in however many pieces), picture, film."""
+    return {(output.output_type, *output.get("data", {})) for output in cell.get("outputs", [])}
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_outputs_belong_to_the_present_code(name):
     """When this fails: make notebooks, look at the pictures, commit."""
     notebook = read(name)
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1)), (
-        "not run once from top to bottom"
-    )
+    counts = [cell.execution_count for cell in code_cells(notebook)]
+    assert counts == list(range(1, len(counts) + 1)), "not run once from top to bottom"
     assert notebook.metadata.get("stamp") == stamp(notebook), (
         "code, or the files in checkpoints/demo, changed: run make notebooks"
     )
@@ -50,34 +72,30 @@ def test_outputs_belong_to_the_present_code(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_reads_well_on_a_page(name):
     notebook = read(name)
-    stored = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    assert not any(
-        output.output_type == "error" or output.get("name") == "stderr" for output in stored
-    )
-    pictures = [data for kind, data in outputs(notebook) if kind.startswith("image/")]
+    for output in stored_outputs(notebook):
+        assert output.output_type != "error"
+        assert output.get("name") != "stderr"
+    pictures = [data for kind, data in stored_data(notebook) if kind.startswith("image/")]
     assert len(pictures) >= 4
     assert max(map(len, pictures)) < 200_000
-    assert all(
-        len(data) < 300_000 for kind, data in outputs(notebook) if kind == "text/html"
-    )  # a film
+    for kind, data in stored_data(notebook):
+        if kind == "text/html":  # a film
+            assert len(data) < 300_000
     assert (ROOT / "notebooks" / f"{name}.ipynb").stat().st_size < 2_000_000
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_holds_no_model_data_or_geometry_of_its_own(name):
     notebook = read(name)
-    tree = ast.parse(python_of(notebook))
-    assert not [
-        node
-        for node in ast.walk(tree)
-        if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
-    ]
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            assert len(cell.source.splitlines()) <= 36, cell.source.splitlines()[0]
-            assert max(map(len, cell.source.splitlines())) <= 150
-    imported = {path.stem for path in imported_files(python_of(notebook))}
-    assert len(imported) >= 2, "calls the scripts' functions"
+    tree = ast.parse(notebook_code(notebook))
+    definitions = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    assert not [node for node in ast.walk(tree) if isinstance(node, definitions)]
+    for cell in code_cells(notebook):
+        lines = cell.source.splitlines()
+        assert len(lines) <= 36, lines[0]
+        assert max(map(len, lines)) <= 150
+    imported = imported_files(notebook_code(notebook))
+    assert len({path.stem for path in imported} - {"__init__"}) >= 2, "calls the scripts' functions"
     names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     assert not names & {"Module", "Linear", "Conv2d", "Dataset", "DataLoader"}
 
@@ -86,59 +104,64 @@ def test_holds_no_model_data_or_geometry_of_its_own(name):
 def test_teaches(name):
     notebook = read(name)
     text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
-    assert (
-        notebook.cells[0].source.startswith(f"# {int(name[:2])} · ")
-        and "You will see" in notebook.cells[0].source
-    )
-    setup = next(cell for cell in notebook.cells if cell.cell_type == "code")
-    assert (
-        "google.colab" in setup.source and "requirements.txt" in setup.source and not setup.outputs
-    )
+    first = notebook.cells[0].source
+    assert first.startswith(f"# {int(name[:2])} · ")
+    assert "You will see" in first
+    setup = code_cells(notebook)[0]
+    assert "google.colab" in setup.source
+    assert "requirements.txt" in setup.source
+    assert not setup.outputs
     exercises = notebook.cells[-1].source.split("## Exercises")[1]
-    assert [line[:3] for line in exercises.splitlines() if line[:1].isdigit()] == [
-        "1. ",
-        "2. ",
-        "3. ",
-    ]
-    assert exercises.count("*Hint: ") == 3 and "Fork the script" in exercises
-    for script in set(re.findall(r"`(\w+)\.py`", text)):  # no file is named that does not exist
-        assert (
-            (ROOT / f"{script}.py").exists()
-            or f"to `{script}.py`" in text
-            or f"`{script}.py` to" in text
-        ), script
+    numbers = [line[:3] for line in exercises.splitlines() if line[:1].isdigit()]
+    assert numbers == ["1. ", "2. ", "3. "]
+    assert exercises.count("*Hint: ") == 3
+    assert "Fork the script" in exercises
+    for script in set(re.findall(r"`([\w/]+\.py)`", text)):  # no file that does not exist
+        to_be_made = f"to `{script}`" in text or f"`{script}` to" in text
+        assert (ROOT / script).exists() or to_be_made, script
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_runs_from_top_to_bottom(name, tmp_path):
     """On a copy; each within two minutes on a quiet machine."""
-    copy = Path(shutil.copy(ROOT / "notebooks" / f"{name}.ipynb", tmp_path))
+    copy = tmp_path / f"{name}.ipynb"
+    shutil.copy(ROOT / "notebooks" / copy.name, copy)
     execute(copy)
-    stored, ran = read(name), nbformat.read(copy, as_version=4)
-    for before, after in zip(
-        stored.cells, ran.cells, strict=True
-    ):  # the same kinds of output: text (in however many pieces), picture, film
-        kinds = [
-            {(output.output_type, *output.get("data", {})) for output in cell.get("outputs", [])}
-            for cell in (before, after)
-        ]
-        assert kinds[0] == kinds[1], before.source.splitlines()[0]
+    ran = nbformat.read(copy, as_version=4)
+    for before, after in zip(read(name).cells, ran.cells, strict=True):
+        assert output_kinds(before) == output_kinds(after), before.source.splitlines()[0]
 
 
 def test_all_are_one_set():
     assert sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb")) == NAMES
-    setups = {
-        next(cell for cell in read(name).cells if cell.cell_type == "code").source for name in NAMES
-    }
-    assert len(setups) == 1
+    assert len({code_cells(read(name))[0].source for name in NAMES}) == 1
 
 
-def test_the_stamp_sees_code_and_not_comments(tmp_path):
+def test_some_are_chosen_by_the_beginning_of_their_names():
+    assert [path.stem for path in find_notebooks([])] == NAMES
+    assert [path.stem for path in find_notebooks(["03", "00"])] == [NAMES[0], NAMES[3]]
+    with pytest.raises(UserError, match="whose name begins with 07 or x"):
+        find_notebooks(["07", "x"])
+
+
+def test_imported_files_are_followed(tmp_path):
+    """A package's __init__.py counts, `from package import module` too, and nothing else."""
+    (tmp_path / "house").mkdir()
+    (tmp_path / "house/__init__.py").write_text("")
+    (tmp_path / "house/room.py").write_text("import stairs\nimport numpy")
+    (tmp_path / "house/attic.py").write_text("")
+    (tmp_path / "stairs.py").write_text("import house.room")
+    expected = [tmp_path / name for name in ("house/__init__.py", "house/room.py", "stairs.py")]
+    assert imported_files("from house import room", tmp_path) == expected
+    assert imported_files("from house.room import chair", tmp_path) == expected
+    assert imported_files("import stairs", tmp_path) == expected
+    assert imported_files("import h5py", tmp_path) == []
+    files = {path.name for path in imported_files("from sims.mujoco_panda import PandaEnv")}
+    assert files >= {"__init__.py", "mujoco_panda.py", "mujoco_tasks.py", "episodes.py"}
+
+
+def test_the_stamp_sees_code_and_not_comments():
     assert without_comments("a = 1  # one\n\n# two\nb = '# three'\n") == "a = 1\nb = '# three'"
-    files = {
-        path.name for path in imported_files("from sims.mujoco_panda import PandaEnv\nimport numpy")
-    }
-    assert files == {"mujoco_panda.py", "mujoco_tasks.py", "episodes.py"}
     notebook = read(NAMES[1])
     before = stamp(notebook)
     notebook.cells[1].source += "\n\n# a comment"
@@ -152,11 +175,8 @@ def test_a_failing_cell_is_one_sentence_and_leaves_the_file(tmp_path):
     path = tmp_path / "broken.ipynb"
     nbformat.write(notebook, path)
     before = path.read_bytes()
-    from genima.files import UserError
-
-    with pytest.raises(
-        UserError, match="broken.ipynb stopped with ZeroDivisionError: division by zero"
-    ):
+    message = "broken.ipynb stopped with ZeroDivisionError: division by zero"
+    with pytest.raises(UserError, match=message):
         execute(path)
     assert path.read_bytes() == before
 
@@ -164,22 +184,14 @@ def test_a_failing_cell_is_one_sentence_and_leaves_the_file(tmp_path):
 def test_the_checkpoint_is_small_whole_and_documented():
     from genima.act import Controller
     from genima.episodes import find_episodes, read_episode
-    from genima.painter import Painter
+    from genima.painter import load_painter
 
     folder = ROOT / "checkpoints/demo"
-    assert (
-        sum(
-            path.stat().st_size
-            for path in folder.rglob("*")
-            if path.is_file() and "robot" not in path.parts
-        )
-        <= 40e6
-    )
-    assert not [*folder.rglob("*.pt"), *folder.rglob("*.pkl"), *folder.rglob("*.bin")]
-    Painter.load(folder / "controlnet"), Controller.load(folder / "act")
-    assert {read_episode(path).task for path in find_episodes(folder / "episodes")} == {
-        "reach_target",
-        "push_button",
-        "pick_and_lift",
-    }
-    assert "python checkpoints/pack.py" in (folder / "README.md").read_text()
+    files = [path for path in folder.rglob("*") if path.is_file() and "robot" not in path.parts]
+    assert sum(path.stat().st_size for path in files) <= 40e6
+    assert not [path for path in files if path.suffix in (".pt", ".pkl", ".bin")]
+    load_painter(folder / "controlnet")
+    Controller.load(folder / "act")
+    tasks = {read_episode(path).task for path in find_episodes(folder / "episodes")}
+    assert tasks == {"reach_target", "push_button", "pick_and_lift"}
+    assert "python tools/pack_checkpoint.py" in (folder / "README.md").read_text()
