@@ -16,6 +16,7 @@ from conftest import ROOT
 README = ROOT / "README.md"
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", ROOT / "checkpoints/demo/README.md", *PAGES]
+FOLDERS = ("genima", "sims", "robot", "variations", "tools")
 NAMES = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
 
 FENCE = re.compile(r"^```\w*\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -25,7 +26,9 @@ SCRIPT = r"((?:[a-z_]+/)*[a-z_]+\.py)((?: +[^\s#]+)*)"
 TEST_COMMAND = re.compile(r"pytest (?:-q )?(tests/\w+\.py)(.*)")
 OPTION = re.compile(r"^(?:│| ) (?:-\w, )?(--[\w-]+)(?:, (--[\w-]+))?", re.MULTILINE)
 # What belongs to a tracker of issues, or to one machine, and not to a reader of this project.
-FOREIGN = re.compile(r"\bsessions?\b|\bissues? #?\d|(?<!\w)#\d|(?<![\w.~])/(?:work|tmp|home|root)/")
+FOREIGN = re.compile(
+    r"\bsessions?\b(?!\.py)|\bissues? #?\d|(?<!\w)#\d|(?<![\w.~])/(?:work|tmp|home|root)/"
+)
 
 
 def read(name):
@@ -178,29 +181,39 @@ def test_every_picture_of_docs_is_shown():
             assert path in shown, path.name
 
 
-def map_entries():
-    """The files and folders on README's map, as paths from the root."""
-    section = README.read_text().split("## The map of the house")[1].split("\n## ")[0]
+def listed(path, heading):
+    """The files and folders in the lists of a section, as paths from the root."""
+    section = path.read_text().split(f"## {heading}")[1].split("\n## ")[0]
     entries = []
     for line in section.splitlines():
-        if line.lstrip().startswith("- "):
-            name, path = re.fullmatch(r" *- \[`([^`]+)`\]\(([^)]+)\): .+", line).groups()
-            assert path.endswith(name), line
-            entries.append(path)
-    return entries
+        if line.startswith("- "):
+            name, target = re.fullmatch(r"- \[`([^`]+)`\]\(([^)]+)\): .+", line).groups()
+            assert target.endswith(name), line
+            entries.append(target.removeprefix("../"))
+    assert len(set(entries)) == len(entries)
+    return set(entries)
 
 
-def test_the_map_is_complete():
-    expected = {"Makefile", "LICENSE", "docs/", "tests/", "checkpoints/", "notebooks/"}
+def test_every_file_of_the_root_is_on_the_map():
+    expected = {"Makefile", "LICENSE"}
+    for folder in (*FOLDERS, "notebooks", "docs", "tests", "checkpoints"):
+        expected.add(f"{folder}/")
     for pattern in ("*.py", "*.md", "*.txt", "*.toml"):
         expected |= {path.name for path in ROOT.glob(pattern) if path != README}
-    for folder in ("genima", "sims", "robot", "tools", "variations"):
-        expected.add(f"{folder}/")
+    on_map = listed(README, "The map of the house")
+    assert expected - on_map == set(), "not on README's map"
+    assert on_map - expected == set(), "on README's map, and not there"
+
+
+def test_every_file_of_the_folders_is_on_the_map():
+    expected = set()
+    for folder in FOLDERS:
         for path in (ROOT / folder).glob("*.py"):
             if path.read_text().strip():  # an empty __init__.py is no place to look for anything
                 expected.add(str(path.relative_to(ROOT)))
-    entries = map_entries()
-    assert sorted(entries) == sorted(expected)
+    on_map = listed(ROOT / "docs/house.md", "The files")
+    assert expected - on_map == set(), "not on the map of docs/house.md"
+    assert on_map - expected == set(), "on the map of docs/house.md, and not there"
 
 
 def test_readme_is_one_page():
