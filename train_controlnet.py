@@ -13,8 +13,8 @@ Out:  <run>/controlnet, in diffusers' layout: controlnet/, and for tiny unet/ te
 Ctrl-C stops it; the same command resumes it, to the same losses.
 
 The paper (section 3.1) fine-tunes SD-Turbo: a text-to-image network that reads a prompt, and a
-ControlNet that reads the current views, tiled 2x2, and steers it (genima/painter.py). There are two
-objectives, each a function of a few lines below:
+ControlNet that reads the current views, tiled 2x2, and steers it (genima/painter.py). Choose one of
+two objectives:
 
   noise (the paper's)  Add noise of a random strength to the target picture and predict it. Painting
       starts from noise and takes N Euler steps (5 in the published quick start, 10 in the paper):
@@ -40,12 +40,22 @@ import tyro
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from genima import painter_training as setup
-from genima.files import UserError, run_stage
-from genima.hub import check_hub, push, write_card
+from genima.diffusion import LatentCache, add_noise, draw_noise
+from genima.files import run_stage
+from genima.hub import push, write_card
 from genima.painter import TIMESTEP, TinyPainter, TurboPainter
 from genima.painter_data import Augmentation, PainterDataset, find_frames, read_batch
-from genima.painter_training import LatentCache, add_noise, draw_noise, split_batch
+from genima.painter_training import (
+    advise_when_out_of_memory,
+    check_settings,
+    choose_precision,
+    describe_training,
+    make_optimizer,
+    prepare_tiny,
+    prepare_turbo,
+    sphere_overlap,
+    split_batch,
+)
 from genima.plots import write_grid, write_losses
 from genima.training import (
     StopSignal,
@@ -57,26 +67,13 @@ from genima.training import (
     save,
     set_learning_rate,
     stop_training,
-    trained_parameters,
     warmup,
 )
 from genima.views import composite, grid_of
 
 SPHERE_WEIGHT = 20  # a pixel of a sphere counts as much as 20 others; ours, for spheres are small
+HUE = {"tiny": 0.0, "sd-turbo": 0.05}  # published code: 0.05; tiny learns colours from scratch
 COLUMNS = ("step", "loss", "first_frame_iou")  # of losses.csv
-POSITIVE = "steps batch_size micro_batch_size checkpoint_every num_inference_steps resolution"
-IDENTITY = (
-    "size",
-    "objective",
-    "resolution",
-    "steps",
-    "batch_size",
-    "learning_rate",
-    "optimizer",
-    "precision",
-    "crop",
-    "seed",
-)
 PUSHED_FILES = ("painter.json", "README.md", "validation.png", "losses.csv", "losses.png")
 
 
@@ -176,44 +173,17 @@ def painting_loss(logits, layer, observation):
 
 
 # ------------------------------------------------------------------------------------------ set-up
-def check_settings(settings, num_processes, cameras, image_size):
-    """Fill in the defaults that depend on others. Raises UserError for what cannot be trained."""
-    if settings.batch_size < num_processes:
-        raise UserError(
-            f"There are more processes ({num_processes}) than samples a step "
-            f"({settings.batch_size}): raise --batch-size."
-        )
-    share = settings.batch_size // num_processes
-    rows, columns = grid_of(len(cameras))
+def fill_in_defaults(settings, num_processes, data):
+    """Set what is None: values that depend on the size, and on the recorded views."""
     defaults = {"steps": 10_000, "learning_rate": 1e-5, "resolution": 512, "micro_batch_size": 1}
-    unit = 8  # pixels of one latent
     if settings.size == "tiny":
-        defaults = {"steps": 4800, "learning_rate": 8e-4, "resolution": rows * image_size}
-        defaults["micro_batch_size"] = share
-        unit = 16  # pixels of one latent, halved twice in the UNet
+        rows, _ = grid_of(len(data.cameras))
+        share = settings.batch_size // num_processes
+        defaults = {"steps": 4800, "learning_rate": 8e-4}
+        defaults |= {"resolution": rows * data.image_size, "micro_batch_size": share}
     for name, value in defaults.items():
         if getattr(settings, name) is None:
             setattr(settings, name, value)
-
-    for name in POSITIVE.split():
-        if getattr(settings, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be 1 or more.")
-    if settings.keep < 0 or settings.crop < 0:
-        raise UserError("--keep and --crop must be 0 or more.")
-    height = settings.resolution
-    width = height * columns // rows
-    if height % unit or width % unit:
-        raise UserError(
-            f"The tiled views have {height}x{width} pixels, which is no multiple of {unit}: "
-            "give another --resolution."
-        )
-    if settings.batch_size % num_processes or share % settings.micro_batch_size:
-        raise UserError(
-            f"--batch-size {settings.batch_size} is no multiple of {num_processes} processes times "
-            f"--micro-batch-size {settings.micro_batch_size}: change one."
-        )
-    if settings.push_to_hub:
-        check_hub(settings.push_to_hub)
 
 
 def build_painter(settings, data, device):
@@ -233,21 +203,18 @@ def build_painter(settings, data, device):
     bf16 = settings.precision == "bf16"
     if settings.size == "tiny":
         painter = TinyPainter.from_scratch(data.instructions(), config)
-        return setup.prepare_tiny(painter, device, bf16)
+        return prepare_tiny(painter, device, bf16)
     painter = TurboPainter.from_base(settings.base, config)
-    return setup.prepare_turbo(painter, device, bf16, data.instructions())
+    return prepare_turbo(painter, device, bf16, data.instructions())
 
 
 def make_batches(settings, data, accelerator, start):
     """The batches of all steps to come; with several processes, this one's share of each."""
-    hue = Augmentation.hue
-    if settings.size == "tiny":
-        hue = 0.0  # the instruction names colours, and tiny has seen no others
     dataset = PainterDataset(
         data.training,
         data.cameras,
         settings.resolution,
-        Augmentation(crop=settings.crop, hue=hue),
+        Augmentation(crop=settings.crop, hue=HUE[settings.size]),
         settings.batch_size,
         settings.seed,
         accelerator.process_index,
@@ -271,12 +238,10 @@ def validate(painter, data, settings, folder):
     """The overlap (IoU) of painted and true spheres, and <folder>/validation.png.
 
     Only the *first* frames of unseen scenes count: there nothing but the prompt and the picture
-    tells the target. A sphere is where a picture differs from the observation by a fifth.
+    tells the target.
     """
     painter.eval()
-    frames = data.held_out
-    if not frames:
-        frames = data.training
+    frames = data.held_out if data.held_out else data.training
     firsts = [frame for frame in frames if frame.t == 0]
     count = 48 if settings.size == "tiny" else 8
     rng = np.random.default_rng(0)
@@ -295,52 +260,58 @@ def validate(painter, data, settings, folder):
     }
     captions = [prompt.split("'")[1] for prompt in batch["prompts"][:6]]
     write_grid(folder / "validation.png", pictures, captions)
-    painted_spheres = (pictures["painted"] - observation).abs().amax(1) > 0.2  # (B, H, W)
-    true_spheres = (pictures["truth"] - observation).abs().amax(1) > 0.2
-    intersection = (painted_spheres & true_spheres).sum()
-    union = (painted_spheres | true_spheres).sum()
-    return (intersection / union.clamp(min=1)).item()
+    return sphere_overlap(pictures["painted"], pictures["truth"], observation)
 
 
 # ---------------------------------------------------------------------------------------- training
-def main():
-    settings = tyro.cli(Settings, description=__doc__)
-    settings.precision = setup.choose_precision(settings.size, settings.precision)
-    accelerator = Accelerator(mixed_precision="bf16" if settings.precision == "bf16" else "no")
-    is_main_process = accelerator.is_main_process  # the one that writes and prints
-    folder = settings.run / "controlnet"
-
-    data = find_frames(settings.run)
-    check_settings(settings, accelerator.num_processes, data.cameras, data.image_size)
-    parts = settings.batch_size // accelerator.num_processes // settings.micro_batch_size
-    accelerator.gradient_accumulation_steps = parts
-    painter = build_painter(settings, data, accelerator.device)
-    optimizer = setup.make_optimizer(settings.optimizer, painter, settings.learning_rate)
-
-    identity = {name: getattr(settings, name) for name in IDENTITY}
+def identity_of(settings, data):
+    """Settings and facts about the data that must be the same when a training is resumed."""
+    names = "size objective resolution steps batch_size learning_rate optimizer precision crop seed"
+    identity = {name: getattr(settings, name) for name in names.split()}
     identity |= {"image_size": data.image_size, "horizon": data.horizon}
     identity |= {"cameras": data.cameras, "frames": len(data.training)}
-    start, log = resume(folder, painter, optimizer, identity)  # log: rows as in losses.csv
-    model, optimizer = accelerator.prepare(painter, optimizer)
-    loader = make_batches(settings, data, accelerator, start)
+    return identity
+
+
+def save_painter(folder, painter, settings, data, log):
+    """Everything in <folder> but training.pt."""
+    painter.save(folder)
+    overlap = "overlap of painted and true spheres"
+    write_losses(folder, COLUMNS, log, ["loss"], ["first_frame_iou"], overlap)
+    write_card(folder, settings, log, len(data.training), data.horizon)
+
+
+def main():
+    settings = tyro.cli(Settings, description=__doc__)
+    settings.precision = choose_precision(settings.size, settings.precision)
+    accelerator = Accelerator(mixed_precision="bf16" if settings.precision == "bf16" else "no")
+    is_main_process = accelerator.is_main_process  # the one that writes and prints
+    data = find_frames(settings.run)
+    fill_in_defaults(settings, accelerator.num_processes, data)
+    check_settings(settings, accelerator.num_processes, data.cameras)
+    parts = settings.batch_size // accelerator.num_processes // settings.micro_batch_size
+    accelerator.gradient_accumulation_steps = parts
+
+    painter = build_painter(settings, data, accelerator.device)
     objective = OBJECTIVES[settings.size, settings.objective]
     latent_cache = LatentCache(painter)
-    stopping = StopSignal()
+    optimizer = make_optimizer(settings.optimizer, painter, settings.learning_rate)
+    folder = settings.run / "controlnet"
+    identity = identity_of(settings, data)
+    start, log = resume(folder, painter, optimizer, identity)  # log: rows of losses.csv
+    model, optimizer = accelerator.prepare(painter, optimizer)
+    loader = make_batches(settings, data, accelerator, start)
     quiet = not is_main_process or start == settings.steps
     if not quiet:
-        trained = sum(parameter.numel() for parameter in trained_parameters(painter).values())
-        print(
-            f"{len(data.training)} frames to train on, {len(data.held_out)} held out, "
-            f"{trained / 1e6:.1f} M parameters to train, on {accelerator.num_processes} processes "
-            f"({accelerator.device.type})."
-        )
+        print(describe_training(painter, accelerator, len(data.training), len(data.held_out)))
 
-    bar = tqdm(loader, "painter", settings.steps, disable=quiet, unit="step", initial=start)
+    stopping = StopSignal()
+    bar = tqdm(loader, "painter", settings.steps, unit="step", initial=start, disable=quiet)
     for step, batch in enumerate(bar, start + 1):
         set_learning_rate(optimizer, learning_rate_at(step, settings))
         loss = 0.0
         for part in split_batch(batch, settings.micro_batch_size, accelerator.device):
-            with accelerator.accumulate(model):
+            with accelerator.accumulate(model):  # divides by the number of parts
                 part_loss = objective(painter, model, part, latent_cache)
                 accelerator.backward(part_loss)
             loss += part_loss.detach() / parts
@@ -356,9 +327,7 @@ def main():
         if is_main_process and due:
             log[-1][2] = validate(painter, data, settings, folder)
         if is_main_process and (due or stop):
-            painter.save(folder)
-            write_losses(folder, COLUMNS, log, COLUMNS[1:2], COLUMNS[2:], "overlap of spheres")
-            write_card(folder, settings, log, len(data.training), data.horizon)
+            save_painter(folder, painter, settings, data, log)
             if due:
                 keep_last(folder, [*painter.saved_parts, "painter.json"], step, settings.keep)
             save(folder, painter, optimizer, identity, step, log)
@@ -376,4 +345,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_stage(setup.advise_when_out_of_memory(main))
+    run_stage(advise_when_out_of_memory(main))

@@ -37,14 +37,14 @@ from diffusers import (
 )
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from genima.diffusion import TIMESTEP, initial_latents
 from genima.files import UserError
 from genima.hub import fetch_folder, load_part, load_parts, save_parts
 from genima.tiny import PATCH, build_tiny
 from genima.tokenizer import tokenize
-from genima.views import composite, resize, tile_views, untile_views, view_size
+from genima.views import composite, resize, stack_views, tile_views, untile_views
 
 PROMPT = "tiled perspectives of a robot arm executing '{}'"  # paper, appendix
-TIMESTEP = 999  # SD-Turbo's first timestep, and its only one when it paints in one step
 VAE_PATCH = 8  # pixels a side of one latent of SD-Turbo's autoencoder
 
 
@@ -54,16 +54,7 @@ class Painter(torch.nn.Module):
     def paint(self, images: dict[str, np.ndarray], instructions: list[str]) -> dict:
         """Views {camera: (B, h, w, 3) uint8} and B instructions -> the painted views, likewise."""
         cameras = self.config["cameras"]
-        missing = set(cameras) - set(images)
-        if missing:
-            raise UserError(f"The painter needs views of {sorted(missing)}: add these cameras.")
-        size = view_size({camera: images[camera].shape[1:3] for camera in cameras}, "The views")
-        if size != self.config["image_size"]:
-            raise UserError(
-                f"The painter was trained on views of {self.config['image_size']} pixels, these "
-                f"have {size}: render the observations in that size."
-            )
-        views = np.stack([images[camera] for camera in cameras], axis=1)  # (B, V, h, w, 3)
+        views = stack_views(images, cameras, self.config["image_size"])  # (B, V, h, w, 3)
         views = torch.from_numpy(views).to(self.unet.device).float() / 255
         tiled = tile_views(views.permute(0, 1, 4, 2, 3))  # (B, 3, rows h, columns w)
         condition = resize(tiled, self.config["resolution"])  # (B, 3, H, W)
@@ -77,13 +68,6 @@ class Painter(torch.nn.Module):
         """Write saved_parts, each to a folder of its name, and painter.json."""
         parts = {name: getattr(self, name) for name in self.saved_parts}
         save_parts(folder, parts, self.config)
-
-
-def initial_latents(scheduler, shape: tuple, seed: int, device) -> torch.Tensor:
-    """Noise (B, C, h, w) that painting starts from; the same for every picture and device."""
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn((1, *shape[1:]), generator=generator)  # on the CPU
-    return noise.to(device).expand(shape) * scheduler.init_noise_sigma
 
 
 class TurboPainter(Painter):

@@ -1,16 +1,51 @@
-"""What stage 2 needs to train and is not its lesson: precision, memory, noise, target latents."""
+"""What stage 2 needs to train and is not its lesson: checks, precision, memory, optimisers."""
 
 import torch
 from diffusers.models.attention_processor import AttnProcessor
 from transformers.optimization import Adafactor
 
 from genima.files import UserError
-from genima.painter import PROMPT, TIMESTEP, TinyPainter, TurboPainter
+from genima.hub import check_hub
+from genima.painter import PROMPT, TinyPainter, TurboPainter
 from genima.training import trained_parameters
-from genima.views import composite
+from genima.views import grid_of
 
 
-# --------------------------------------------------------------------------- precision and memory
+def check_settings(settings, num_processes: int, cameras: list[str]):
+    """Raise a UserError for settings of train_controlnet.py that cannot be trained with."""
+    samples = settings.batch_size
+    if samples < num_processes:
+        raise UserError(
+            f"There are more processes ({num_processes}) than samples a step ({samples}): "
+            "raise --batch-size."
+        )
+    at_least_one = "batch_size micro_batch_size steps checkpoint_every num_inference_steps"
+    for name in at_least_one.split():
+        if getattr(settings, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be 1 or more.")
+    if settings.keep < 0 or settings.crop < 0:
+        raise UserError("--keep and --crop must be 0 or more.")
+    unit = 8  # pixels of one latent
+    if settings.size == "tiny":
+        unit = 16  # of one latent, 4, which the UNet halves twice
+    rows, columns = grid_of(len(cameras))
+    height = settings.resolution
+    width = height * columns // rows
+    if height < unit or height % unit or width % unit:
+        raise UserError(
+            f"The tiled views have {height}x{width} pixels, which is no multiple of {unit}: "
+            "give another --resolution."
+        )
+    if samples % (num_processes * settings.micro_batch_size):
+        raise UserError(
+            f"--batch-size {samples} is no multiple of {num_processes} processes times "
+            f"--micro-batch-size {settings.micro_batch_size}: change one."
+        )
+    if settings.push_to_hub:
+        check_hub(settings.push_to_hub)
+
+
+# ------------------------------------------------------------------------- precision and memory
 def choose_precision(size: str, precision: str) -> str:
     """fp32 or bf16, where "auto" means bf16 if it is faster here.
 
@@ -74,6 +109,15 @@ def make_optimizer(name: str, painter: torch.nn.Module, learning_rate: float):
     )
 
 
+def describe_training(painter, accelerator, training: int, held_out: int) -> str:
+    """One sentence about what is going to be trained, on how many frames, and where."""
+    trained = sum(parameter.numel() for parameter in trained_parameters(painter).values())
+    return (
+        f"{training} frames to train on, {held_out} held out, {trained / 1e6:.1f} M parameters to "
+        f"train, on {accelerator.num_processes} processes ({accelerator.device.type})."
+    )
+
+
 def split_batch(batch: dict, size: int, device: torch.device):
     """Yield the batch in parts of `size` samples, on the device."""
     for i in range(0, len(batch["prompts"]), size):
@@ -102,44 +146,13 @@ def advise_when_out_of_memory(main):
     return main_with_advice
 
 
-# ------------------------------------------------------------------------------- noise and targets
-def draw_noise(seeds: list[int], like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Noise in the shape of `like` (B, C, h, w), and timesteps (B,).
+# ----------------------------------------------------------------------------------- validation
+def sphere_overlap(painted: torch.Tensor, truth: torch.Tensor, observation: torch.Tensor) -> float:
+    """Intersection over union of painted and true spheres in pictures (B, 3, H, W), 0..1.
 
-    Each sample's depends on its seed alone, on every device and in every process.
+    A sphere is where a picture differs from the observation by a fifth.
     """
-    noise = []
-    timesteps = []
-    for seed in seeds:
-        generator = torch.Generator().manual_seed(seed)
-        noise.append(torch.randn(like.shape[1:], generator=generator))
-        timesteps.append(torch.randint(TIMESTEP + 1, (1,), generator=generator))
-    return torch.stack(noise).to(like.device), torch.cat(timesteps).to(like.device)
-
-
-def add_noise(scheduler, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor):
-    """sqrt(a) latents + sqrt(1 - a) noise, with a = alphas_cumprod at each sample's timestep."""
-    a = scheduler.alphas_cumprod.to(latents.device)[timesteps][:, None, None, None]
-    return a.sqrt() * latents + (1 - a).sqrt() * noise
-
-
-class LatentCache:
-    """Encodes the target pictures for one painter; a picture that has a key, only once."""
-
-    def __init__(self, painter: TinyPainter | TurboPainter):
-        self.painter = painter
-        self.latents = {}  # key: (C, h, w), on the CPU
-
-    def encode(self, batch: dict) -> torch.Tensor:
-        """The latents (B, C, h, w), float32, of a batch's target pictures."""
-        pictures = composite(batch["layer"], batch["observation"])
-        keys = batch["keys"]
-        if None in keys:  # a random crop has changed them
-            return self.painter.encode_images(pictures).float()
-        new = [i for i, key in enumerate(keys) if key not in self.latents]
-        if new:
-            latents = self.painter.encode_images(pictures[new]).cpu()
-            for i, latent in zip(new, latents):
-                self.latents[keys[i]] = latent
-        found = [self.latents[key] for key in keys]
-        return torch.stack(found).to(pictures.device).float()
+    ours = (painted - observation).abs().amax(1) > 0.2  # (B, H, W)
+    theirs = (truth - observation).abs().amax(1) > 0.2
+    union = (ours | theirs).sum().clamp(min=1)
+    return ((ours & theirs).sum() / union).item()

@@ -5,6 +5,7 @@ Pictures are float tensors, 0..1, channels first.
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -67,3 +68,20 @@ def view_size(sizes: dict[str, tuple], where: str) -> int:
         listed = ", ".join(f"{camera} {h}x{w}" for camera, (h, w) in sizes.items())
         raise UserError(f"{where} must be square and of one size, not {listed}: record them so.")
     return height
+
+
+def stack_views(images: dict, cameras: list[str], size: int) -> np.ndarray:
+    """{camera: (B, h, w, 3)} -> (B, V, h, w, 3), in the order of `cameras`.
+
+    Raises UserError where a camera is missing, or its views are not of the height and width `size`.
+    """
+    missing = [camera for camera in cameras if camera not in images]
+    if missing:
+        raise UserError(f"The painter needs views of {', '.join(missing)}: add these cameras.")
+    found = view_size({camera: images[camera].shape[1:3] for camera in cameras}, "The views")
+    if found != size:
+        raise UserError(
+            f"The painter was trained on views of {size} pixels, these have {found}: "
+            "render the observations in that size."
+        )
+    return np.stack([images[camera] for camera in cameras], axis=1)

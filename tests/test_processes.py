@@ -61,9 +61,9 @@ def test_two_processes_are_one(recorded, tmp_path, script, more):  # noqa: F811
             "sd-turbo",
             "--base",
             base,
-            "--picture",
+            "--resolution",
             32,
-            "--at-once",
+            "--micro-batch-size",
             1,
             "--learning-rate",
             1e-3,
@@ -77,7 +77,7 @@ def test_two_processes_are_one(recorded, tmp_path, script, more):  # noqa: F811
             *PLAIN.get(script, []),
             "--steps",
             5,
-            "--batch",
+            "--batch-size",
             4,
             "--checkpoint-every",
             5,
@@ -96,7 +96,7 @@ def test_two_processes_are_one(recorded, tmp_path, script, more):  # noqa: F811
 @pytest.mark.slow
 @pytest.mark.parametrize("script", WEIGHTS)
 def test_killed_twenty_times(recorded, tmp_path, script):  # noqa: F811
-    options = ["--steps", 240, "--batch", 2, "--checkpoint-every", 3]
+    options = ["--steps", 240, "--batch-size", 2, "--checkpoint-every", 3]
     whole, broken = (copy_of(recorded, tmp_path / name) for name in ("whole", "broken"))
     assert start(1, whole, script, *options).wait(600) == 0
     random, kills = np.random.default_rng(0), 0
