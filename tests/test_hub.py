@@ -11,7 +11,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from conftest import ROOT
-from test_train_controlnet import recorded  # noqa: F401  (a fixture)
 from turbo import make_turbo
 
 REVISION = "1" * 40
@@ -111,17 +110,20 @@ def hub(tmp_path):
 
 
 LOAD = """
-import sys, numpy as np
+import sys
+import numpy as np
 from genima.episodes import CAMERAS
 from genima.painter import load_painter
-views = {camera: np.random.default_rng(0).integers(0, 255, (1, 16, 16, 3), np.uint8) for camera in CAMERAS}
-here, there = (load_painter(name).paint(views, ["push the blue button"]) for name in (sys.argv[1], "me/painter"))
+random = np.random.default_rng(0)
+views = {camera: random.integers(0, 255, (1, 16, 16, 3), np.uint8) for camera in CAMERAS}
+here = load_painter(sys.argv[1]).paint(views, ["push the blue button"])
+there = load_painter("me/painter").paint(views, ["push the blue button"])
 assert all(np.array_equal(here[camera], there[camera]) for camera in CAMERAS)
 load_painter("me/nothing")
 """
 
 
-def test_what_is_pushed_can_be_loaded_by_name(recorded, tmp_path, hub):  # noqa: F811
+def test_what_is_pushed_can_be_loaded_by_name(recorded, tmp_path, hub):
     base, run = make_turbo(tmp_path / "base"), tmp_path / "run"
     run.mkdir()
     for name in ("episodes", "spheres"):

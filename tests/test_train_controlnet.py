@@ -10,7 +10,6 @@ import shutil
 import signal
 import sys
 import time
-from dataclasses import replace
 
 import h5py
 import numpy as np
@@ -482,21 +481,19 @@ def trained(recorded):
     process.kill()
 
 
-def test_a_stopped_training_goes_on_to_the_same_losses(trained):
+def test_a_stopped_training_resumes_to_the_same_losses(trained):
     run, broken, process = trained
     log = broken / "controlnet/losses.csv"
 
     stopped = start(broken)
-    wait_until(
-        lambda: re.search(r"\| [1-9]\d*/", printed(broken)), stopped
-    )  # the progress bar counts
+    begun = re.compile(r"\| [1-9]\d*/")  # the progress bar counts
+    wait_until(lambda: begun.search(printed(broken)), stopped)
     os.kill(stopped.pid, signal.SIGINT)  # Ctrl-C
     assert end(stopped) == 130
-    step = int(
-        re.search(
-            r"Stopped after step (\d+): run the same command again to resume\.", printed(broken)
-        )[1]
+    said = re.search(
+        r"Stopped after step (\d+): run the same command again to resume\.", printed(broken)
     )
+    step = int(said[1])
     assert 0 < step < STEPS and len(log.read_text().splitlines()) == 1 + step
 
     before = log.stat().st_mtime_ns
@@ -512,22 +509,15 @@ def test_a_stopped_training_goes_on_to_the_same_losses(trained):
     rows = list(csv.DictReader(log.open()))
     assert [int(row["step"]) for row in rows] == list(range(1, STEPS + 1))
     assert [int(row["step"]) for row in rows if row["first_frame_iou"]] == [8, 16, 24]
-    same = [
-        load_painter(folder / "controlnet")(picture(), INSTRUCTIONS[:1]) for folder in (run, broken)
-    ]
-    assert torch.equal(*same)
-    assert (
-        "painter" in printed(run)
-        and f"{STEPS}/{STEPS}" in printed(run)
-        and "IoU" in printed(run, "out")
-    )
+    one, two = (load_painter(folder / "controlnet") for folder in (run, broken))
+    assert torch.equal(one(picture(), INSTRUCTIONS[:1]), two(picture(), INSTRUCTIONS[:1]))
+    assert "painter" in printed(run) and f"{STEPS}/{STEPS}" in printed(run)
+    assert "IoU" in printed(run, "out")
 
     untouched = contents(run / "controlnet")
-    assert (
-        end(start(run)) == 0
-        and "trained already" in printed(run, "out")
-        and contents(run / "controlnet") == untouched
-    )
+    assert end(start(run)) == 0
+    assert "trained already" in printed(run, "out")
+    assert contents(run / "controlnet") == untouched
 
 
 def paint_larger_pictures():
@@ -554,23 +544,46 @@ def half_a_checkpoint(run):
     halve(run / "controlnet/training.pt")
 
 
-BAD = {
-    "no episodes": (lambda run: shutil.rmtree(run / "episodes"), [], "There is no HDF5 file in"),
-    "no spheres": (
-        lambda run: first(run, "spheres").unlink(),
-        [],
-        "is missing: draw the spheres first",
-    ),
+def remove_episodes(run):
+    shutil.rmtree(run / "episodes")
+
+
+def remove_spheres(run):
+    first(run, "spheres").unlink()
+
+
+def halve_episode(run):
+    halve(first(run, "episodes"))
+
+
+def halve_spheres(run):
+    halve(first(run, "spheres"))
+
+
+def remove_training_scenes(run):
+    for path in run.glob("*/*/1000001*"):
+        path.unlink()
+
+
+def add_a_camera(run):
+    with h5py.File(first(run, "episodes"), "r+") as root:
+        root["observations/images/top"] = root["observations/images/front"][()]
+
+
+def change_nothing(run):
+    pass
+
+
+BAD = {  # what is damaged, further arguments, what is said
+    "no episodes": (remove_episodes, [], "There is no HDF5 file in"),
+    "no spheres": (remove_spheres, [], "is missing: draw the spheres first"),
     "two horizons": (change_horizon, [], "different horizons"),
-    "half an episode": (lambda run: halve(first(run, "episodes")), [], "cannot be read"),
-    "half a file of spheres": (lambda run: halve(first(run, "spheres")), [], "cannot be read"),
-    "nothing but held-out scenes": (
-        lambda run: [path.unlink() for path in run.glob("*/*/1000001*")],
-        [],
-        "no scene to train on",
-    ),
+    "half an episode": (halve_episode, [], "cannot be read"),
+    "half a file of spheres": (halve_spheres, [], "cannot be read"),
+    "nothing but held-out scenes": (remove_training_scenes, [], "no scene to train on"),
+    "other cameras": (add_a_camera, [], "put them into different runs"),
     "half a checkpoint": (half_a_checkpoint, [], "training.pt cannot be read"),
-    "no step": (lambda run: None, ["--steps", "0"], "must be 1 or more"),
+    "no step": (change_nothing, ["--steps", "0"], "--steps must be 1 or more"),
 }
 
 
@@ -600,7 +613,10 @@ def test_pictures_of_another_size_are_one_sentence(trained):
     assert end(process) == 0
     before = contents(run)
     assert end(start(run, main=paint_larger_pictures)) == 2
-    sentence = f"The painter was trained on views of {SIZE} pixels, these have {2 * SIZE}: render the observations in that size."
+    sentence = (
+        f"The painter was trained on views of {SIZE} pixels, these have {2 * SIZE}: "
+        "render the observations in that size."
+    )
     assert printed(run).splitlines()[-1] == sentence and "Traceback" not in printed(run)
     assert contents(run) == before
 
@@ -614,9 +630,8 @@ def test_a_checkpoint_is_refused_with_other_settings(trained):
         "was trained with batch_size 2, not 3" in printed(run)
         and len(printed(run).splitlines()) == 1
     )
-    this = torch.load(run / "controlnet/training.pt", weights_only=True)["identity"][
-        "precision"
-    ]  # bf16 where the CPU has it
+    checkpoint = torch.load(run / "controlnet/training.pt", weights_only=True)
+    this = checkpoint["identity"]["precision"]  # bf16 where the CPU has it
     other = {"bf16": "fp32", "fp32": "bf16"}[this]
     assert end(start(run, "--precision", other)) == 2
     assert f"was trained with precision {this}, not {other}" in printed(run)

@@ -1,4 +1,4 @@
-"""A folder in SD-Turbo's exact layout, with random weights: of its true size (METHOD's configuration), or small."""
+"""A folder in SD-Turbo's exact layout, with random weights: of its true size, or small."""
 
 import torch
 from diffusers import (
