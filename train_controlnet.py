@@ -13,20 +13,21 @@ Out:  <run>/controlnet, in diffusers' layout: controlnet/, and for tiny unet/ te
 Ctrl-C stops it; the same command resumes it, to the same losses.
 
 The paper (section 3.1) fine-tunes SD-Turbo: a text-to-image network that reads a prompt, and a
-ControlNet that reads the current views, tiled 2x2, and steers it (genima/painter.py). Choose one of
-two objectives:
+ControlNet that reads the current views, tiled 2x2, and steers it (genima/painter.py). It paints the
+layers in <run>/spheres: to predict something else, put other layers there. Two objectives:
 
-  noise (the paper's)  Add noise of a random strength to the target picture and predict it. Painting
-      starts from noise and takes N Euler steps (5 in the published quick start, 10 in the paper):
-      N times as slow, and each step sees what the one before has painted.
-  one-step  Go from pure noise to the picture in one pass, as SD-Turbo itself was trained to, and
+  noise_loss (the paper's): add noise of a random strength to the target picture and predict it.
+      Painting starts from noise and takes N Euler steps (5 in the published quick start, 10 in the
+      paper): N times as slow, and each step sees what the one before has painted.
+  one_step_loss: from pure noise to the picture in one pass, as SD-Turbo itself was trained, and
       compare with the target (pix2pix-turbo, arXiv 2403.12036). Painting takes one pass, so 10 Hz
-      holds, and the loss can say which pixels matter. tiny starts from the observation in place of
-      noise (as pix2pix-turbo does), for the noise tells it nothing.
+      holds, and the loss can say which pixels matter.
 
-tiny predicts an RGBA layer over the observation, so it need not learn to copy. With the layer the
-picture is known, and with the picture its noise. (Predicted as noise, an error is 15 times as large
-in the picture at t = 999, and tiny's paintings were noise after 1,500 steps.)
+tiny_noise_loss and tiny_one_step_loss are the same for tiny, which predicts an RGBA layer over the
+observation: it need not learn to copy. With the layer the picture is known, and with the picture
+its noise. (Predicted as noise, an error is 15 times as large in the picture at t = 999; tiny's
+paintings were noise after 1,500 steps.) For one step, tiny starts from the observation, as
+pix2pix-turbo does, in place of noise, in which there is nothing to read.
 """
 
 from dataclasses import dataclass
@@ -71,8 +72,8 @@ from genima.training import (
 )
 from genima.views import composite, grid_of
 
-SPHERE_WEIGHT = 20  # a pixel of a sphere counts as much as 20 others; ours, for spheres are small
-HUE = {"tiny": 0.0, "sd-turbo": 0.05}  # published code: 0.05; tiny learns colours from scratch
+SPHERE_WEIGHT = 20  # a pixel of a sphere counts as much as 20 others; ours: spheres are small
+HUE = {"tiny": 0.0, "sd-turbo": 0.05}  # published code: 0.05; but instructions name colours
 COLUMNS = ("step", "loss", "first_frame_iou")  # of losses.csv
 PUSHED_FILES = ("painter.json", "README.md", "validation.png", "losses.csv", "losses.png")
 
@@ -90,7 +91,7 @@ class Settings:
     resolution: int | None = None
     """Height of the tiled views, pixels; by default as recorded for tiny, 512 for sd-turbo."""
     steps: int | None = None
-    """Gradient steps; by default 4,800 for tiny, 10,000 for sd-turbo (documents: 10 to 50,000)."""
+    """Gradient steps; default 4,800 for tiny, 10,000 for sd-turbo (documents: up to 50,000)."""
     batch_size: int = 8
     """Samples a step, in all processes together (documents: 8 to 16)."""
     micro_batch_size: int | None = None

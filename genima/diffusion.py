@@ -1,27 +1,25 @@
-"""Noise for diffusion: in training, from a clean picture to a noisy one; to paint, where it starts.
+"""Noise and target latents: what a painter is trained on, and where its painting starts.
 
-The noise depends on seeds alone. It is drawn on the CPU, so it is the same on every device.
+Noise depends on seeds alone and is drawn on the CPU: every device and process gets the same.
 """
 
 import torch
+from torch import Tensor
 
 from genima.views import composite
 
 TIMESTEP = 999  # SD-Turbo's first timestep, and its only one when it paints in one step
 
 
-def initial_latents(scheduler, shape: tuple, seed: int, device) -> torch.Tensor:
+def initial_latents(scheduler, shape: tuple, seed: int, device) -> Tensor:
     """Noise (B, C, h, w) that painting starts from; the same for every picture and device."""
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn((1, *shape[1:]), generator=generator)  # on the CPU
+    noise = torch.randn((1, *shape[1:]), generator=generator)
     return noise.to(device).expand(shape) * scheduler.init_noise_sigma
 
 
-def draw_noise(seeds: list[int], like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Noise in the shape of `like` (B, C, h, w), and timesteps (B,).
-
-    Each sample's depends on its seed alone, on every device and in every process.
-    """
+def draw_noise(seeds: list[int], like: Tensor) -> tuple[Tensor, Tensor]:
+    """Noise in the shape of `like` (B, C, h, w), and timesteps (B,), for each sample by its seed."""
     noise = []
     timesteps = []
     for seed in seeds:
@@ -31,9 +29,10 @@ def draw_noise(seeds: list[int], like: torch.Tensor) -> tuple[torch.Tensor, torc
     return torch.stack(noise).to(like.device), torch.cat(timesteps).to(like.device)
 
 
-def add_noise(scheduler, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor):
-    """sqrt(a) latents + sqrt(1 - a) noise, with a = alphas_cumprod at each sample's timestep."""
-    a = scheduler.alphas_cumprod.to(latents.device)[timesteps][:, None, None, None]
+def add_noise(scheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """sqrt(a) latents + sqrt(1 - a) noise, where a is alphas_cumprod at the timesteps."""
+    a = scheduler.alphas_cumprod.to(latents.device)[timesteps]
+    a = a[:, None, None, None]  # (B, 1, 1, 1)
     return a.sqrt() * latents + (1 - a).sqrt() * noise
 
 
@@ -44,7 +43,7 @@ class LatentCache:
         self.painter = painter
         self.latents = {}  # key: (C, h, w), on the CPU
 
-    def encode(self, batch: dict) -> torch.Tensor:
+    def encode(self, batch: dict) -> Tensor:
         """The latents (B, C, h, w), float32, of a batch's target pictures."""
         pictures = composite(batch["layer"], batch["observation"])
         keys = batch["keys"]

@@ -158,6 +158,9 @@ def write_card(folder: Path, settings, log: list, frames: int, horizon: int):
     log: rows of step, loss, overlap or "" where it was not measured.
     """
     licence = LICENCES[settings.size]
+    name = settings.push_to_hub
+    if name is None:
+        name = folder
     overlap = "not measured yet"
     for row in log:
         if row[2] != "":
@@ -171,7 +174,7 @@ def write_card(folder: Path, settings, log: list, frames: int, horizon: int):
         header=licence["header"],
         size=settings.size,
         objective=settings.objective,
-        name=settings.push_to_hub or folder,
+        name=name,
         frames=frames,
         horizon=horizon,
         command=" ".join(["python", Path(script).name, *arguments]),

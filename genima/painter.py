@@ -1,10 +1,10 @@
 """Stage 2's networks: a diffusion model, steered by a ControlNet (paper, section 3.1).
 
-    prompt --> text encoder --> encoder_hidden_states (B, L, E) --+----------------+
-                                                                  v                v
-    tiled views (B, 3, H, W) --> controlnet_cond ----------> ControlNet --+--> + UNet --> prediction
-                                                                  ^    residuals   ^
-    latents (B, C, h, w), timestep -------------------------------+----------------+
+    prompt --> text encoder --> encoder_hidden_states --+----------------------+
+                                (B, L, E)               v                      v
+    tiled views (B, 3, H, W) --> controlnet_cond --> ControlNet --residuals--> UNet --> prediction
+                                                        ^                      ^
+    latents (B, C, h, w), timestep ---------------------+----------------------+
 
 The ControlNet is a copy of the UNet's encoder. Zero convolutions join it to the UNet, so before
 training it changes nothing. Two sizes, two classes with the same methods:
@@ -35,6 +35,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     UNet2DConditionModel,
 )
+from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from genima.diffusion import TIMESTEP, initial_latents
@@ -73,7 +74,7 @@ class Painter(torch.nn.Module):
 class TurboPainter(Painter):
     """The paper's: SD-Turbo and a ControlNet, which alone is trained and saved."""
 
-    base_parts = {
+    base_parts = {  # frozen; loaded from config["base"]
         "tokenizer": CLIPTokenizer,
         "text_encoder": CLIPTextModel,
         "vae": AutoencoderKL,
@@ -112,7 +113,7 @@ class TurboPainter(Painter):
         return cls(config | {"base": base}, controlnet=controlnet, **parts)
 
     @torch.no_grad()
-    def encode_text(self, prompts: list[str]):
+    def encode_text(self, prompts: list[str]) -> tuple[Tensor, None]:
         """B prompts -> encoder_hidden_states (B, L, E); None, for SD-Turbo reads no pooled text."""
         device = self.unet.device
         new = sorted(set(prompts) - set(self.prompt_cache))
@@ -124,18 +125,20 @@ class TurboPainter(Painter):
         return hidden_states.to(device, self.unet.dtype), None
 
     @torch.no_grad()
-    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
+    def encode_images(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W), 0..1 -> latents (B, 4, H/8, W/8): the mean, not a sample."""
         posterior = self.vae.encode((2 * images - 1).to(self.vae.dtype)).latent_dist
         return posterior.mode() * self.vae.config.scaling_factor
 
-    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+    def decode_latents(self, latents: Tensor) -> Tensor:
         """Latents (B, 4, h, w) -> images (B, 3, 8 h, 8 w), 0..1."""
         latents = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
         images = self.vae.decode(latents).sample
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
-    def forward(self, condition, prompts, latents, timestep=TIMESTEP):
+    def forward(
+        self, condition: Tensor, prompts: list[str], latents: Tensor, timestep=TIMESTEP
+    ) -> Tensor:
         """The noise in latents (B, 4, H/8, W/8), given tiled views (B, 3, H, W), 0..1, and text."""
         encoder_hidden_states, _ = self.encode_text(prompts)  # (B, 77, 1024)
         latents = latents.to(self.unet.dtype)
@@ -155,7 +158,7 @@ class TurboPainter(Painter):
         ).sample
 
     @torch.no_grad()
-    def paint_tiled(self, condition, prompts, seed=0):
+    def paint_tiled(self, condition: Tensor, prompts: list[str], seed: int = 0) -> Tensor:
         """Tiled views (B, 3, H, W), 0..1 -> the same with spheres. Same seed, same picture.
 
         Euler's steps along the path from noise to picture; a single one goes straight to its end.
@@ -197,21 +200,23 @@ class TinyPainter(Painter):
         prompts = [PROMPT.format(instruction) for instruction in instructions]
         return cls(config, **build_tiny(prompts, config["resolution"]))
 
-    def encode_text(self, prompts: list[str]):
+    def encode_text(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """B prompts -> encoder_hidden_states (B, L, E), pooled_text (B, E)."""
         token_ids = tokenize(self.tokenizer, prompts).to(self.unet.device)
         text = self.text_encoder(token_ids)
         return text.last_hidden_state, text.pooler_output
 
-    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
+    def encode_images(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W), 0..1 -> latents (B, 48, H/4, W/4), -1..1: the same numbers."""
         return F.pixel_unshuffle(2 * images - 1, PATCH)
 
-    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+    def decode_latents(self, latents: Tensor) -> Tensor:
         """Latents (B, 48, h, w) -> images (B, 3, 4 h, 4 w), 0..1."""
         return (F.pixel_shuffle(latents, PATCH) / 2 + 0.5).clamp(0, 1)
 
-    def forward(self, condition, prompts, latents=None, timestep=TIMESTEP):
+    def forward(
+        self, condition: Tensor, prompts: list[str], latents=None, timestep=TIMESTEP
+    ) -> Tensor:
         """Logits of the layer (B, 4, H, W) to paint over tiled views (B, 3, H, W), 0..1.
 
         latents (B, 48, H/4, W/4): the noisy picture with spheres; None: the views themselves.
@@ -239,7 +244,7 @@ class TinyPainter(Painter):
         return F.pixel_shuffle(patches, PATCH)  # (B, 4, H, W)
 
     @torch.no_grad()
-    def paint_tiled(self, condition, prompts, seed=0):
+    def paint_tiled(self, condition: Tensor, prompts: list[str], seed: int = 0) -> Tensor:
         """Tiled views (B, 3, H, W), 0..1 -> the same with spheres. Same seed, same picture."""
         if self.config["objective"] == "one-step":
             return composite(self(condition, prompts).sigmoid(), condition)
@@ -256,10 +261,7 @@ class TinyPainter(Painter):
 
 # -------------------------------------------------------------------------------------------- load
 def load_painter(
-    folder: str | Path,
-    device: str = "cpu",
-    taesd: str | Path | None = None,
-    compile: bool = False,
+    folder: str | Path, device: str = "cpu", taesd: str | None = None, compile: bool = False
 ) -> TinyPainter | TurboPainter:
     """A trained painter. folder: a run's controlnet/, or a name on the Hugging Face Hub.
 

@@ -380,7 +380,7 @@ def test_crop_moves_picture_and_layer_together_and_jitter_the_condition_alone(fr
     torch.testing.assert_close(untile_views(batch["layer"], 4)[3, 2][:, seen], plain[:, seen])
 
 
-# ------------------------------------------------------------------------------------ target latents
+# ---------------------------------------------------------------------------------- target latents
 class CountingPainter:
     """Its latents are the pictures, scaled by a number of its own."""
 
@@ -472,7 +472,7 @@ def printed(run, name="err"):
 
 @pytest.fixture(scope="module")
 def trained(recorded):
-    """A run trained without a break, and a copy of the recorded one to be trained with breaks meanwhile."""
+    """A run in training, without a break, and a copy of the recorded one for a training with."""
     run, broken = (recorded.with_name(name) for name in ("trained", "broken"))
     shutil.copytree(recorded, run)
     shutil.copytree(recorded, broken)
