@@ -312,9 +312,9 @@ def main():
         set_learning_rate(optimizer, learning_rate_at(step, settings))
         loss = 0.0
         for part in split_batch(batch, settings.micro_batch_size, accelerator.device):
-            with accelerator.accumulate(model):  # divides by the number of parts
+            with accelerator.accumulate(model):  # processes exchange gradients at the last part
                 part_loss = objective(painter, model, part, latent_cache)
-                accelerator.backward(part_loss)
+                accelerator.backward(part_loss)  # divides by the number of parts
             loss += part_loss.detach() / parts
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -19,14 +19,16 @@ def initial_latents(scheduler, shape: tuple, seed: int, device) -> Tensor:
 
 
 def draw_noise(seeds: list[int], like: Tensor) -> tuple[Tensor, Tensor]:
-    """Noise in the shape of `like` (B, C, h, w), and timesteps (B,), for each sample by its seed."""
+    """Noise like `like` (B, C, h, w), and timesteps (B,), for each sample by its seed."""
     noise = []
     timesteps = []
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
         noise.append(torch.randn(like.shape[1:], generator=generator))
         timesteps.append(torch.randint(TIMESTEP + 1, (1,), generator=generator))
-    return torch.stack(noise).to(like.device), torch.cat(timesteps).to(like.device)
+    noise = torch.stack(noise)
+    timesteps = torch.cat(timesteps)
+    return noise.to(like.device), timesteps.to(like.device)
 
 
 def add_noise(scheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -51,8 +53,8 @@ class LatentCache:
             return self.painter.encode_images(pictures).float()
         new = [i for i, key in enumerate(keys) if key not in self.latents]
         if new:
-            latents = self.painter.encode_images(pictures[new]).cpu()
-            for i, latent in zip(new, latents):
-                self.latents[keys[i]] = latent
+            encoded = self.painter.encode_images(pictures[new])
+            for i, latents in zip(new, encoded.cpu()):
+                self.latents[keys[i]] = latents
         found = [self.latents[key] for key in keys]
         return torch.stack(found).to(pictures.device).float()

@@ -133,7 +133,7 @@ class Augmentation:
 
 
 class PainterDataset(torch.utils.data.Dataset):
-    """Item `step` is this process's share of that step's batch.
+    """Item `step` is this process's share of that step's batch; there is one for every step.
 
     Sample i of a step is a function of (seed, step, i) alone: a resumed training, or one shared
     among other processes, gets the same samples.
