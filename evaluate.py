@@ -40,7 +40,7 @@ from collect_demos import make_env
 from genima.act import Controller
 from genima.episodes import find_episodes
 from genima.files import UserError, run_stage, write_whole
-from genima.painter import Painter
+from genima.painter import load_painter
 from genima.parallel import run_in_parallel
 from genima.plots import PANEL, tile, write_bars, write_film
 from genima.policy import Oracle
@@ -128,7 +128,7 @@ def networks(policy, run, painting, folder, device, size=None, taesd=None, compi
         )
     if policy != "genima":
         return None, controller
-    painter = Painter.load(painting, device, taesd, compile)
+    painter = load_painter(painting, device, taesd, compile)
     theirs = painter.config | {"image_size": [painter.config["image_size"]] * 2}
     wanted = {what: controller.config[what] for what in ("cameras", "horizon", "image_size")} | (
         {"size": size} if size else {}
@@ -403,7 +403,7 @@ def check_settings(settings):
         "act_rgb" if settings.policy == "act" else "act"
     )
     settings.painter = settings.painter or settings.run / "controlnet"
-    # a painter that lies elsewhere may be on the Hub: Painter.load will see
+    # a painter that lies elsewhere may be on the Hub: load_painter will see
     paints_here = settings.policy == "genima" and settings.painter.parent == settings.run
     for folder in (settings.controller, settings.painter)[: 1 + paints_here]:
         if not folder.is_dir():

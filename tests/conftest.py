@@ -1,5 +1,6 @@
 """Synthetic episodes: a chain of joints with random constants, a few frames, made without a simulator."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -112,3 +113,16 @@ def run(tmp_path):
 def no_fsync(monkeypatch):
     """A busy disk takes a second for each fsync; the tests need none."""
     monkeypatch.setattr("os.fsync", lambda descriptor: None)
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """A run of two scenes with three buttons (one is held out), views of 16x16, and its spheres."""
+    run = tmp_path_factory.mktemp("recorded")
+    record = ["collect_demos.py", "--tasks", "push_button", "--scenes", "2", "--image-size", "16"]
+    for command in (record, ["render_spheres.py"]):
+        done = subprocess.run(
+            [sys.executable, *command, "--run", run], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+    return run

@@ -258,7 +258,7 @@ def test_bad_checkpoints_are_one_sentence(tmp_path, monkeypatch):
         painter = SimpleNamespace(
             config={"horizon": 8, "image_size": 64, "cameras": list(CAMERAS)} | {what: value}
         )
-        monkeypatch.setattr(evaluate.Painter, "load", lambda *_: painter)
+        monkeypatch.setattr(evaluate, "load_painter", lambda *_: painter)
         with pytest.raises(UserError, match=f"controlnet was trained with {what} "):
             evaluate.networks("genima", tmp_path, tmp_path / "controlnet", tmp_path / "act", "cpu")
     (tmp_path / "act/model.safetensors").write_bytes(b"half")

@@ -11,14 +11,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from conftest import ROOT
-from test_train_controlnet import recorded  # noqa: F401  (a fixture)
 from turbo import make_turbo
 
 REVISION = "1" * 40
 
 
 class Hub(BaseHTTPRequestHandler):
-    """What huggingface_hub asks of a hub to make a repository, to commit to it and to download it; every file is small."""
+    """What huggingface_hub asks of a hub: make a repository, commit, download; files are small."""
 
     files, made = {}, []
 
@@ -100,29 +99,38 @@ def hub(tmp_path):
     """The environment of a process that knows no other hub than this one."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_TOKEN": "hf_token", "HF_HOME": str(tmp_path / "cache"),
-                        "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}  # fmt: skip
+    yield os.environ | {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_TOKEN": "hf_token",
+        "HF_HOME": str(tmp_path / "cache"),
+        "HF_HUB_DISABLE_XET": "1",
+        "NO_PROXY": "127.0.0.1",
+    }
     server.shutdown()
 
 
 LOAD = """
-import sys, numpy as np
+import sys
+import numpy as np
 from genima.episodes import CAMERAS
-from genima.painter import Painter
-views = {camera: np.random.default_rng(0).integers(0, 255, (1, 16, 16, 3), np.uint8) for camera in CAMERAS}
-here, there = (Painter.load(name).paint(views, ["push the blue button"]) for name in (sys.argv[1], "me/painter"))
+from genima.painter import load_painter
+random = np.random.default_rng(0)
+views = {camera: random.integers(0, 255, (1, 16, 16, 3), np.uint8) for camera in CAMERAS}
+here = load_painter(sys.argv[1]).paint(views, ["push the blue button"])
+there = load_painter("me/painter").paint(views, ["push the blue button"])
 assert all(np.array_equal(here[camera], there[camera]) for camera in CAMERAS)
-Painter.load("me/nothing")
+load_painter("me/nothing")
 """
 
 
-def test_what_is_pushed_can_be_loaded_by_name(recorded, tmp_path, hub):  # noqa: F811
+def test_what_is_pushed_can_be_loaded_by_name(recorded, tmp_path, hub):
     base, run = make_turbo(tmp_path / "base"), tmp_path / "run"
     run.mkdir()
     for name in ("episodes", "spheres"):
         (run / name).symlink_to(recorded / name)
-    command = ["train_controlnet.py", "--run", run, "--size", "sd-turbo", "--base", base, "--picture", "32", "--steps", "2", "--batch", "2",
-               "--learning-rate", "0.01", "--push-to-hub", "me/painter"]  # fmt: skip
+    command = ["train_controlnet.py", "--run", run, "--size", "sd-turbo", "--base", base]
+    command += ["--resolution", "32", "--steps", "2", "--batch-size", "2"]
+    command += ["--learning-rate", "0.01", "--push-to-hub", "me/painter"]
     done = subprocess.run(
         [sys.executable, *command], cwd=ROOT, env=hub, capture_output=True, text=True
     )
@@ -140,7 +148,7 @@ def test_what_is_pushed_can_be_loaded_by_name(recorded, tmp_path, hub):  # noqa:
     assert (
         "license_name: stability-ai-community" in card
         and "base_model: stabilityai/sd-turbo" in card
-        and 'load("me/painter")' in card
+        and 'load_painter("me/painter")' in card
     )
     done = subprocess.run(
         [sys.executable, "-c", LOAD, run / "controlnet"],

@@ -1,4 +1,7 @@
-"""Two processes with half the batch each reach the weights of one process with all of it; a killed training loses nothing."""
+"""Two processes with half the batch each reach the weights of one; a killed training loses nothing.
+
+The slow one: twenty kills at random moments.
+"""
 
 import csv
 import os
@@ -12,7 +15,6 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
-from test_train_controlnet import recorded  # noqa: F401  (a fixture)
 from turbo import make_turbo
 
 OPTIONS = {"train_controlnet.py": [], "train_act.py": ["--device", "cpu"]}
@@ -20,12 +22,10 @@ WEIGHTS = {
     "train_controlnet.py": "controlnet/controlnet/diffusion_pytorch_model.safetensors",
     "train_act.py": "act/model.safetensors",
 }
-PLAIN = {
-    "train_controlnet.py": ["--precision", "fp32"]
-}  # rounded to bf16, no two orders of summing are the same
-TOLERANCE = (
-    2e-5  # float32: the halves are summed in another order; a weight has moved by up to 5e-3
-)
+# Rounded to bf16, no two orders of summing are the same.
+PLAIN = {"train_controlnet.py": ["--precision", "fp32"]}
+# float32: the halves are summed in another order; a weight has moved by up to 5e-3.
+TOLERANCE = 2e-5
 
 
 def copy_of(recorded, folder):
@@ -36,12 +36,28 @@ def copy_of(recorded, folder):
 
 
 def start(processes, run, script, *options):
-    # (--multi_gpu starts the processes, ACCELERATE_USE_CPU keeps them off the GPU: with --cpu, --num_processes counts for MPI alone.)
-    launch = [] if processes == 1 else ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", processes, "--num_machines", 1,
-                                        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0]  # fmt: skip
+    """The stage, run by one process or by accelerate on several."""
+    launch = []
+    if processes > 1:
+        # --multi_gpu starts the processes and ACCELERATE_USE_CPU keeps them off the GPU. (With
+        # --cpu, --num_processes counts for MPI alone.)
+        launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", processes]
+        launch += ["--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no"]
+        launch += ["--main_process_port", 0]
     command = [sys.executable, *launch, script, "--run", run, *OPTIONS[script], *options]
-    return subprocess.Popen([str(word) for word in command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"})  # fmt: skip
+    return subprocess.Popen(
+        [str(word) for word in command],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+    )
+
+
+def written(path):
+    """When a file was written, 0 before it exists."""
+    return path.stat().st_mtime_ns if path.exists() else 0
 
 
 def losses(run, script):
@@ -53,36 +69,15 @@ def losses(run, script):
     "script, more",
     [("train_controlnet.py", []), ("train_act.py", []), ("train_controlnet.py", ["sd-turbo"])],
 )
-def test_two_processes_are_one(recorded, tmp_path, script, more):  # noqa: F811
+def test_two_processes_are_one(recorded, tmp_path, script, more):
     if more:
         base = make_turbo(tmp_path / "base")
-        more = [
-            "--size",
-            "sd-turbo",
-            "--base",
-            base,
-            "--picture",
-            32,
-            "--at-once",
-            1,
-            "--learning-rate",
-            1e-3,
-        ]
+        more = ["--size", "sd-turbo", "--base", base, "--resolution", 32]
+        more += ["--micro-batch-size", 1, "--learning-rate", 1e-3]
+    options = [*PLAIN.get(script, []), "--steps", 5, "--batch-size", 4, "--checkpoint-every", 5]
     runs = {processes: copy_of(recorded, tmp_path / f"run{processes}") for processes in (1, 2)}
     for processes, run in runs.items():
-        process = start(
-            processes,
-            run,
-            script,
-            *PLAIN.get(script, []),
-            "--steps",
-            5,
-            "--batch",
-            4,
-            "--checkpoint-every",
-            5,
-            *more,
-        )
+        process = start(processes, run, script, *options, *more)
         printed = process.communicate(timeout=500)[0]
         assert process.returncode == 0, printed
         assert printed.count(f"{run / WEIGHTS[script].split('/')[0]}: ") == 1  # one of them speaks
@@ -95,21 +90,17 @@ def test_two_processes_are_one(recorded, tmp_path, script, more):  # noqa: F811
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", WEIGHTS)
-def test_killed_twenty_times(recorded, tmp_path, script):  # noqa: F811
-    options = ["--steps", 240, "--batch", 2, "--checkpoint-every", 3]
+def test_killed_twenty_times(recorded, tmp_path, script):
+    options = ["--steps", 240, "--batch-size", 2, "--checkpoint-every", 3]
     whole, broken = (copy_of(recorded, tmp_path / name) for name in ("whole", "broken"))
     assert start(1, whole, script, *options).wait(600) == 0
-    random, kills = np.random.default_rng(0), 0
+    random = np.random.default_rng(0)
+    kills = 0
     checkpoint = broken / WEIGHTS[script].split("/")[0] / "training.pt"
     while kills < 20:
-        process, before = (
-            start(1, broken, script, *options),
-            checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0,
-        )
-        while (
-            process.poll() is None
-            and (checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0) == before
-        ):
+        before = written(checkpoint)
+        process = start(1, broken, script, *options)
+        while process.poll() is None and written(checkpoint) == before:
             time.sleep(0.01)  # at least one checkpoint more, or it never comes to an end
         time.sleep(random.uniform(0, 1))
         if process.poll() is not None:

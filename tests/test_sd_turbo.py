@@ -1,4 +1,7 @@
-"""The SD-Turbo rung on a small folder of its layout (and, slow, one of its true size): what is trained, what is frozen, what is saved."""
+"""The SD-Turbo rung on a small folder of its layout (slow: of its true size).
+
+What is trained, what is frozen, what is saved; and that it paints what diffusers' pipeline paints.
+"""
 
 import json
 import subprocess
@@ -10,30 +13,25 @@ import torch
 from conftest import ROOT
 from diffusers import AutoencoderTiny, ControlNetModel, StableDiffusionControlNetPipeline
 from PIL import Image
-from test_train_controlnet import recorded  # noqa: F401  (a fixture)
 from turbo import SMALL, TRUE, make_turbo
 
 import train_controlnet
+from genima.diffusion import LatentCache, draw_noise
 from genima.episodes import CAMERAS
 from genima.files import UserError
-from genima.painter import PROMPT, Painter, load_turbo
-from train_controlnet import (
-    Settings,
-    draw_noise,
-    find_frames,
-    load,
-    noise_loss,
-    one_step_loss,
-    targets,
-)
+from genima.hub import check_hub
+from genima.painter import PROMPT, TurboPainter, load_painter
+from genima.painter_data import Augmentation, find_frames, read_batch
+from genima.painter_training import advise_when_out_of_memory, check_settings, choose_precision
+from train_controlnet import Settings, noise_loss, one_step_loss
 
-PICTURE = 64
+RESOLUTION = 64
 CONFIG = {
     "size": "sd-turbo",
     "objective": "one-step",
-    "steps": 1,
+    "num_inference_steps": 1,
     "image_size": 16,
-    "picture": PICTURE,
+    "resolution": RESOLUTION,
     "horizon": 8,
     "cameras": list(CAMERAS),
 }
@@ -46,29 +44,29 @@ def base(tmp_path_factory):
 
 
 def new_painter(base, **config):
-    return Painter(load_turbo(str(base)), CONFIG | {"base": str(base)} | config)
+    return TurboPainter.from_base(str(base), CONFIG | config)
 
 
-def stock_pipeline(base, controlnet, condition, steps=1, scale=1.0):
+def random_condition(resolution=RESOLUTION):
+    return torch.rand(1, 3, resolution, resolution)
+
+
+def stock_pipeline(base, controlnet, condition, steps=1, scale=1.0, **parts):
     """What diffusers' own pipeline paints: (B, 3, H, W) in 0..1."""
-    return paint(
-        StableDiffusionControlNetPipeline.from_pretrained(
-            base, controlnet=controlnet, safety_checker=None
-        ),
-        condition,
-        steps,
-        scale,
+    pipeline = StableDiffusionControlNetPipeline.from_pretrained(
+        base, controlnet=controlnet, safety_checker=None, **parts
     )
-
-
-def paint(pipeline, condition, steps, scale):
     pipeline.set_progress_bar_config(disable=True)
-    noise = torch.randn(
-        (1, 4, condition.shape[2] // 8, condition.shape[3] // 8),
-        generator=torch.Generator().manual_seed(0),
-    )
-    return pipeline(PROMPTS[0], image=condition, num_inference_steps=steps, guidance_scale=0.0, latents=noise, output_type="pt",
-                    controlnet_conditioning_scale=scale).images  # fmt: skip
+    shape = (1, 4, condition.shape[2] // 8, condition.shape[3] // 8)
+    return pipeline(
+        PROMPTS[0],
+        image=condition,
+        num_inference_steps=steps,
+        guidance_scale=0.0,
+        latents=torch.randn(shape, generator=torch.Generator().manual_seed(0)),
+        output_type="pt",
+        controlnet_conditioning_scale=scale,
+    ).images
 
 
 def disturb(controlnet):
@@ -79,107 +77,120 @@ def disturb(controlnet):
 
 @pytest.mark.parametrize("steps", [1, 3])
 def test_paints_what_diffusers_own_pipeline_paints(base, steps):
-    painter = new_painter(base, steps=steps).eval()
-    condition = torch.rand(1, 3, PICTURE, PICTURE)
-    before = painter.paint_tiles(condition, PROMPTS)
-    torch.testing.assert_close(
-        before, stock_pipeline(base, painter.controlnet, condition, steps), atol=1e-4, rtol=0
-    )
+    painter = new_painter(base, num_inference_steps=steps).eval()
+    condition = random_condition()
+    before = painter.paint_tiled(condition, PROMPTS)
+    stock = stock_pipeline(base, painter.controlnet, condition, steps)
+    torch.testing.assert_close(before, stock, atol=1e-4, rtol=0)
     disturb(painter.controlnet)
-    after = painter.paint_tiles(condition, PROMPTS)
+    after = painter.paint_tiled(condition, PROMPTS)
     assert (after - before).abs().max() > 1e-3
-    torch.testing.assert_close(
-        after, stock_pipeline(base, painter.controlnet, condition, steps), atol=1e-4, rtol=0
-    )
+    stock = stock_pipeline(base, painter.controlnet, condition, steps)
+    torch.testing.assert_close(after, stock, atol=1e-4, rtol=0)
 
 
 def test_before_the_first_step_the_controlnet_changes_nothing(base):
     painter = new_painter(base).eval()
-    condition = torch.rand(1, 3, PICTURE, PICTURE)
-    with_it, without = (
-        stock_pipeline(base, painter.controlnet, condition, scale=scale) for scale in (1.0, 0.0)
-    )
+    condition = random_condition()
+    with_it = stock_pipeline(base, painter.controlnet, condition, scale=1.0)
+    without = stock_pipeline(base, painter.controlnet, condition, scale=0.0)
     assert torch.equal(with_it, without)
 
 
-def batch_of(run, settings, count=2):
-    training, _, _ = find_frames(run)
-    return load(
-        training[:count], [np.random.default_rng(i) for i in range(count)], settings, augment=True
-    )
-
-
-@pytest.mark.parametrize("objective, loss", [("one-step", one_step_loss), ("noise", noise_loss)])
-def test_nothing_but_the_controlnet_learns(base, recorded, objective, loss):  # noqa: F811
-    painter = new_painter(base, objective=objective)
-    frozen = {
-        name: value.clone()
-        for name, value in painter.state_dict().items()
-        if not name.startswith("controlnet.")
+def test_two_views_are_painted_side_by_side(base):
+    """The networks take a picture that is not square."""
+    painter = new_painter(base, cameras=["a", "b"]).eval()
+    random = np.random.default_rng(0)
+    images = {camera: random.integers(0, 256, (1, 16, 16, 3), np.uint8) for camera in "ab"}
+    painted = painter.paint(images, ["push the blue button"])
+    assert {camera: views.shape for camera, views in painted.items()} == {
+        "a": (1, 16, 16, 3),
+        "b": (1, 16, 16, 3),
     }
-    batch = batch_of(recorded, Settings(size="sd-turbo", picture=PICTURE)) | {"keys": None}
+    condition = torch.rand(1, 3, RESOLUTION, 2 * RESOLUTION)
+    stock = stock_pipeline(base, painter.controlnet, condition)
+    torch.testing.assert_close(painter.paint_tiled(condition, PROMPTS), stock, atol=1e-4, rtol=0)
+
+
+def batch_of(run, crop=2, count=2):
+    data = find_frames(run)
+    rngs = [np.random.default_rng(i) for i in range(count)]
+    frames = data.training[:count]
+    return read_batch(frames, data.cameras, RESOLUTION, rngs, Augmentation(crop=crop))
+
+
+@pytest.mark.parametrize("objective, loss_of", [("one-step", one_step_loss), ("noise", noise_loss)])
+def test_nothing_but_the_controlnet_learns(base, recorded, objective, loss_of):
+    painter = new_painter(base, objective=objective)
+    frozen = {}
+    for name, value in painter.state_dict().items():
+        if not name.startswith("controlnet."):
+            frozen[name] = value.clone()
+    assert {name.split(".")[0] for name in frozen} == {"unet", "vae", "text_encoder"}
+    batch = batch_of(recorded)
+    cache = LatentCache(painter)
     optimizer = torch.optim.AdamW([p for p in painter.parameters() if p.requires_grad], lr=1e-3)
     losses = []
     for step in range(8):
         optimizer.zero_grad()
-        losses.append(loss(painter, painter, batch))
-        losses[-1].backward()
-        gradients = {
-            name: parameter.grad for name, parameter in painter.controlnet.named_parameters()
-        }
+        loss = loss_of(painter, painter, batch, cache)
+        losses.append(loss.item())
+        loss.backward()
+        gradients = {name: p.grad for name, p in painter.controlnet.named_parameters()}
         if step == 0:  # zero convolutions let no gradient past them at first, but learn themselves
-            outer = [
-                g
-                for name, g in gradients.items()
-                if "controlnet_down_blocks" in name or "controlnet_mid_block" in name
-            ]
-            assert all(g.abs().max() > 0 for g in outer)
+            for name, gradient in gradients.items():
+                if "controlnet_down_blocks" in name or "controlnet_mid_block" in name:
+                    assert gradient.abs().max() > 0, name
         optimizer.step()
-    assert all(g is not None and torch.isfinite(g).all() for g in gradients.values())
-    assert all(
-        gradients[name].abs().max() > 0
-        for name in gradients
-        if name.endswith("weight") and "conv" in name
-    )
+    for name, gradient in gradients.items():
+        assert gradient is not None and torch.isfinite(gradient).all(), name
+        if name.endswith("weight") and "conv" in name:
+            assert gradient.abs().max() > 0, name
     assert losses[-1] < losses[0]
     state = painter.state_dict()
     assert all(torch.equal(state[name], value) for name, value in frozen.items())
-    assert {name.split(".")[0] for name in frozen} == {"unet", "vae", "text_encoder"}
 
 
-def test_the_one_step_loss_is_zero_for_the_true_noise(base, recorded):  # noqa: F811
+def test_the_losses_are_zero_for_the_true_noise(base, recorded):
     painter = new_painter(base)
-    batch = batch_of(recorded, Settings(size="sd-turbo", picture=PICTURE)) | {"keys": None}
-    target = targets(painter, batch)
+    batch = batch_of(recorded)
+    cache = LatentCache(painter)
+    target = cache.encode(batch)
     noise, timesteps = draw_noise(batch["seeds"], target)
-    assert ((0 <= timesteps) & (timesteps < 1000)).all() and not torch.equal(noise[0], noise[1])
+    assert ((0 <= timesteps) & (timesteps < 1000)).all()
+    assert not torch.equal(noise[0], noise[1])
     a = painter.scheduler.alphas_cumprod[999]
-    knowing = lambda condition, prompts, latent, timestep: (
-        (latent - a.sqrt() * target) / (1 - a).sqrt()
-    )  # noqa: E731
-    assert one_step_loss(painter, knowing, batch) < 1e-4
-    assert noise_loss(painter, lambda *inputs: noise, batch) == 0
+
+    def knows_the_target(condition, prompts, latents, timestep):
+        return (latents - a.sqrt() * target) / (1 - a).sqrt()
+
+    def knows_the_noise(condition, prompts, latents, timestep):
+        return noise
+
+    assert one_step_loss(painter, knows_the_target, batch, cache) < 1e-4
+    assert noise_loss(painter, knows_the_noise, batch, cache) == 0
 
 
-def test_target_latents_are_computed_once_where_no_crop_changes_them(base, recorded, monkeypatch):  # noqa: F811
-    painter, kept = new_painter(base), {}
-    batch = batch_of(recorded, Settings(size="sd-turbo", picture=PICTURE, crop=0))
-    first = targets(painter, batch, kept)
-    assert len(kept) == 2 and torch.equal(first, targets(painter, batch | {"keys": None}))
-    monkeypatch.setattr(painter, "encode", None)
-    assert torch.equal(first, targets(painter, batch, kept))
-
-
-def test_a_prompt_is_read_once(base):
+def test_target_latents_are_computed_once_where_no_crop_changes_them(base, recorded, monkeypatch):
     painter = new_painter(base)
-    words, _ = painter.read(PROMPTS * 2)
+    batch = batch_of(recorded, crop=0)
+    cache = LatentCache(painter)
+    first = cache.encode(batch)
+    assert len(cache.latents) == 2
+    assert torch.equal(first, cache.encode(batch | {"keys": [None, None]}))
+    monkeypatch.setattr(painter, "encode_images", None)
+    assert torch.equal(first, cache.encode(batch))
+
+
+def test_a_prompt_is_encoded_once(base):
+    painter = new_painter(base)
+    hidden_states, _ = painter.encode_text(PROMPTS * 2)
     painter.text_encoder = None
-    assert words.shape == (2, 77, SMALL["width"]) and torch.equal(
-        painter.read(PROMPTS)[0], words[:1]
-    )
+    assert hidden_states.shape == (2, 77, SMALL["width"])
+    assert torch.equal(painter.encode_text(PROMPTS)[0], hidden_states[:1])
 
 
-# --------------------------------------------------------------------------------------------------------- the command
+# ------------------------------------------------------------------------------------- the command
 def command(run, *words):
     return subprocess.run(
         [sys.executable, "train_controlnet.py", "--run", run, *map(str, words)],
@@ -189,77 +200,47 @@ def command(run, *words):
     )
 
 
-def test_train_load_and_paint(base, recorded, tmp_path):  # noqa: F811
-    run = tmp_path / "run"
+def linked(recorded, run):
+    """A run of its own, with the recorded episodes and spheres."""
     run.mkdir()
     for folder in ("episodes", "spheres"):
         (run / folder).symlink_to(recorded / folder)
-    words = [
-        "--size",
-        "sd-turbo",
-        "--base",
-        base,
-        "--picture",
-        PICTURE,
-        "--steps",
-        3,
-        "--batch",
-        2,
-        "--crop",
-        0,
-        "--keep",
-        1,
-        "--checkpoint-every",
-        2,
-    ]
+    return run
+
+
+def test_train_load_and_paint(base, recorded, tmp_path):
+    run = linked(recorded, tmp_path / "run")
+    words = ["--size", "sd-turbo", "--base", base, "--resolution", RESOLUTION, "--steps", 3]
+    words += ["--batch-size", 2, "--crop", 0, "--keep", 1, "--checkpoint-every", 2]
     done = command(run, *words)
     assert done.returncode == 0, done.stderr
     folder = run / "controlnet"
-    assert {path.name for path in (folder / "step-3").iterdir()} == {
-        "controlnet",
-        "painter.json",
-    } and (folder / "validation.png").exists()
-    config, card = (
-        json.loads((folder / "painter.json").read_text()),
-        (folder / "README.md").read_text(),
-    )
-    assert (
-        config == CONFIG | {"base": str(base)}
-        and "stability-ai-community" in card
-        and "| objective | one-step |" in card
-    )
+    kept = {path.name for path in (folder / "step-3").iterdir()}
+    assert kept == {"controlnet", "painter.json"} and not (folder / "step-2").exists()
+    assert (folder / "validation.png").exists()
+    assert json.loads((folder / "painter.json").read_text()) == CONFIG | {"base": str(base)}
+    card = (folder / "README.md").read_text()
+    assert "stability-ai-community" in card and "| objective | one-step |" in card
 
-    images = {
-        camera: np.random.default_rng(0).integers(0, 256, (1, 16, 16, 3), np.uint8)
-        for camera in CAMERAS
-    }
-    painter = Painter.load(folder)
-    painted, again = (
-        painter.paint(images, ["push the blue button"]),
-        Painter.load(folder).paint(images, ["push the blue button"]),
-    )
-    assert all(
-        (painted[camera] == again[camera]).all() and painted[camera].shape == (1, 16, 16, 3)
-        for camera in CAMERAS
-    )
+    random = np.random.default_rng(0)
+    images = {camera: random.integers(0, 256, (1, 16, 16, 3), np.uint8) for camera in CAMERAS}
+    painter = load_painter(folder)
+    painted = painter.paint(images, ["push the blue button"])
+    again = load_painter(folder).paint(images, ["push the blue button"])
+    for camera in CAMERAS:
+        assert painted[camera].shape == (1, 16, 16, 3)
+        assert (painted[camera] == again[camera]).all()
     controlnet = ControlNetModel.from_pretrained(folder / "controlnet")
-    assert (
-        max(p.abs().max() for p in controlnet.controlnet_mid_block.parameters()) > 0
-    )  # it has learned something
-    condition = torch.rand(1, 3, PICTURE, PICTURE)
-    torch.testing.assert_close(
-        painter.paint_tiles(condition, PROMPTS),
-        stock_pipeline(base, controlnet, condition),
-        atol=1e-4,
-        rtol=0,
-    )
+    learned = [p.abs().max() for p in controlnet.controlnet_mid_block.parameters()]
+    assert max(learned) > 0
+    condition = random_condition()
+    stock = stock_pipeline(base, controlnet, condition)
+    torch.testing.assert_close(painter.paint_tiled(condition, PROMPTS), stock, atol=1e-4, rtol=0)
 
-    other = command(run, *words[:-2], "--objective", "noise")
-    assert (
-        other.returncode == 2
-        and "was trained with objective one-step, not noise" in other.stderr
-        and len(other.stderr.splitlines()) == 1
-    )
+    other = command(run, *words, "--objective", "noise")
+    assert other.returncode == 2
+    assert "was trained with objective one-step, not noise" in other.stderr
+    assert len(other.stderr.splitlines()) == 1
 
 
 def no_unet(base):
@@ -267,90 +248,96 @@ def no_unet(base):
 
 
 def other_width(base):
-    config = json.loads((base / "unet/config.json").read_text())
+    """A UNet of width 32 beside a text encoder of width 16."""
     make_turbo(base, SMALL | {"width": 32})
-    (base / "text_encoder/config.json").write_text(
-        json.dumps(json.loads((base / "text_encoder/config.json").read_text()))
-    )
-    make_turbo(base.with_name("narrow"))
-    for file in (base.with_name("narrow") / "text_encoder").iterdir():
+    narrow = make_turbo(base.with_name("narrow"))
+    for file in (narrow / "text_encoder").iterdir():
         (base / "text_encoder" / file.name).write_bytes(file.read_bytes())
-    assert config["cross_attention_dim"] == 16
 
 
 @pytest.mark.parametrize(
     "damage, words",
     [
-        (no_unet, "has no whole unet/"),
-        (other_width, "the UNet reads words of width 32, the text encoder gives 16"),
+        (no_unet, "base/unet is no whole UNet2DConditionModel"),
+        (other_width, "the UNet reads text of width 32, the text encoder gives 16"),
     ],
 )
 def test_a_base_that_is_none(tmp_path, damage, words):
     base = make_turbo(tmp_path / "base")
     damage(base)
     with pytest.raises(UserError, match=words):
-        load_turbo(str(base))
+        TurboPainter.from_base(str(base), CONFIG)
 
 
-@pytest.mark.parametrize("words, sentence", [
-    (["--base", "nobody/nothing-of-this-name"], "neither a folder here nor can it be fetched"),
-    (["--picture", 60], "is no multiple of 8"),
-    (["--batch", 3, "--at-once", 2], "is no multiple of 1 processes times 2 samples"),
-])  # fmt: skip
-def test_bad_settings_are_one_sentence(recorded, words, sentence, monkeypatch, capsys):  # noqa: F811
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        ["train_controlnet.py", "--run", str(recorded), "--size", "sd-turbo", *map(str, words)],
-    )
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["--base", "nobody/nothing-of-this-name"], "neither a folder here nor can it be fetched"),
+        (["--resolution", 60], "is no multiple of 8"),
+        (
+            ["--batch-size", 3, "--micro-batch-size", 2],
+            "is no multiple of 1 processes times --micro-batch-size 2",
+        ),
+    ],
+)
+def test_bad_settings_are_one_sentence(recorded, words, sentence, monkeypatch):
+    script = ["train_controlnet.py", "--run", str(recorded), "--size", "sd-turbo"]
+    monkeypatch.setattr(sys, "argv", script + [str(word) for word in words])
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match=sentence):
         train_controlnet.main()
 
 
-@pytest.mark.parametrize("able, size, precision, bf16", [
-    ({"avx512_bf16": True}, "tiny", "auto", True), ({"amx_bf16": True}, "tiny", "auto", True), ({}, "tiny", "auto", False),
-    ({"avx512_bf16": True}, "sd-turbo", "auto", False), ({"avx512_bf16": True}, "tiny", "fp32", False), ({}, "sd-turbo", "bf16", True)])  # fmt: skip
-def test_bf16_where_the_machine_has_it(monkeypatch, able, size, precision, bf16):
+@pytest.mark.parametrize(
+    "able, size, precision, chosen",
+    [
+        ({"avx512_bf16": True}, "tiny", "auto", "bf16"),
+        ({"amx_bf16": True}, "tiny", "auto", "bf16"),
+        ({}, "tiny", "auto", "fp32"),
+        ({"avx512_bf16": True}, "sd-turbo", "auto", "fp32"),
+        ({"avx512_bf16": True}, "tiny", "fp32", "fp32"),
+        ({}, "sd-turbo", "bf16", "bf16"),
+    ],
+)
+def test_bf16_where_the_machine_has_it(monkeypatch, able, size, precision, chosen):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert (
-        train_controlnet.in_bf16(train_controlnet.Settings(size=size, precision=precision)) is bf16
-    )
+    assert choose_precision(size, precision) == chosen
 
 
 def test_more_processes_than_samples():
-    class Accelerator:
-        num_processes, device = 8, torch.device("cpu")
-
+    settings = Settings(batch_size=4, micro_batch_size=0)
     with pytest.raises(UserError, match="more processes \\(8\\) than samples a step \\(4\\)"):
-        train_controlnet.check_settings(Settings(batch=4), Accelerator, 16)
+        check_settings(settings, 8, list(CAMERAS))
+
+
+def test_a_grid_of_views_that_the_networks_cannot_halve():
+    settings = Settings(size="sd-turbo", steps=1, micro_batch_size=1, resolution=72)
+    check_settings(settings, 1, list(CAMERAS))
+    with pytest.raises(UserError, match="72x108 pixels, which is no multiple of 8"):
+        check_settings(settings, 1, ["a", "b", "c", "d", "e"])
 
 
 def test_a_tiny_autoencoder_decodes_as_in_diffusers_own_pipeline(base, tmp_path):
     torch.manual_seed(0)
-    AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4, num_encoder_blocks=(1,) * 4,
-                    num_decoder_blocks=(1,) * 4).save_pretrained(tmp_path / "taesd")  # fmt: skip
+    taesd = AutoencoderTiny(
+        encoder_block_out_channels=(8,) * 4,
+        decoder_block_out_channels=(8,) * 4,
+        num_encoder_blocks=(1,) * 4,
+        num_decoder_blocks=(1,) * 4,
+    )
+    taesd.save_pretrained(tmp_path / "taesd")
     new_painter(base).save(tmp_path)
-    condition, painter = (
-        torch.rand(1, 3, PICTURE, PICTURE),
-        Painter.load(tmp_path, taesd=tmp_path / "taesd"),
-    )
-    pipeline = StableDiffusionControlNetPipeline.from_pretrained(
-        base, controlnet=painter.controlnet, vae=AutoencoderTiny.from_pretrained(tmp_path / "taesd"), safety_checker=None)  # fmt: skip
-    assert (
-        painter.paint_tiles(condition, PROMPTS)
-        - Painter.load(tmp_path).paint_tiles(condition, PROMPTS)
-    ).abs().max() > 0.01
-    torch.testing.assert_close(
-        painter.paint_tiles(condition, PROMPTS),
-        paint(pipeline, condition, 1, 1.0),
-        atol=1e-4,
-        rtol=0,
-    )
-    with pytest.raises(UserError, match="is no tiny autoencoder"):
-        Painter.load(tmp_path, taesd=tmp_path / "nothing")
+    condition = random_condition()
+    painter = load_painter(tmp_path, taesd=tmp_path / "taesd")
+    painted = painter.paint_tiled(condition, PROMPTS)
+    other = load_painter(tmp_path).paint_tiled(condition, PROMPTS)
+    assert (painted - other).abs().max() > 0.01
+    stock = stock_pipeline(base, painter.controlnet, condition, vae=taesd)
+    torch.testing.assert_close(painted, stock, atol=1e-4, rtol=0)
+    with pytest.raises(UserError, match="nothing is no whole AutoencoderTiny"):
+        load_painter(tmp_path, taesd=tmp_path / "nothing")
 
 
 @pytest.mark.slow
@@ -358,26 +345,26 @@ def test_compiled_networks_paint_the_same(base, tmp_path):
     painter = new_painter(base)
     disturb(painter.controlnet)
     painter.save(tmp_path)
-    condition = torch.rand(1, 3, PICTURE, PICTURE)
-    plain, compiled = (
-        Painter.load(tmp_path, compile=compiled).paint_tiles(condition, PROMPTS)
-        for compiled in (False, True)
-    )
+    condition = random_condition()
+    plain = load_painter(tmp_path).paint_tiled(condition, PROMPTS)
+    compiled = load_painter(tmp_path, compile=True).paint_tiled(condition, PROMPTS)
     torch.testing.assert_close(compiled, plain, atol=1e-3, rtol=0)
 
 
-def test_out_of_memory_says_which_flag_to_lower(monkeypatch):
+def test_out_of_memory_says_which_flag_to_lower():
     def fail():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(train_controlnet, "main", fail)
-    with pytest.raises(UserError, match="lower --at-once"):
-        train_controlnet.main_within_memory()
+    def fail_otherwise():
+        raise RuntimeError("something else")
+
+    with pytest.raises(UserError, match="lower --micro-batch-size"):
+        advise_when_out_of_memory(fail)()
+    with pytest.raises(RuntimeError, match="something else"):
+        advise_when_out_of_memory(fail_otherwise)()
 
 
 def test_without_a_network_nothing_is_uploaded_and_nothing_lost(monkeypatch):
-    from genima.hub import check_hub
-
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match="cannot work .*without the flag everything stays"):
         check_hub("somebody/painter")
@@ -386,35 +373,20 @@ def test_without_a_network_nothing_is_uploaded_and_nothing_lost(monkeypatch):
 
 
 @pytest.mark.slow
-def test_true_size(tmp_path, recorded):  # noqa: F811
-    """1.3 G parameters: load, ControlNet from the UNet, a float32 step at 512x512, save, diffusers' pipeline, one picture."""
+def test_true_size(tmp_path, recorded):
+    """1.3 G parameters: load, a float32 step at 512x512, save, paint in diffusers' pipeline."""
     base = make_turbo(tmp_path / "base", TRUE)
-    painter = new_painter(base, picture=512)
+    painter = new_painter(base, resolution=512)
     parameters = sum(p.numel() for p in painter.parameters()) / 1e9
     trained = sum(p.numel() for p in painter.parameters() if p.requires_grad) / 1e9
     assert 1.6 < parameters < 1.75 and 0.35 < trained < 0.37, (parameters, trained)
     del painter
-    run = tmp_path / "run"
-    run.mkdir()
-    for folder in ("episodes", "spheres"):
-        (run / folder).symlink_to(recorded / folder)
-    done = command(
-        run,
-        "--size",
-        "sd-turbo",
-        "--base",
-        base,
-        "--steps",
-        1,
-        "--batch",
-        1,
-        "--optimizer",
-        "adafactor",
-    )
+    run = linked(recorded, tmp_path / "run")
+    words = ["--size", "sd-turbo", "--base", base, "--steps", 1, "--batch-size", 1]
+    done = command(run, *words, "--optimizer", "adafactor")
     assert done.returncode == 0, done.stderr
     controlnet = ControlNetModel.from_pretrained(run / "controlnet/controlnet")
-    picture = stock_pipeline(base, controlnet, torch.rand(1, 3, 512, 512))[0]
+    picture = stock_pipeline(base, controlnet, random_condition(512))[0]
     assert picture.shape == (3, 512, 512) and torch.isfinite(picture).all()
-    Image.fromarray((picture.permute(1, 2, 0).numpy() * 255).astype(np.uint8)).save(
-        tmp_path / "painted.png"
-    )
+    pixels = (picture.permute(1, 2, 0).numpy() * 255).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "painted.png")

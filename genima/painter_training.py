@@ -1,0 +1,158 @@
+"""What stage 2 needs to train and is not its lesson: checks, precision, memory, optimisers."""
+
+import torch
+from diffusers.models.attention_processor import AttnProcessor
+from transformers.optimization import Adafactor
+
+from genima.files import UserError
+from genima.hub import check_hub
+from genima.painter import PROMPT, TinyPainter, TurboPainter
+from genima.training import trained_parameters
+from genima.views import grid_of
+
+
+def check_settings(settings, num_processes: int, cameras: list[str]):
+    """Raise a UserError for settings of train_controlnet.py that cannot be trained with."""
+    samples = settings.batch_size
+    if samples < num_processes:
+        raise UserError(
+            f"There are more processes ({num_processes}) than samples a step ({samples}): "
+            "raise --batch-size."
+        )
+    at_least_one = "batch_size micro_batch_size steps checkpoint_every num_inference_steps"
+    for name in at_least_one.split():
+        if getattr(settings, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be 1 or more.")
+    if settings.keep < 0 or settings.crop < 0:
+        raise UserError("--keep and --crop must be 0 or more.")
+    unit = 8  # pixels of one latent
+    if settings.size == "tiny":
+        unit = 16  # of one latent, 4, which the UNet halves twice
+    rows, columns = grid_of(len(cameras))
+    height = settings.resolution
+    width = height * columns // rows
+    if height < unit or height % unit or width % unit:
+        raise UserError(
+            f"The tiled views have {height}x{width} pixels, which is no multiple of {unit}: "
+            "give another --resolution."
+        )
+    if samples % (num_processes * settings.micro_batch_size):
+        raise UserError(
+            f"--batch-size {samples} is no multiple of {num_processes} processes times "
+            f"--micro-batch-size {settings.micro_batch_size}: change one."
+        )
+    if settings.push_to_hub:
+        check_hub(settings.push_to_hub)
+
+
+# ------------------------------------------------------------------------- precision and memory
+def choose_precision(size: str, precision: str) -> str:
+    """fp32 or bf16, where "auto" means bf16 if it is faster here.
+
+    bf16 is for multiplications alone; trained weights and sums stay float32.
+    """
+    if precision != "auto":
+        return precision
+    if size == "sd-turbo":
+        faster = torch.cuda.is_available()
+    else:
+        able = torch.cpu.get_capabilities()
+        in_hardware = able.get("avx512_bf16") or able.get("amx_bf16")
+        faster = in_hardware and not torch.accelerator.is_available()
+    if faster:
+        return "bf16"
+    return "fp32"
+
+
+def prepare_tiny(painter: TinyPainter, device: torch.device, bf16: bool) -> TinyPainter:
+    """Move it to the device, with the attention that is faster there."""
+    if bf16 and device.type == "cpu":
+        # Plain operations: the backward of PyTorch's fused attention took a fifth of the step.
+        painter.unet.set_attn_processor(AttnProcessor())
+        painter.controlnet.set_attn_processor(AttnProcessor())
+    return painter.to(device)
+
+
+def prepare_turbo(
+    painter: TurboPainter, device: torch.device, bf16: bool, instructions: list[str]
+) -> TurboPainter:
+    """Move it to the device, in as little memory as its training needs."""
+    if bf16:  # what is frozen needs no float32
+        painter.unet.to(torch.bfloat16)
+        painter.vae.to(torch.bfloat16)
+    painter.to(device)
+    painter.encode_text([PROMPT.format(instruction) for instruction in instructions])
+    painter.text_encoder = None  # all prompts are in the cache: it is no longer needed
+    painter.unet.enable_gradient_checkpointing()
+    painter.controlnet.enable_gradient_checkpointing()
+    return painter
+
+
+def make_optimizer(name: str, painter: torch.nn.Module, learning_rate: float):
+    """adamw or adafactor, of what is trained, with the published code's weight decay."""
+    parameters = list(trained_parameters(painter).values())
+    if name == "adamw":
+        return torch.optim.AdamW(
+            parameters,
+            lr=learning_rate,
+            betas=(0.9, 0.999),
+            eps=1e-8,
+            weight_decay=1e-2,
+            fused=True,
+        )
+    return Adafactor(
+        parameters,
+        lr=learning_rate,
+        relative_step=False,
+        scale_parameter=False,
+        weight_decay=1e-2,
+    )
+
+
+def describe_training(painter, accelerator, training: int, held_out: int) -> str:
+    """One sentence about what is going to be trained, on how many frames, and where."""
+    trained = sum(parameter.numel() for parameter in trained_parameters(painter).values())
+    return (
+        f"{training} frames to train on, {held_out} held out, {trained / 1e6:.1f} M parameters to "
+        f"train, on {accelerator.num_processes} processes ({accelerator.device.type})."
+    )
+
+
+def split_batch(batch: dict, size: int, device: torch.device):
+    """Yield the batch in parts of `size` samples, on the device."""
+    for i in range(0, len(batch["prompts"]), size):
+        part = {}
+        for name, values in batch.items():
+            part[name] = values[i : i + size]
+            if isinstance(values, torch.Tensor):
+                part[name] = part[name].to(device)
+        yield part
+
+
+def advise_when_out_of_memory(main):
+    """main, with one sentence of advice in place of PyTorch's error."""
+
+    def main_with_advice():
+        try:
+            main()
+        except RuntimeError as error:
+            if "out of memory" not in str(error):  # CUDA and MPS say it in the same words
+                raise
+            raise UserError(
+                "The GPU is out of memory: lower --micro-batch-size, then --resolution, or take "
+                "--optimizer adafactor (the same command resumes from the last checkpoint)."
+            ) from error
+
+    return main_with_advice
+
+
+# ----------------------------------------------------------------------------------- validation
+def sphere_overlap(painted: torch.Tensor, truth: torch.Tensor, observation: torch.Tensor) -> float:
+    """Intersection over union of painted and true spheres in pictures (B, 3, H, W), 0..1.
+
+    A sphere is where a picture differs from the observation by a fifth.
+    """
+    ours = (painted - observation).abs().amax(1) > 0.2  # (B, H, W)
+    theirs = (truth - observation).abs().amax(1) > 0.2
+    union = (ours | theirs).sum().clamp(min=1)
+    return ((ours & theirs).sum() / union).item()
