@@ -1,20 +1,18 @@
 """Stage 3: train the controller: ACT (Action Chunking with Transformers) learns to follow spheres.
 
-In:   runs/demo/episodes/<task>/<name>.hdf5    collect_demos.py
-      runs/demo/spheres/<task>/<name>.hdf5     render_spheres.py: targets and horizon K; the spheres
-                                               themselves are drawn here, new ones for each sample
-Out:  runs/demo/act/config.json, model.safetensors       for Controller.load
-                    losses.csv, losses.png, training.pt  to look at, and to resume
+In:   runs/demo/episodes/<task>/<name>.hdf5   collect_demos.py
+      runs/demo/spheres/<task>/<name>.hdf5    render_spheres.py: targets, horizon K
+Out:  runs/demo/act/    config.json, model.safetensors: for Controller.load
+                        losses.csv, losses.png; training.pt, to resume
 
-    python train_act.py                               the tiny network, on a laptop
-    python train_act.py --observation rgb             the ACT baseline on plain views, into act_rgb/
-    accelerate launch train_act.py --size sd-turbo    the paper's network, on any number of GPUs
+    python train_act.py                             the tiny network, on a laptop
+    python train_act.py --observation rgb           the ACT baseline: plain views; into act_rgb/
+    accelerate launch train_act.py --size sd-turbo  the paper's network, on any number of GPUs
 
 Paper, section 3.2: the controller sees images with spheres and the current joints, and predicts the
 next K joint positions. It is trained on spheres over random backgrounds, never over their own
-scene, so all that it can learn is to follow spheres. `Samples` below is what it is trained on: it
-draws a motion (genima/motions.py), the target's spheres, and a random background behind them
-(genima/textures.py). The network is in genima/act.py.
+scene, so all that it can learn is to follow spheres. `Samples` makes its data: a motion
+(genima/motions.py), the target's spheres, and what is behind them (genima/textures.py).
 """
 
 import json
@@ -27,14 +25,16 @@ import torch
 import tyro
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
+from numpy.random import Generator
 from safetensors.torch import save_file
 from torch.nn import functional as F
+from torch.optim import AdamW
 from torch.utils.data import Dataset, default_collate
 from tqdm import tqdm
 
 from genima import training
 from genima.act import ACT, SIZES, make_bag_of_words
-from genima.demonstrations import describe, read_demonstrations, split_scenes, vocabulary_of
+from genima.demonstrations import describe, read_demonstrations, split_scenes
 from genima.files import UserError, run_stage, write_whole
 from genima.motions import Motion, Motions
 from genima.plots import write_losses
@@ -86,14 +86,14 @@ COLUMNS = ("step", "loss", *TRAINING_COLUMNS, *VALIDATION_COLUMNS)
 
 # ---------------------------------------------------------------- what the controller is trained on
 class Samples(Dataset):
-    """Item i is this process's share of batch i.
+    """Item i is batch i, or this process's share of it.
 
-    A sample is a function of the seed, i, and its place in the batch. So a resumed training sees
-    the same samples, and several processes together see those that one would.
+    A sample is a function of the seed, i and its place in the batch alone, however often training
+    is resumed and however many processes share it.
     """
 
     def __init__(self, motions, scenes, config, settings, process=0, processes=1):
-        """scenes: {camera: (1, H, W, 3)} of some scenes. config: what ACT is built from."""
+        """scenes: {camera: images (1, H, W, 3)}; config: the network's."""
         self.motions = motions
         self.scenes = scenes
         self.config = config
@@ -105,17 +105,18 @@ class Samples(Dataset):
         rngs = [np.random.default_rng((self.seed, i, place)) for place in self.places]
         return default_collate([self.sample(rng) for rng in rngs])
 
-    def sample(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    def sample(self, rng: Generator) -> dict[str, np.ndarray]:
         """One sample: the arguments of ACT.forward."""
         config = self.config
         motion = self.motions.draw(rng)
+        demonstration = motion.demonstration
         if config["observation"] == "spheres":
             spheres = self.draw_target(rng, motion)  # (V, H, W, 4) uint8
             spheres = fade_and_soften(rng, spheres)  # colour times alpha, and alpha
             background = random_background(rng, self.scenes, config)  # (V, H, W, 3)
             images = spheres[..., :3] + (1 - spheres[..., 3:]) * background
         else:
-            views = [motion.demonstration.images[name][motion.t] for name in config["cameras"]]
+            views = [demonstration.images[camera][motion.t] for camera in config["cameras"]]
             images = np.stack([random_crop(rng, view) for view in views]).astype(np.float32)
 
         # Half the time the gripper's state is random: or the gripper continues what it does,
@@ -129,8 +130,7 @@ class Samples(Dataset):
         actions = (motion.actions - motion.current) / config["state_std"]
         actions[:, -1] = motion.actions[:, -1]
 
-        demonstration = motion.demonstration
-        texts = [demonstration.instruction, *demonstration.instructions]
+        texts = demonstration.texts()
         text = texts[rng.integers(len(texts))]
         images = jitter_and_add_noise(rng, images)
         latent = SIZES[config["size"]]["latent"]
@@ -144,7 +144,7 @@ class Samples(Dataset):
             "latent_noise": rng.standard_normal(latent, np.float32),  # (L,)
         }
 
-    def draw_target(self, rng: np.random.Generator, motion: Motion) -> np.ndarray:
+    def draw_target(self, rng: Generator, motion: Motion) -> np.ndarray:
         """The target's spheres as the cameras see them from the current joints: (V, H, W, 4) RGBA.
 
         Each sphere is a little off in each view, as painters paint it. The errors of two views are
@@ -155,11 +155,10 @@ class Samples(Dataset):
         chain = demonstration.chain
         current_poses = chain.forward_kinematics(motion.current[:-1])  # (J, 4, 4)
         target_poses = chain.forward_kinematics(motion.target[:-1])  # (J, 4, 4)
-        gripper_is_open = motion.target[-1] > 0.5
         height, width = self.config["image_size"]
         layers = []
         for camera in self.config["cameras"]:
-            poses, radii, colours = target_spheres(target_poses, gripper_is_open, camera)
+            poses, radii, colours = target_spheres(target_poses, motion.target[-1] > 0.5, camera)
             intrinsics = demonstration.intrinsics[camera]
             world_from_camera = chain.camera_pose(camera, current_poses)
             right_and_down = world_from_camera[:3, :2]
@@ -177,7 +176,7 @@ class Samples(Dataset):
 
 # -------------------------------------------------------------------------------- loss, validation
 def act_loss(model, batch: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """L1 of the joints, cross-entropy of the gripper and KL of the latent: their sum, and each.
+    """L1 of the joints, cross-entropy of the gripper, KL of the latent: their sum, and each.
 
     Padded steps count as zeros (ACT), so that the mean over a batch is the mean over its parts in
     several processes.
@@ -205,7 +204,7 @@ def act_loss(model, batch: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]
 
 
 @torch.inference_mode()
-def validate(network: ACT, batches: list[dict], state_std: torch.Tensor) -> list[float]:
+def validate(network: ACT, batches: list[dict], state_std: list[float]) -> list[float]:
     """VALIDATION_COLUMNS on held-out scenes: the joints' mean error (rad) over all steps, at the
     last step, and with the state hidden; the share of steps with the right gripper command."""
 
@@ -213,11 +212,12 @@ def validate(network: ACT, batches: list[dict], state_std: torch.Tensor) -> list
         has_state = torch.full_like(batch["has_state"], with_state)
         inputs = (batch["images"], batch["state"], has_state, batch["bag_of_words"])
         joints, gripper_logits, _ = network(*inputs)
-        error = (joints - batch["actions"][..., :-1]).abs() * state_std[:-1]  # (B, K, D) rad
+        error = (joints - batch["actions"][..., :-1]).abs() * scale  # (B, K, D) rad
         gripper_is_right = (gripper_logits > 0) == (batch["actions"][..., -1] > 0.5)
         return error.mean(-1), gripper_is_right  # (B, K) each
 
     network.eval()
+    scale = torch.tensor(state_std[:-1], device=network.queries.device)  # (D,) rad
     with_state = [predict(batch, True) for batch in batches]
     without_state = [predict(batch, False) for batch in batches]
     network.train()
@@ -235,19 +235,15 @@ def validate(network: ACT, batches: list[dict], state_std: torch.Tensor) -> list
 
 # ---------------------------------------------------------------------------------------- training
 def prepare_data(settings: Settings, process: int, processes: int):
-    """Returns the network's config, the training samples, some held-out batches, and what must stay
-    the same when a training resumes."""
+    """The network's config, samples, held-out batches, and what a resumed training must share."""
     spheres = settings.observation == "spheres"
     demonstrations = read_demonstrations(settings.run, images=not spheres, seed=settings.seed)
     training_set, held_out = split_scenes(demonstrations)
     config = {
         "size": settings.size,
         "observation": settings.observation,
-        **describe(demonstrations),  # horizon, joints, cameras, image_size
-        "vocabulary": [],
+        **describe(demonstrations, with_words=not spheres),
     }
-    if not spheres:
-        config["vocabulary"] = vocabulary_of(demonstrations)
     identity = {
         **config,
         "steps": settings.steps,
@@ -261,17 +257,13 @@ def prepare_data(settings: Settings, process: int, processes: int):
     config.update(motions.state_statistics(settings.seed))
     scenes = [one.images for one in demonstrations if one.images]
     samples = Samples(motions, scenes, config, settings, process, processes)
-    held_out_batches = []
+    batches = []
     if process == 0:
+        print(f"{len(training_set)} episodes, {len(held_out)} held out, on {processes} processes.")
         motions = Motions(held_out, demonstrations, shifted=spheres)
         held_out_samples = Samples(motions, scenes, config, settings)
-        for i in range(VALIDATION_BATCHES):
-            held_out_batches.append(held_out_samples[settings.steps + i])
-        print(
-            f"{len(training_set)} episodes to train on, {len(held_out)} held out, "
-            f"on {processes} processes."
-        )
-    return config, samples, held_out_batches, identity
+        batches = [held_out_samples[settings.steps + i] for i in range(VALIDATION_BATCHES)]
+    return config, samples, batches, identity
 
 
 def check_settings(settings: Settings, accelerator: Accelerator):
@@ -283,14 +275,11 @@ def check_settings(settings: Settings, accelerator: Accelerator):
     if settings.device not in ("auto", accelerator.device.type):
         raise UserError(f"There is no {settings.device} device here: use --device auto.")
     if settings.batch_size % accelerator.num_processes:
-        raise UserError(
-            f"--batch-size {settings.batch_size} cannot be shared equally among "
-            f"{accelerator.num_processes} processes: use a multiple of their number."
-        )
+        raise UserError("--batch-size must be a multiple of the number of processes.")
 
 
 def save_controller(folder: Path, network: ACT, config: dict, log: list):
-    """Write what Controller.load reads, and the losses."""
+    """Write FILES and the losses."""
     with write_whole(folder / "config.json") as path:
         path.write_text(json.dumps(config, indent=1))
     with write_whole(folder / "model.safetensors") as path:
@@ -307,17 +296,13 @@ def main():
     check_settings(settings, accelerator)
     device = accelerator.device
     process = accelerator.process_index
-    config, samples, held_out_batches, identity = prepare_data(
-        settings, process, accelerator.num_processes
-    )
-    held_out_batches = send_to_device(held_out_batches, device)
-    state_std = torch.tensor(config["state_std"], device=device)  # (D+1,) rad
+    processes = accelerator.num_processes
 
+    config, samples, held_out, identity = prepare_data(settings, process, processes)
+    held_out = send_to_device(held_out, device)
     torch.manual_seed(settings.seed)
     network = ACT(config).to(device)
-    optimizer = torch.optim.AdamW(
-        network.parameters(), settings.learning_rate, weight_decay=WEIGHT_DECAY
-    )
+    optimizer = AdamW(network.parameters(), settings.learning_rate, weight_decay=WEIGHT_DECAY)
     start, log = training.resume(folder, network, optimizer, identity)
     if start == settings.steps:
         accelerator.print(f"{folder} is trained already, {start} steps.")
@@ -345,7 +330,7 @@ def main():
             log.append([step, loss, *[part.item() for part in parts.values()]])
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             if step % VALIDATE_EVERY == 0 or is_last:
-                log[-1] += validate(network, held_out_batches, state_std)
+                log[-1] += validate(network, held_out, config["state_std"])
             if step % settings.checkpoint_every == 0 or is_last or stop:
                 save_controller(folder, network, config, log)
                 training.save(folder, network, optimizer, identity, step, log)

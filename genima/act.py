@@ -182,6 +182,34 @@ def make_bag_of_words(text: str, vocabulary: list[str]) -> np.ndarray:
     return np.array([word in words for word in vocabulary], np.float32)
 
 
+OLD_NAMES = {  # the beginnings of names in checkpoints of version 0.1, and what they are now
+    "backbone.": "image_encoder.backbone.",
+    "film.": "image_encoder.film.",
+    "cell.": "image_encoder.to_tokens.project.",
+    "places.": "image_encoder.to_tokens.pool.",
+    "state.": "project_state.",
+    "action.": "action_head.",
+    "posterior_encoder.": "vae.encoder.",
+    "class_token": "vae.class_token",
+    "chunk_position": "vae.positions",
+    "action_in.": "vae.project_actions.",
+    "posterior.": "vae.posterior_head.",
+    "latent.": "vae.project_latent.",
+}
+
+
+def rename_old(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights of a checkpoint under their present names."""
+    renamed = {}
+    for name, weight in weights.items():
+        for old, new in OLD_NAMES.items():
+            if name.startswith(old):
+                name = new + name.removeprefix(old)
+                break
+        renamed[name] = weight
+    return renamed
+
+
 @dataclass
 class Controller:
     """A trained network, called with images and joint positions."""
@@ -197,7 +225,7 @@ class Controller:
         try:
             config = json.loads((folder / "config.json").read_text())
             model = ACT(config)
-            model.load_state_dict(load_file(folder / "model.safetensors"))
+            model.load_state_dict(rename_old(load_file(folder / "model.safetensors")))
         except Exception as error:  # missing, cut off, or of another version
             reason = " ".join(str(error).split())[:200]
             raise UserError(

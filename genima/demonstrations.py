@@ -23,6 +23,10 @@ class Demonstration(Episode):
     horizon: int  # K
     chain: Chain
 
+    def texts(self) -> list[str]:
+        """The instruction, and other ways to say it."""
+        return [self.instruction, *self.instructions]
+
 
 def read_demonstrations(run: Path, images: bool, seed: int = 0) -> list[Demonstration]:
     """Read <run>/episodes and the targets of <run>/spheres.
@@ -96,24 +100,24 @@ def split_scenes(demonstrations: list[Demonstration]) -> tuple[list, list]:
     return training, validation
 
 
-def describe(demonstrations: list[Demonstration]) -> dict:
-    """What a network must fit: horizon K, number of joints D, cameras, image_size [H, W]."""
+def describe(demonstrations: list[Demonstration], with_words: bool) -> dict:
+    """What a network must fit: horizon K, number of joints D, cameras, image_size [H, W].
+
+    with_words: and all words of the instructions, sorted; otherwise the vocabulary is empty.
+    """
     example = demonstrations[0]
     # Cameras with a place in the tiles come first, in that order; then all others.
     cameras = [name for name in CAMERAS if name in example.image_sizes]
     cameras += [name for name in example.image_sizes if name not in CAMERAS]
+    vocabulary = set()
+    if with_words:
+        for demonstration in demonstrations:
+            for text in demonstration.texts():
+                vocabulary.update(words_of(text))
     return {
         "horizon": example.horizon,
         "joints": example.qpos.shape[1] - 1,
         "cameras": cameras,
         "image_size": list(example.image_sizes[cameras[0]]),
+        "vocabulary": sorted(vocabulary),
     }
-
-
-def vocabulary_of(demonstrations: list[Demonstration]) -> list[str]:
-    """All words of all instructions, sorted."""
-    words = set()
-    for demonstration in demonstrations:
-        for text in [demonstration.instruction, *demonstration.instructions]:
-            words.update(words_of(text))
-    return sorted(words)

@@ -1,10 +1,10 @@
 """The eyes of the controller: images of several views -> tokens for a transformer.
 
-    images (B, V, 3, H, W) --> ResNet, the same for all views --> features (B, V, h, w, C)
-                                                                     |
-                   instruction --> FiLM (the rgb baseline only) -----+
-                                                                     |
-                                            CellTokens or PooledTokens --> tokens (B, N, E)
+    images (B, V, 3, H, W)
+      |  ResNet, the same for all views
+    features (B, V, h, w, C)  <-- FiLM, instruction (the rgb baseline only)
+      |  CellTokens or PooledTokens
+    tokens (B, N, E)
 
 B samples, V views, H x W pixels, C channels of h x w cells, N tokens of E numbers.
 """
@@ -28,9 +28,9 @@ class ImageEncoder(nn.Module):
         self.backbone = ResNetModel(ResNetConfig(**size["resnet"], layer_type="basic"))
         normalise_in_groups(self.backbone)
 
-        # FiLM: the instruction scales and shifts the features. Only the rgb baseline needs it: with
-        # spheres, the painter has read the instruction. (Published code: CLIP's embedding of the
-        # instruction. Here: which words occur in it.)
+        # FiLM: the instruction scales and shifts the features. Only the rgb baseline needs it:
+        # where there are spheres, the painter has read the instruction.
+        # (Published code: CLIP's embedding of the instruction. Here: the words in it.)
         self.film = None
         if words:
             self.film = nn.Sequential(
@@ -91,7 +91,7 @@ class CellTokens(nn.Module):
 class PooledTokens(nn.Module):
     """tiny's tokens: a few per view, each a linear function of all cells of its view.
 
-    All that matters is where in the image the spheres are, and a transformer of 16 tokens is fast.
+    All that matters is where the spheres are, and with few tokens the transformer is fast.
     """
 
     def __init__(self, channels: int, cells: int, views: int, tokens: int, width: int):
