@@ -67,17 +67,17 @@ class Settings:
 
 
 KL_WEIGHT = 10  # ACT
-GRIPPER_WEIGHT = 0.1  # paper 0.05; more, or the gripper's rare changes drown in the joints
+GRIPPER_WEIGHT = 0.1  # paper 0.05; higher, because a gripper changes in few steps
 WEIGHT_DECAY = 1e-4  # ACT
 GRADIENT_CLIP = 1.0
-# The paper drops numbers of the state. Here the whole state is hidden in 30 % of the samples, or
-# the controller continues its path without looking at the spheres.
+# The paper drops numbers of the state. Here the whole state is hidden in 30 % of the samples:
+# otherwise the controller continues its path without looking at the spheres.
 STATE_DROPOUT = 0.3
 PAINTER_ERROR = 0.5  # pixels, standard deviation: see draw_target
 VALIDATE_EVERY = 250  # steps
 VALIDATION_BATCHES = 6
 FOLDERS = {"spheres": "act", "rgb": "act_rgb"}
-FILES = ("config.json", "model.safetensors")  # of a trained controller
+FILES = ["config.json", "model.safetensors"]  # of a trained controller
 # Columns of losses.csv: on training samples, and on held-out scenes.
 TRAINING_COLUMNS = ("joints", "gripper", "kl")
 VALIDATION_COLUMNS = ("error", "error_last", "error_without_state", "gripper_right")
@@ -119,8 +119,8 @@ class Samples(Dataset):
             views = [demonstration.images[camera][motion.t] for camera in config["cameras"]]
             images = np.stack([random_crop(rng, view) for view in views]).astype(np.float32)
 
-        # Half the time the gripper's state is random: or the gripper continues what it does,
-        # whatever the spheres' colour says ("copycat").
+        # Half the time the gripper's state is random: otherwise the gripper continues what it
+        # does, whatever the sphere's colour says ("copycat").
         state = motion.current.copy()
         if rng.random() < 0.5:
             state[-1] = rng.random()

@@ -63,6 +63,8 @@ LAYER = {"batch_first": True, "norm_first": True}
 
 
 class ACT(nn.Module):
+    """The network in the diagram above."""
+
     def __init__(self, config: dict):
         """config: what train_act.py writes into config.json."""
         super().__init__()
@@ -74,7 +76,7 @@ class ACT(nn.Module):
         self.image_encoder = ImageEncoder(config, size)
         self.project_state = nn.Linear(joints + 1, width)
         self.no_state = nn.Parameter(torch.zeros(width))
-        self.vae = None
+        self.vae = None  # then there is no latent token
         if size["latent"]:
             self.vae = ActionVAE(size, joints, horizon)
 
@@ -94,11 +96,11 @@ class ACT(nn.Module):
         action_is_pad: torch.Tensor | None = None,  # (B, K) bool: after the episode's end
         latent_noise: torch.Tensor | None = None,  # (B, L) standard normal
     ):
-        """Predict a chunk: joint positions (B, K, D) minus the current ones, in standard
-        deviations, and gripper logits (B, K).
+        """Predict the joint positions (B, K, D) and gripper logits (B, K) of a chunk.
 
-        Returns also the latent's posterior, mean and log variance, each (B, L); None without
-        actions or without a CVAE.
+        The joint positions are relative to the current ones, in standard deviations. The third
+        result is the latent's posterior, mean and log variance (B, L) each; None without actions
+        or without a CVAE.
         """
         batch_size = len(state)
         state_token = torch.where(has_state[:, None], self.project_state(state), self.no_state)
@@ -122,7 +124,7 @@ class ACT(nn.Module):
         decoded = self.decoder(queries, encoded)  # (B, K, E)
         outputs = self.action_head(decoded)  # (B, K, 2*D+1)
 
-        # ACT predicts positions. Here the arm goes a part of the straight line from the current
+        # ACT predicts positions. Here step k goes a part of the straight line from the current
         # joints to a target, plus a correction. So the images alone can give the target, and the
         # network need not learn to subtract: after 200 steps the error is 0.055 rad, not 0.075.
         current = state[:, None, :-1]  # (B, 1, D)
@@ -261,7 +263,7 @@ class Controller:
         inputs = [views.transpose(0, 1, 4, 2, 3), state.astype(np.float32), has_state]
         inputs.append(np.stack(words))  # (B, W)
         tensors = [torch.from_numpy(array).to(self.device) for array in inputs]
-        chunk, gripper_logits, _ = self.model(*tensors)
+        chunk, gripper_logits, *_ = self.model(*tensors)
 
         state_std = np.array(config["state_std"][:-1], np.float32)
         joints = chunk.cpu().numpy() * state_std + qpos[:, None, :-1]  # (B, K, D)
