@@ -79,9 +79,9 @@ VALIDATION_BATCHES = 6
 FOLDERS = {"spheres": "act", "rgb": "act_rgb"}
 FILES = ["config.json", "model.safetensors"]  # of a trained controller
 # Columns of losses.csv: on training samples, and on held-out scenes.
-TRAINING_COLUMNS = ("joints", "gripper", "kl")
-VALIDATION_COLUMNS = ("error", "error_last", "error_without_state", "gripper_right")
-COLUMNS = ("step", "loss", *TRAINING_COLUMNS, *VALIDATION_COLUMNS)
+TRAINING_COLUMNS = ["joints", "gripper", "kl"]
+VALIDATION_COLUMNS = ["error", "error_last", "error_without_state", "gripper_right"]
+COLUMNS = ["step", "loss", *TRAINING_COLUMNS, *VALIDATION_COLUMNS]
 
 
 # ---------------------------------------------------------------- what the controller is trained on

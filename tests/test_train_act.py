@@ -307,7 +307,7 @@ def test_training_stopped_twice_gives_the_losses_of_an_uninterrupted_one(run):
     expected = (run / "act/losses.csv").read_text()
     rows = list(csv.DictReader(expected.splitlines()))
     assert [int(row["step"]) for row in rows] == list(range(1, 17))
-    assert tuple(rows[0]) == COLUMNS
+    assert list(rows[0]) == COLUMNS
     assert float(rows[-1]["error"]) > 0 and rows[0]["error"] is None
     assert (run / "act/losses.png").stat().st_size > 10_000
     (run / "act").rename(run / "uninterrupted")
