@@ -1,12 +1,22 @@
-"""The controller: ACT (Action Chunking with Transformers). Trained by train_act.py, used by evaluate.py and real_robot.py.
+"""The controller: ACT, Action Chunking with Transformers (arXiv 2304.13705).
 
-V views with spheres -> ResNet -> tokens
-joints and gripper, or "not given" -----> transformer encoder -> decoder with K queries -> K joint positions and grippers
-chunk -> CVAE encoder -> z (in training; later z = 0)
+    latent of the CVAE, one token --------------------- (B, 1, E) --+
+    joints and gripper, or "not given", one token ----- (B, 1, E) --+
+    images of V views --> ImageEncoder --> N tokens --- (B, N, E) --+
+                                                                    |
+                                                           transformer encoder
+                                                                    |  (B, 2+N, E)
+    K learned queries, one per step of the chunk ----> transformer decoder
+                                                                    |  (B, K, E)
+                                                               action head
+                                                                    |
+                            joint positions of K steps (B, K, D), gripper logits (B, K)
+
+B samples, V views, D joints, K steps of a chunk of actions, N tokens of E numbers, L numbers of the
+latent, W words. train_act.py trains it. Departures from ACT are explained where they are made.
 """
 
 import json
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,247 +26,263 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
-from transformers import ResNetConfig, ResNetModel
 
 from genima.files import UserError
+from genima.image_encoder import ImageEncoder
 
-# sd-turbo: the paper's ResNet-18 and transformer, each cell a token. tiny stops at 16x16 cells of a 64x64 picture, and reads a few
-# tokens off all cells of a view at once: all that matters is where the spheres are. Its samples never repeat: it needs no dropout.
 SIZES = {
-    "tiny": dict(
-        stem=32,
-        channels=[64],
-        depths=[1],
-        tokens=4,
-        width=128,
-        encoder=2,
-        decoder=2,
-        heads=4,
-        feedforward=512,
-        dropout=0.0,
-        learning_rate=1e-3,
-    ),
-    "sd-turbo": dict(
-        stem=64,
-        channels=[64, 128, 256, 512],
-        depths=[2, 2, 2, 2],
-        tokens=0,
-        width=256,
-        encoder=4,
-        decoder=6,
-        heads=8,
-        feedforward=2048,
-        dropout=0.1,
-        learning_rate=5e-5,
-    ),
+    # For a laptop. Its training samples never repeat, so it needs no dropout.
+    "tiny": {
+        "resnet": {"embedding_size": 32, "hidden_sizes": [64], "depths": [1]},
+        "tokens_per_view": 4,
+        "layer": {"d_model": 128, "nhead": 4, "dim_feedforward": 512, "dropout": 0.0},
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "latent": 32,
+        "learning_rate": 1e-3,
+    },
+    # The paper's: ResNet-18 and ACT's transformer.
+    "sd-turbo": {
+        "resnet": {
+            "embedding_size": 64,
+            "hidden_sizes": [64, 128, 256, 512],
+            "depths": [2, 2, 2, 2],
+        },
+        "tokens_per_view": None,  # every cell of the features is a token
+        "layer": {"d_model": 256, "nhead": 8, "dim_feedforward": 2048, "dropout": 0.1},
+        "encoder_layers": 4,
+        "decoder_layers": 6,
+        "latent": 32,
+        "learning_rate": 5e-5,
+    },
 }
-LATENT = 32  # of the CVAE (ACT)
 
-
-def words_in(text):
-    return re.findall(r"[a-z0-9]+", text.lower())
+# ACT normalises at the end of a layer. At its beginning, the network trains from scratch at a
+# higher learning rate.
+LAYER = {"batch_first": True, "norm_first": True}
 
 
 class ACT(nn.Module):
-    """In the shapes: B samples, V views, K steps, D joints, C channels of the ResNet, E the transformer's width."""
+    """The network in the diagram above."""
 
-    def __init__(self, config):
+    def __init__(self, config: dict):
+        """config: what train_act.py writes into config.json."""
         super().__init__()
-        joints, steps, views, words = (
-            config["joints"],
-            config["horizon"],
-            len(config["cameras"]),
-            len(config["vocabulary"]),
-        )
         size = SIZES[config["size"]]
-        width, channels, self.tokens = size["width"], size["channels"][-1], size["tokens"]
-        self.backbone = ResNetModel(
-            ResNetConfig(
-                embedding_size=size["stem"],
-                hidden_sizes=size["channels"],
-                depths=size["depths"],
-                layer_type="basic",
-            )
-        )
-        for part in (
-            self.backbone.modules()
-        ):  # batch normalisation would see another batch in each of several processes
-            if hasattr(
-                part, "normalization"
-            ):  # (Diffusion Policy, whose groups have 16 channels too)
-                channels_in = part.normalization.num_features
-                part.normalization = nn.GroupNorm(channels_in // 16, channels_in)
-        # Language, for rgb alone: the painter has read it for us. (Published code: CLIP's embedding; here, which words occur.)
-        self.film = (
-            nn.Sequential(nn.Linear(words, 64), nn.ReLU(), nn.Linear(64, 2 * channels))
-            if words
-            else None
-        )
-        cells = math.prod(math.ceil(n / 4) for n in config["image_size"])
-        self.cell = nn.Linear(channels, 16 if self.tokens else width)
-        self.places = nn.ModuleList(
-            nn.Linear(16 * cells, self.tokens * width) for _ in range(views) if self.tokens
-        )
-        self.state, self.no_state = nn.Linear(joints + 1, width), nn.Parameter(torch.zeros(width))
-        # Layer norm comes first in a layer (ACT: last): so it trains from scratch at a higher learning rate.
-        layer = dict(
-            d_model=width,
-            nhead=size["heads"],
-            dim_feedforward=size["feedforward"],
-            dropout=size["dropout"],
-            batch_first=True,
-            norm_first=True,
-        )
-        self.encoder, self.posterior_encoder = (
-            nn.TransformerEncoder(
-                nn.TransformerEncoderLayer(**layer),
-                size["encoder"],
-                nn.LayerNorm(width),
-                enable_nested_tensor=False,
-            )
-            for _ in range(2)
-        )
-        self.decoder = nn.TransformerDecoder(
-            nn.TransformerDecoderLayer(**layer), size["decoder"], nn.LayerNorm(width)
-        )
-        self.queries = nn.Parameter(torch.randn(steps, width) * 0.02)
-        self.action = nn.Linear(width, 2 * joints + 1)
-        # The CVAE: z is what a demonstrator chose among equally good ways.
-        self.action_in, self.class_token = (
-            nn.Linear(joints + 1, width),
-            nn.Parameter(torch.zeros(1, 1, width)),
-        )
-        self.chunk_position = nn.Parameter(torch.randn(steps + 2, width) * 0.02)
-        self.posterior, self.latent = nn.Linear(width, 2 * LATENT), nn.Linear(LATENT, width)
+        width = size["layer"]["d_model"]
+        joints = config["joints"]
+        horizon = config["horizon"]
 
-    def see(self, pictures, words):
-        """(B, V, 3, H, W) uint8 -> tokens (B, N, E)."""
-        views = pictures.shape[:2]  # B, V
-        features = self.backbone(
-            pictures.flatten(0, 1).float() / 127.5 - 1
-        ).last_hidden_state  # (B*V, C, h, w)
-        if self.film:
-            scale, offset = (
-                self.film(words).repeat_interleave(views[1], 0)[..., None, None].chunk(2, 1)
-            )  # (B*V, C, 1, 1)
-            features = features * (1 + scale) + offset
-        cells = self.cell(features.permute(0, 2, 3, 1)).unflatten(0, views)  # (B, V, h, w, 16 or E)
-        if self.tokens:
-            cells = F.relu(cells).flatten(2)  # (B, V, h*w*16)
-            tokens = torch.stack(
-                [place(cells[:, i]) for i, place in enumerate(self.places)], 1
-            )  # (B, V, tokens*E)
-            return tokens.unflatten(2, (self.tokens, -1)).flatten(1, 2)  # (B, V*tokens, E)
-        cells = cells.transpose(1, 2).flatten(
-            2, 3
-        )  # (B, h, V*w, E): the views side by side in one wide picture (ACT)
-        return (cells + sine_positions(*cells.shape[1:]).to(cells)).flatten(1, 2)  # (B, h*V*w, E)
+        self.image_encoder = ImageEncoder(config, size)
+        self.project_state = nn.Linear(joints + 1, width)
+        self.no_state = nn.Parameter(torch.zeros(width))
+        self.vae = None  # then there is no latent token
+        if size["latent"]:
+            self.vae = ActionVAE(size, joints, horizon)
+
+        self.encoder = make_encoder(size)
+        layer = nn.TransformerDecoderLayer(**size["layer"], **LAYER)
+        self.decoder = nn.TransformerDecoder(layer, size["decoder_layers"], nn.LayerNorm(width))
+        self.queries = nn.Parameter(torch.randn(horizon, width) * 0.02)
+        self.action_head = nn.Linear(width, 2 * joints + 1)
 
     def forward(
-        self, pictures, state, state_given, words, joints=None, gripper=None, valid=None, noise=None
+        self,
+        images: torch.Tensor,  # (B, V, 3, H, W) uint8
+        state: torch.Tensor,  # (B, D+1) normalised joint positions and gripper opening
+        has_state: torch.Tensor,  # (B,) bool: False hides the state
+        bag_of_words: torch.Tensor,  # (B, W); W = 0 for spheres
+        actions: torch.Tensor | None = None,  # (B, K, D+1) demonstrated; in training
+        action_is_pad: torch.Tensor | None = None,  # (B, K) bool: after the episode's end
+        latent_noise: torch.Tensor | None = None,  # (B, L) standard normal
     ):
-        """-> joints (B, K, D), gripper logits (B, K); and mean and log variance (B, LATENT) of z, if the chunk is given."""
-        present, z, mean, log_variance = (
-            state[:, None, :-1],
-            state.new_zeros(len(state), LATENT),
-            None,
-            None,
-        )
-        state = torch.where(state_given[:, None], self.state(state), self.no_state)[
-            :, None
-        ]  # (B, 1, E)
-        if joints is not None:
-            chunk = self.action_in(torch.cat([joints, gripper[..., None]], -1))  # (B, K, E)
-            tokens = (
-                torch.cat([self.class_token.expand(len(state), -1, -1), state, chunk], 1)
-                + self.chunk_position
-            )  # (B, K+2, E)
-            tokens = self.posterior_encoder(tokens, src_key_padding_mask=F.pad(valid == 0, (2, 0)))
-            mean, log_variance = self.posterior(tokens[:, 0]).chunk(2, -1)  # (B, LATENT) each
-            z = mean + (0.5 * log_variance).exp() * noise
-        memory = self.encoder(
-            torch.cat([self.latent(z)[:, None], state, self.see(pictures, words)], 1)
-        )  # (B, 2+N, E)
-        # The decoder gives its last layer. (ACT's first release read the first by mistake, as LeRobot documents.)
-        actions = self.action(
-            self.decoder(self.queries.expand(len(state), -1, -1), memory)
-        )  # (B, K, 2*D+1)
-        # The chunk is the straight way to a goal, and something more. So the pictures alone can give the goal, and the subtraction
-        # that a network learns slowly is exact: after 200 steps the error is 0.055 rad instead of 0.075. (ACT: positions.)
-        goal, more, gripper = actions.split([present.shape[-1], present.shape[-1], 1], -1)
-        u = torch.linspace(0, 1, actions.shape[1] + 1, device=actions.device)[1:, None]  # (K, 1)
-        return u * (goal - present) + more, gripper[..., 0], mean, log_variance
+        """Predict the joint positions (B, K, D) and gripper logits (B, K) of a chunk.
+
+        The joint positions are relative to the current ones, in standard deviations. The third
+        result is the latent's posterior, mean and log variance (B, L) each; None without actions
+        or without a CVAE.
+        """
+        batch_size = len(state)
+        state_token = torch.where(has_state[:, None], self.project_state(state), self.no_state)
+        state_token = state_token[:, None]  # (B, 1, E)
+        tokens = [state_token, self.image_encoder(images, bag_of_words)]
+
+        posterior = None
+        if self.vae is not None:
+            latent = state.new_zeros(batch_size, self.vae.latent)  # the prior's mean
+            if actions is not None:
+                posterior = self.vae(state_token, actions, action_is_pad)
+                mean, log_variance = posterior
+                latent = mean + (0.5 * log_variance).exp() * latent_noise
+            latent_token = self.vae.project_latent(latent)[:, None]  # (B, 1, E)
+            tokens = [latent_token, *tokens]
+
+        encoded = self.encoder(torch.cat(tokens, 1))  # (B, 2+N, E)
+        queries = self.queries.expand(batch_size, -1, -1)  # (B, K, E)
+        # This is the decoder's last layer. (ACT's first release read its first layer by mistake,
+        # as LeRobot documents.)
+        decoded = self.decoder(queries, encoded)  # (B, K, E)
+        outputs = self.action_head(decoded)  # (B, K, 2*D+1)
+
+        # ACT predicts positions. Here step k goes a part of the straight line from the current
+        # joints to a target, plus a correction. So the images alone can give the target, and the
+        # network need not learn to subtract: after 200 steps the error is 0.055 rad, not 0.075.
+        current = state[:, None, :-1]  # (B, 1, D)
+        joints = current.shape[-1]
+        horizon = len(self.queries)
+        target, correction, gripper_logits = outputs.split([joints, joints, 1], -1)
+        part = torch.linspace(0, 1, horizon + 1, device=outputs.device)[1:, None]  # (K, 1)
+        chunk = part * (target - current) + correction  # (B, K, D)
+        return chunk, gripper_logits[..., 0], posterior
 
 
-def sine_positions(height, width, channels):
-    """2-D sine positions (h, w, E): half of the channels for y, half for x."""
-    frequencies = (
-        2 * math.pi * 10000 ** -(torch.arange(0, channels // 2, 2) / (channels // 2))
-    )  # (E/4,)
-    y, x = (
-        (torch.arange(1, n + 1) / n)[:, None] * frequencies for n in (height, width)
-    )  # (h, E/4), (w, E/4)
-    y, x = (
-        torch.cat([y.sin(), y.cos()], -1)[:, None],
-        torch.cat([x.sin(), x.cos()], -1),
-    )  # (h, 1, E/2), (w, E/2)
-    return torch.cat([y.expand(-1, width, -1), x.expand(height, -1, -1)], -1)
+class ActionVAE(nn.Module):
+    """ACT's conditional VAE: in training, it reads the demonstrated actions and gives a latent.
+
+    The latent stands for what a demonstrator chose among equally good ways. The trained controller
+    uses zero instead, the prior's mean.
+    """
+
+    def __init__(self, size: dict, joints: int, horizon: int):
+        super().__init__()
+        width = size["layer"]["d_model"]
+        self.latent = size["latent"]
+        self.class_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.positions = nn.Parameter(torch.randn(horizon + 2, width) * 0.02)
+        self.project_actions = nn.Linear(joints + 1, width)
+        self.encoder = make_encoder(size)
+        self.posterior_head = nn.Linear(width, 2 * self.latent)
+        self.project_latent = nn.Linear(self.latent, width)
+
+    def forward(
+        self, state_token: torch.Tensor, actions: torch.Tensor, action_is_pad: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """State (B, 1, E) and actions (B, K, D+1) -> the latent's mean and log variance (B, L)."""
+        class_token = self.class_token.expand(len(actions), -1, -1)  # (B, 1, E)
+        action_tokens = self.project_actions(actions)  # (B, K, E)
+        tokens = torch.cat([class_token, state_token, action_tokens], 1)  # (B, K+2, E)
+        is_pad = F.pad(action_is_pad, (2, 0))  # (B, K+2); class and state are never padding
+        encoded = self.encoder(tokens + self.positions, src_key_padding_mask=is_pad)
+        posterior = self.posterior_head(encoded[:, 0])  # (B, 2*L)
+        mean, log_variance = posterior.chunk(2, -1)
+        return mean, log_variance
+
+
+def make_encoder(size: dict) -> nn.TransformerEncoder:
+    layer = nn.TransformerEncoderLayer(**size["layer"], **LAYER)
+    norm = nn.LayerNorm(size["layer"]["d_model"])
+    return nn.TransformerEncoder(layer, size["encoder_layers"], norm, enable_nested_tensor=False)
+
+
+# ------------------------------------------------------------------------------ trained controller
+def words_of(text: str) -> list[str]:
+    return re.findall(r"[a-z0-9]+", text.lower())
+
+
+def make_bag_of_words(text: str, vocabulary: list[str]) -> np.ndarray:
+    """Which words of the vocabulary occur in a text: (W,) of 0 and 1."""
+    words = words_of(text)
+    return np.array([word in words for word in vocabulary], np.float32)
+
+
+OLD_NAMES = {  # the beginnings of names in checkpoints of version 0.1, and what they are now
+    "backbone.": "image_encoder.backbone.",
+    "film.": "image_encoder.film.",
+    "cell.": "image_encoder.to_tokens.project.",
+    "places.": "image_encoder.to_tokens.pool.",
+    "state.": "project_state.",
+    "action.": "action_head.",
+    "posterior_encoder.": "vae.encoder.",
+    "class_token": "vae.class_token",
+    "chunk_position": "vae.positions",
+    "action_in.": "vae.project_actions.",
+    "posterior.": "vae.posterior_head.",
+    "latent.": "vae.project_latent.",
+}
+
+
+def rename_old(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights of a checkpoint under their present names."""
+    renamed = {}
+    for name, weight in weights.items():
+        for old, new in OLD_NAMES.items():
+            if name.startswith(old):
+                name = new + name.removeprefix(old)
+                break
+        renamed[name] = weight
+    return renamed
 
 
 @dataclass
 class Controller:
-    """A trained network, to be called with pictures and joints."""
+    """A trained network, called with images and joint positions."""
 
     model: ACT
     config: dict
     device: str
 
     @classmethod
-    def load(cls, folder, device="cpu"):
+    def load(cls, folder: str | Path, device: str = "cpu") -> "Controller":
+        """Load what train_act.py has written. Raises UserError if it is missing or broken."""
+        folder = Path(folder)
         try:
-            config = json.loads((Path(folder) / "config.json").read_text())
+            config = json.loads((folder / "config.json").read_text())
             model = ACT(config)
-            model.load_state_dict(load_file(Path(folder) / "model.safetensors"))
+            model.load_state_dict(rename_old(load_file(folder / "model.safetensors")))
         except Exception as error:  # missing, cut off, or of another version
+            reason = " ".join(str(error).split())[:200]
             raise UserError(
-                f"{folder} holds no trained controller ({' '.join(str(error).split())[:200]}): run train_act.py first."
+                f"{folder} holds no trained controller ({reason}): run train_act.py first."
             ) from error
         return cls(model.to(device).eval(), config, device)
 
     @torch.inference_mode()
-    def __call__(self, images, qpos, instructions=None, drop_state=False):
-        """images {camera: (B, H, W, 3) uint8}, qpos (B, D+1) -> (B, K, D+1): joint positions (rad), probability of an open gripper.
+    def __call__(
+        self,
+        images: dict[str, np.ndarray],
+        qpos: np.ndarray,
+        instructions: list[str] | None = None,
+        drop_state: bool = False,
+    ) -> np.ndarray:
+        """Predict chunks (B, K, D+1): joint positions (rad), probability of an open gripper.
 
-        instructions: B sentences, needed by the rgb baseline only. drop_state: don't show the network qpos.
+        images {camera: (B, H, W, 3) uint8}; qpos (B, D+1): joint positions (rad), gripper opening.
+        instructions: B sentences, for the rgb baseline only.
+        drop_state: do not show qpos to the network.
         """
-        config, qpos = self.config, np.asarray(qpos, np.float32)
-        wanted, given = (
-            {c: tuple(config["image_size"]) for c in config["cameras"]},
-            {c: i.shape[1:3] for c, i in images.items()},
-        )
-        if wanted.items() - given.items():
+        config = self.config
+        qpos = np.asarray(qpos, np.float32)
+        self.check_inputs(images, qpos, instructions)
+
+        views = np.stack([images[camera] for camera in config["cameras"]], 1)  # (B, V, H, W, 3)
+        state = (qpos - config["state_mean"]) / config["state_std"]  # (B, D+1)
+        has_state = np.full(len(qpos), not drop_state)  # (B,)
+        if instructions is None:
+            instructions = [""] * len(qpos)
+        words = [make_bag_of_words(text, config["vocabulary"]) for text in instructions]
+
+        inputs = [views.transpose(0, 1, 4, 2, 3), state.astype(np.float32), has_state]
+        inputs.append(np.stack(words))  # (B, W)
+        tensors = [torch.from_numpy(array).to(self.device) for array in inputs]
+        chunk, gripper_logits, *_ = self.model(*tensors)
+
+        state_std = np.array(config["state_std"][:-1], np.float32)
+        joints = chunk.cpu().numpy() * state_std + qpos[:, None, :-1]  # (B, K, D)
+        gripper = gripper_logits.sigmoid().cpu().numpy()  # (B, K)
+        return np.concatenate([joints, gripper[..., None]], -1)
+
+    def check_inputs(self, images, qpos, instructions):
+        """Raise a UserError for other cameras, image sizes or joints than in training."""
+        config = self.config
+        needed = {camera: tuple(config["image_size"]) for camera in config["cameras"]}
+        given = {camera: views.shape[1:3] for camera, views in images.items()}
+        if needed.items() - given.items():
+            raise UserError(f"The controller was trained on images {needed}, but is given {given}.")
+        joints = qpos.shape[1] - 1
+        if joints != config["joints"]:
             raise UserError(
-                f"The controller was trained on pictures {wanted}, but is given {given}."
+                f"The controller was trained with {config['joints']} joints, "
+                f"but is given {joints} joints."
             )
-        if qpos.shape[1] != config["joints"] + 1 or config["vocabulary"] and instructions is None:
-            raise UserError(
-                f"The controller was trained with {config['joints']} joints{' and instructions' * bool(config['vocabulary'])}, "
-                f"but is given {qpos.shape[1] - 1} joints."
-            )
-        pictures = np.stack([images[camera] for camera in config["cameras"]], 1).transpose(
-            0, 1, 4, 2, 3
-        )  # (B, V, 3, H, W)
-        state = ((qpos - config["state_mean"]) / config["state_std"]).astype(np.float32)
-        words = [
-            [word in words_in(text) for word in config["vocabulary"]]
-            for text in instructions or [""] * len(qpos)
-        ]
-        inputs = pictures, state, np.full(len(qpos), not drop_state), np.array(words, np.float32)
-        joints, gripper, *_ = self.model(
-            *[torch.from_numpy(array).to(self.device) for array in inputs]
-        )
-        joints = (
-            joints.cpu().numpy() * np.array(config["state_std"][:-1], np.float32)
-            + qpos[:, None, :-1]
-        )  # (B, K, D)
-        return np.concatenate([joints, gripper.sigmoid().cpu().numpy()[..., None]], -1)
+        if config["vocabulary"] and instructions is None:
+            raise UserError("The controller was trained with instructions, but is given none.")

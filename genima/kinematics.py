@@ -66,6 +66,8 @@ class Chain:
             poses.append(pose)
         return np.stack([*poses, pose @ self.tool], axis=-3)
 
+    forward_kinematics = joint_poses
+
     def camera_pose(self, camera, joint_poses):
         """World from camera (..., 4, 4), when the joints are at joint_poses (..., J, 4, 4)."""
         if camera in self.mounted:

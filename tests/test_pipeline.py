@@ -30,7 +30,7 @@ STAGES = {
     "check": ["episodes.py", "--check", "{run}/episodes"],
     "spheres": ["render_spheres.py", "--run", "{run}", "--preview"],
     "painter": ["train_controlnet.py", "--run", "{run}", "--steps", STEPS, "--batch-size", 2],
-    "controller": ["train_act.py", "--run", "{run}", "--steps", STEPS, "--batch", 2],
+    "controller": ["train_act.py", "--run", "{run}", "--steps", STEPS, "--batch-size", 2],
     "genima": ["evaluate.py", "--run", "{run}", "--episodes", 1, "--language", 1],
     "oracle": ["evaluate.py", "--run", "{run}", "--episodes", 1, "--policy", "oracle"],
 }

@@ -519,7 +519,7 @@ def test_stages_1_to_3_run_on_an_imported_dataset(tmp_path):
     write_dataset(tmp_path / "data", variations=(0, 1), episodes=2, size=(32, 32))
     for words in (["collect_demos.py", "--from-rlbench", tmp_path / "data"], ["episodes.py", "--check", tmp_path / "run/episodes"],
                   ["render_spheres.py", "--horizon", 4, "--preview"], ["train_controlnet.py", "--steps", 2, "--batch-size", 2],
-                  ["train_act.py", "--steps", 2, "--batch", 2]):  # fmt: skip
+                  ["train_act.py", "--steps", 2, "--batch-size", 2]):  # fmt: skip
         done = run(
             *words,
             *([] if words[0] == "episodes.py" else ["--run", tmp_path / "run"]),

@@ -1,0 +1,123 @@
+"""Demonstrations in memory: episodes with their targets, read by stage 3, and scenes held out."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from genima.act import words_of
+from genima.episodes import CAMERAS, Episode, check_alike, find_episodes, read_episode
+from genima.files import UserError, read_hdf5
+from genima.kinematics import Chain
+from genima.spheres import FORMAT
+
+BACKGROUNDS = 300  # demonstrations of which a frame is read where not all images are needed
+
+
+@dataclass(kw_only=True)
+class Demonstration(Episode):
+    """An episode, and what render_spheres.py found out about it."""
+
+    target: np.ndarray  # (T, D+1) joint positions K steps later (rad), gripper command (0 or 1)
+    horizon: int  # K
+    chain: Chain
+
+    def texts(self) -> list[str]:
+        """The instruction, and other ways to say it."""
+        return [self.instruction, *self.instructions]
+
+
+def read_demonstrations(run: Path, images: bool, seed: int = 0) -> list[Demonstration]:
+    """Read <run>/episodes and the targets of <run>/spheres.
+
+    images: read all images. Otherwise only some demonstrations have any: one random frame, {camera:
+    (1, H, W, 3)}.
+    Raises UserError where spheres are missing, or demonstrations differ in joints, cameras, image
+    sizes or horizon.
+    """
+    paths = find_episodes(run / "episodes")
+    chosen = np.linspace(0, len(paths) - 1, BACKGROUNDS).astype(int)
+    chosen = set(chosen.tolist())
+    rng = np.random.default_rng(seed)
+    demonstrations = []
+    for i, path in enumerate(tqdm(paths, desc="reading", unit="episode", leave=False)):
+        demonstration = read_demonstration(path, run, images or i in chosen)
+        if demonstration.images and not images:
+            keep_one_frame(demonstration, rng)
+        demonstrations.append(demonstration)
+        check_alike(demonstration, demonstrations[0])
+        if demonstration.horizon != demonstrations[0].horizon:
+            raise UserError(
+                f"The spheres of {path} have horizon {demonstration.horizon}, those before it "
+                f"{demonstrations[0].horizon}: draw all with one horizon, in another --run."
+            )
+    sizes = demonstrations[0].image_sizes
+    if len(set(sizes.values())) > 1:
+        raise UserError(
+            f"{paths[0]} has cameras of different image sizes {sizes}: record all with one size."
+        )
+    return demonstrations
+
+
+def read_demonstration(path: Path, run: Path, images: bool) -> Demonstration:
+    episode = read_episode(path, images=images)
+    spheres = run / "spheres" / path.parent.name / path.name
+    if not spheres.exists():
+        raise UserError(f"{spheres} is missing: run render_spheres.py --run {run} first.")
+    with read_hdf5(spheres, FORMAT) as root:
+        target = root["target/qpos"][()]
+        horizon = int(root.attrs["horizon"])
+        for camera, measured in root.get("cameras", {}).items():  # render_spheres.py --calibration
+            episode.intrinsics[camera] = measured["intrinsics"][()]
+            episode.extrinsics[camera] = measured["extrinsics"][()]
+    if target.shape != episode.qpos.shape:
+        raise UserError(
+            f"{spheres} was drawn for another episode: move it away and run render_spheres.py "
+            f"--run {run} again."
+        )
+    chain = Chain.from_episode(episode)
+    return Demonstration(**vars(episode), target=target, horizon=horizon, chain=chain)
+
+
+def keep_one_frame(demonstration: Demonstration, rng: np.random.Generator):
+    """Keep the images of one random frame."""
+    t = rng.integers(len(demonstration.qpos))
+    for camera, images in demonstration.images.items():
+        demonstration.images[camera] = images[t : t + 1].copy()
+
+
+def split_scenes(demonstrations: list[Demonstration]) -> tuple[list, list]:
+    """Demonstrations to train on, and all demonstrations of every 20th scene, to validate on."""
+    scenes = sorted({(one.task, one.seed) for one in demonstrations})
+    held_out = scenes[9::20]
+    if not held_out and len(scenes) > 1:
+        held_out = scenes[-1:]
+    training = [one for one in demonstrations if (one.task, one.seed) not in held_out]
+    validation = [one for one in demonstrations if (one.task, one.seed) in held_out]
+    if not validation:  # there is one scene only
+        validation = training
+    return training, validation
+
+
+def describe(demonstrations: list[Demonstration], with_words: bool) -> dict:
+    """What a network must fit: horizon K, number of joints D, cameras, image_size [H, W].
+
+    with_words: and all words of the instructions, sorted; otherwise the vocabulary is empty.
+    """
+    example = demonstrations[0]
+    # Cameras with a place in the tiles come first, in that order; then all others.
+    cameras = [name for name in CAMERAS if name in example.image_sizes]
+    cameras += [name for name in example.image_sizes if name not in CAMERAS]
+    vocabulary = set()
+    if with_words:
+        for demonstration in demonstrations:
+            for text in demonstration.texts():
+                vocabulary.update(words_of(text))
+    return {
+        "horizon": example.horizon,
+        "joints": example.qpos.shape[1] - 1,
+        "cameras": cameras,
+        "image_size": list(example.image_sizes[cameras[0]]),
+        "vocabulary": sorted(vocabulary),
+    }
