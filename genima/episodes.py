@@ -86,7 +86,7 @@ ARRAYS = {
 }
 
 
-# ------------------------------------------------------------------------------------------ checking
+# ----------------------------------------------------------------------------------------- checking
 def check_array(array, shape: Sequence, dtype, where: str):
     """Raise a UserError that begins with `where` unless the array is of this shape and kind.
 
@@ -199,7 +199,7 @@ def layout_of(episode: Episode) -> str:
     return f"{episode.qpos.shape[1] - 1} joints and images of {episode.image_sizes}"
 
 
-# ------------------------------------------------------------------------------------------- writing
+# ------------------------------------------------------------------------------------------ writing
 def write_episode(path: Path, episode: Episode):
     """Write an episode to a new file. Raises UserError for a broken episode or an existing file."""
     path = Path(path)
@@ -242,7 +242,7 @@ def write_images(root: h5py.File, dataset: str, images: np.ndarray):
         data[t] = images[t]
 
 
-# ------------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------------------ reading
 def read_episode(path: Path, images: bool = True) -> Episode:
     """Read and check an episode. Without its images and extras this takes a few milliseconds.
 
