@@ -228,7 +228,7 @@ class Samples(Dataset):
         """
         layers, (now, later) = (
             [],
-            episode.chain.joint_poses(np.stack([present[:-1], target[:-1]])),
+            episode.chain.forward_kinematics(np.stack([present[:-1], target[:-1]])),
         )  # (J, 4, 4) each
         for camera in self.config["cameras"]:
             poses, radii, colours = target_spheres(

@@ -304,7 +304,7 @@ def test_the_chain_is_found_in_an_episode(joints):
 
     other = make_episode(11, joints, frames=12)[0]  # the same robot, elsewhere
     q = other.qpos[:, :-1].reshape(3, 4, joints)
-    poses = chain.joint_poses(q)
+    poses = chain.forward_kinematics(q)
     assert poses.shape == (3, 4, joints + 1, 4, 4)
     np.testing.assert_allclose(poses.reshape(12, joints + 1, 4, 4), other.joint_poses, atol=1e-5)
     np.testing.assert_allclose(
@@ -314,7 +314,7 @@ def test_the_chain_is_found_in_an_episode(joints):
         chain.camera_pose("front", poses),
         np.broadcast_to(other.extrinsics["front"][0], (3, 4, 4, 4)),
     )
-    np.testing.assert_allclose(chain.joint_poses(q[0, 0]), poses[0, 0])
+    np.testing.assert_allclose(chain.forward_kinematics(q[0, 0]), poses[0, 0])
 
 
 def test_a_single_frame_gives_a_chain_too():

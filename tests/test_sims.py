@@ -234,7 +234,7 @@ def test_camera_matrices_agree_with_mujocos_pictures():
     for camera in CAMERAS:
         seen = 0
         while seen < 12:
-            intrinsics, world_from_camera = env.camera(camera)
+            intrinsics, world_from_camera = env.camera_parameters(camera)
             depth = random.uniform(0.15, 0.5)
             pixel = np.array([random.uniform(20, width - 20), random.uniform(20, height - 20), 1.0])
             env.data.mocap_pos[0] = (
@@ -273,11 +273,11 @@ def test_inverse_kinematics_reaches_the_pose():
     env = blind("reach_target")
     for seed in range(5):
         env.reset(seed=seed)
-        position, rotation = env.task.focus(env), env.tool()[:3, :3]
+        position, rotation = env.task.focus(env), env.tool_pose()[:3, :3]
         env.data.qpos[:7] = env.ik(position, rotation)
         mujoco.mj_forward(env.model, env.data)
-        np.testing.assert_allclose(env.tool()[:3, 3], position, atol=1e-3)
-        np.testing.assert_allclose(env.tool()[:3, :3], rotation, atol=5e-3)
+        np.testing.assert_allclose(env.tool_pose()[:3, 3], position, atol=1e-3)
+        np.testing.assert_allclose(env.tool_pose()[:3, :3], rotation, atol=5e-3)
     with pytest.raises(UserError, match="cannot reach"):
         env.ik(np.array([2.0, 0, 0.3]), rotation)
 
@@ -338,7 +338,7 @@ def test_a_perturbation_changes_the_pictures_and_nothing_else(kind, task):
         for action, _ in zip(expert_actions(plain), range(15)):
             usual, seen = plain.step(action)[0], env.step(action)[0]
             np.testing.assert_array_equal(seen["qpos"], usual["qpos"])
-        np.testing.assert_array_equal(env.tool(), plain.tool())
+        np.testing.assert_array_equal(env.tool_pose(), plain.tool_pose())
     assert not np.array_equal(before[0], before[1])
 
 
@@ -350,7 +350,7 @@ def test_cameras_tell_where_they_were_moved_to():
     for seed in range(3):
         plain.reset(seed=seed), env.reset(seed=seed)
         for camera in CAMERAS:
-            (_, usual), (_, moved) = plain.camera(camera), env.camera(camera)
+            (_, usual), (_, moved) = plain.camera_parameters(camera), env.camera_parameters(camera)
             turn = np.degrees(np.arccos((np.trace(usual[:3, :3].T @ moved[:3, :3]) - 1) / 2))
             assert (
                 0 < np.abs(usual[:3, 3] - moved[:3, 3]).max() <= 0.03 * 3**0.5

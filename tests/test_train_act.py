@@ -137,7 +137,7 @@ def test_spheres_stand_at_the_target_and_are_seen_from_the_present(monkeypatch):
     samples, _ = make_samples()
     random = np.random.default_rng(0)
     episode, _, present, target, _, _ = samples.motion(random)
-    now, later = episode.chain.joint_poses(present[:-1]), episode.chain.joint_poses(target[:-1])
+    now, later = episode.chain.forward_kinematics(present[:-1]), episode.chain.forward_kinematics(target[:-1])
     tool = later[-1, :3, 3]
     episode.chain.fixed["front"] = look_at(tool + [1.2, 0.1, 0.3], tool + [0, 0.1, 0.1])
     episode.chain.mounted["wrist"] = np.linalg.inv(now[-2]) @ look_at(tool + [0.4, 0, 0.2], tool)
