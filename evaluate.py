@@ -450,7 +450,7 @@ def write_report(settings):
     ]
     # CUDA does not survive a fork, and CoppeliaSim's libraries had better not be asked to
     start = None if settings.device == "cpu" and settings.sim == "mujoco" else "spawn"
-    done = run_in_parallel(jobs, settings.workers, "evaluating", "episode", start)
+    done = run_in_parallel(jobs, settings.workers, "evaluating", "episode", start=start)
     results, heard = (
         {task: [] for task in tasks},
         [],
