@@ -7,12 +7,13 @@ check_number              what a stage is asked for
 """
 
 import errno
+import glob
 import os
 import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import h5py
@@ -86,6 +87,7 @@ def write_whole(path: Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(path)
     # The suffix stays, because some writers go by it.
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
@@ -94,19 +96,34 @@ def write_whole(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
-        remove(temporary)
+        with suppress(OSError):  # the first error is the one to report
+            temporary.unlink()
         if isinstance(error, OSError) and error.filename in (None, str(temporary), temporary):
             error.filename = str(path)
             error.filename2 = None
         raise
 
 
-def remove(path: Path):
-    """Remove a file, if it is there and can be removed."""
+def remove_abandoned(path: Path):
+    """Remove temporary files for `path` that a process left behind when it was killed."""
+    name = glob.escape(path.stem)
+    for temporary in path.parent.glob(f".{name}.*.tmp{glob.escape(path.suffix)}"):
+        number = temporary.name.removesuffix(path.suffix).split(".")[-2]
+        if number.isdecimal() and not is_running(int(number)):
+            temporary.unlink(missing_ok=True)
+
+
+def is_running(process: int) -> bool:
+    """Whether there is a process of this number on this machine."""
+    if os.name != "posix":
+        return True  # there is no harmless way to ask
     try:
-        path.unlink()
-    except OSError:  # for example a name too long to exist; the first error is the one to report
-        pass
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 @contextmanager

@@ -147,7 +147,9 @@ def franka_chain(cameras: dict | None = None) -> Chain:
 
     mounted = {}
     fixed = {}
-    for camera, entry in (cameras or {}).items():
+    if cameras is None:
+        cameras = {}
+    for camera, entry in cameras.items():
         if "last_joint_from_camera" in entry:
             mounted[camera] = entry["last_joint_from_camera"]
         else:

@@ -1,8 +1,8 @@
 """The scripted expert of the embedded simulator: from waypoints to actions and demonstrations.
 
-    for action in expert_actions(env):               from wherever the arm is
-        env.step(action)
-    episode = record_demonstration(env, task, seed, variation, start="near")
+for action in expert_actions(env):               from wherever the arm is
+    env.step(action)
+episode = record_demonstration(env, task, seed, variation, start="near")
 """
 
 from collections.abc import Iterator

@@ -230,7 +230,8 @@ class PandaEnv(ArmEnv):
     # ---- Gymnasium
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        options = options or {}
+        if options is None:
+            options = {}
         rng = np.random.default_rng([self.seed, 0])
         mujoco.mj_resetData(self.model, self.data)
         self.task.place(self, rng)
