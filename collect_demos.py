@@ -1,15 +1,15 @@
 """Stage 0: demonstrations by a scripted expert, one HDF5 episode each.
 
-In:   the tasks of sims/mujoco_tasks.py (their waypoints); or RLBench, live or a dataset of it
-Out:  <run>/episodes/<task>/<seed>_<variation>.hdf5   (see genima/episodes.py)
-      only successful attempts are kept
+    In:   the tasks of sims/mujoco_tasks.py; or RLBench, live or a dataset that it recorded
+    Out:  <run>/episodes/<task>/<seed>_<variation>.hdf5, see genima/episodes.py
 
-    python collect_demos.py                                        what `make demo` trains on
+    python collect_demos.py                                 what `make demo` trains on
     python collect_demos.py --tasks open_drawer --scenes 20 --run runs/drawer
-    python collect_demos.py --from-rlbench DATASET --run runs/rlbench   a dataset's demonstrations;
-                                                     needs neither RLBench nor CoppeliaSim
-    python collect_demos.py --sim rlbench --tasks open_box --run runs/rlbench    new ones by
-                                                     RLBench's planner
+    python collect_demos.py --from-rlbench DATASET --run runs/rlbench
+    python collect_demos.py --sim rlbench --tasks open_box --run runs/rlbench
+
+Only successful attempts are kept. A dataset of RLBench is read without RLBench or CoppeliaSim;
+--sim rlbench needs both, and records new demonstrations by RLBench's planner.
 
 Each scene (seed) is recorded once for every object that the instruction can name: the same image,
 other words, another target, so that the words decide. Half of the demonstrations begin anywhere

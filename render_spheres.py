@@ -1,12 +1,12 @@
 """Stage 1: draw the target spheres: where the joints will be K steps later, for each camera.
 
-In:   <run>/episodes/<task>/<name>.hdf5      (collect_demos.py)
-Out:  <run>/spheres/<task>/<name>.hdf5       attrs format, horizon, episode, settings
-          /layers/<camera>   (T, H, W, 4) uint8 RGBA, to lay over an image with alpha_composite
-          /target/qpos       (T, D+1) joint positions K steps later (rad), and the gripper command
-                             (0 or 1) sent then
-          /cameras/<camera>  intrinsics and extrinsics as in an episode, where --calibration
-                             measured them again
+    In:   <run>/episodes/<task>/<name>.hdf5      (collect_demos.py)
+    Out:  <run>/spheres/<task>/<name>.hdf5       attrs format, horizon, episode, settings
+          /layers/<camera>   (T, H, W, 4) uint8 RGBA, to lay over an image
+          /target/qpos       (T, D+1) joint positions K steps later (rad), and the gripper
+                             command (0 or 1) sent then
+          /cameras/<camera>  intrinsics and extrinsics as in an episode, where
+                             --calibration measured them again
 
     python render_spheres.py                    for every episode of runs/demo
     python render_spheres.py --preview          and runs/demo/spheres/preview.png and preview.mp4

@@ -216,21 +216,23 @@ def write_episode(path: Path, episode: Episode):
             root.attrs[name] = kind(getattr(episode, name))
         root.attrs["format"] = FORMAT
         for dataset, array, dtype in arrays:
-            if dtype == np.uint8 and array.ndim == 4:
-                write_images(root, dataset, array)
-            else:
+            if dtype != np.uint8 or array.ndim != 4:
                 root[dataset] = np.asarray(array, dtype)
+                continue
+            images = create_images(root, dataset, array)
+            for t in range(array.shape[0]):  # one by one, because they may not fit into memory
+                images[t] = array[t]
 
 
-def write_images(root: h5py.File, dataset: str, images: np.ndarray):
-    """Write images (T, H, W, 3), one chunk per frame, with a checksum either way.
+def create_images(root: h5py.File, dataset: str, images: np.ndarray) -> h5py.Dataset:
+    """An empty dataset for images (T, H, W, 3): one chunk per frame, a checksum either way.
 
     Compressing takes twice as long as decoding a PNG. Noisy images hardly shrink, so those are
     stored as they are.
     """
     compressed = zlib.compress(images[0].tobytes(), 1)
     shrinks = len(compressed) < images[0].size / 2
-    data = root.create_dataset(
+    return root.create_dataset(
         dataset,
         images.shape,
         np.uint8,
@@ -238,8 +240,6 @@ def write_images(root: h5py.File, dataset: str, images: np.ndarray):
         compression=1 if shrinks else None,
         fletcher32=not shrinks,
     )
-    for t in range(images.shape[0]):  # one by one, because they may not fit into memory
-        data[t] = images[t]
 
 
 # ------------------------------------------------------------------------------------------ reading

@@ -9,8 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import sims  # noqa: E402, F401  (first of all: how MuJoCo draws)
-from genima.episodes import Episode, write_episode  # noqa: E402
+from genima.episodes import Episode, write_episode
 
 
 def random_pose(random, shift=0.3):

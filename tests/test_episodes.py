@@ -1,4 +1,4 @@
-"""episodes.py: files come back as they were written, and broken ones are refused in a sentence."""
+"""genima/episodes.py, genima/files.py: files come back as they were written, and broken ones are refused in a sentence."""
 
 import errno
 import os
@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, make_episode
 
 import episodes
-from genima.episodes import find_episodes, read_episode, write_episode
+from genima.episodes import ATTRIBUTES, find_episodes, read_episode, write_episode
 from genima.files import UserError, run_stage, write_whole
 
 
@@ -39,7 +39,7 @@ def test_an_episode_comes_back_as_it_was_written(tmp_path, joints, size, frames)
     write_episode(path, episode)
     again = read_episode(path)
     assert again.path == path and again.image_sizes == {"front": size, "wrist": size}
-    for name, kind in episodes.ATTRIBUTES.items():
+    for name, kind in ATTRIBUTES.items():
         assert getattr(again, name) == getattr(episode, name) and type(getattr(again, name)) is kind
     for name in ("qpos", "qvel", "action", "joint_poses"):
         assert getattr(again, name).dtype == np.float32
@@ -232,23 +232,37 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
 
 def test_a_full_disk_is_one_sentence(tmp_path):
     """A process that may write no file above 4 kB."""
-    code = "from conftest import make_episode; from episodes import run_stage, write_episode; import sys; " \
-           "run_stage(lambda: write_episode(sys.argv[1], make_episode()[0]))"  # fmt: skip
+    code = """
+import sys
+from conftest import make_episode
+from genima.episodes import write_episode
+from genima.files import run_stage
+run_stage(lambda: write_episode(sys.argv[1], make_episode()[0]))
+"""
     done = subprocess.run(
-        [sys.executable, "-c", code, tmp_path / "a.hdf5"], cwd=ROOT, capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "PYTHONDONTWRITEBYTECODE": "1"},
+        [sys.executable, "-c", code, tmp_path / "a.hdf5"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "PYTHONDONTWRITEBYTECODE": "1"},
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)),
-    )  # fmt: skip
+    )
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     assert "disk is full" in done.stderr and "a.hdf5" in done.stderr
     assert contents(tmp_path) == {}
 
 
-@pytest.mark.parametrize("error, code, words", [
-    (UserError("Sentence."), 2, "Sentence."),
-    (KeyboardInterrupt(), 130, "Stopped."),
-    (OSError(errno.ENOSPC, "No space left on device"), 2, "disk is full"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "error, code, words",
+    [
+        (UserError("Sentence."), 2, "Sentence."),
+        (KeyboardInterrupt(), 130, "Stopped."),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "disk is full"),
+        (OSError(errno.EMFILE, "Too many open files"), 2, "Too many open files"),
+        (PermissionError(errno.EACCES, "Permission denied", "/x/y"), 2, "/x/y: Permission denied"),
+        (MemoryError("Unable to allocate 7 TiB"), 2, "Unable to allocate 7 TiB"),
+    ],
+)
 def test_run_stage_ends_with_a_sentence(monkeypatch, capsys, error, code, words):
     def main():
         raise error
@@ -289,9 +303,8 @@ def test_finding_episodes(run):
 def test_check_prints_a_table(run, monkeypatch, capsys):
     episode = make_episode(4, frames=9)[0]
     episode.success = False
-    episode.qpos[:, 0] = (
-        np.arange(9) ** 3 / 1000
-    )  # third difference 0.006, times 10 Hz cubed: 6 rad/s³
+    # The third difference is 0.006; times 10 Hz cubed: 6 rad/s^3.
+    episode.qpos[:, 0] = np.arange(9) ** 3 / 1000
     episode.qpos[:, 1:7] = [0, 0, -1, 0, 1, 0]
     episode.action[:] = episode.qpos
     episode.qpos[3:5, 1] = -2  # beyond the limit -1.7628 in two frames
@@ -304,10 +317,9 @@ def test_check_prints_a_table(run, monkeypatch, capsys):
         "9",
         "0%",
         "2.000",
-        "4000.0",
+        "4000.0",  # 0, 0, -2, -2: the third difference is 4
         "2",
-        "frames",
-    ]  # 0, 0, -2, -2: the third difference is 4
+    ]
 
     episode.qpos[3:5, 1] = 0
     (run / "episodes/other/a.hdf5").unlink()
@@ -318,11 +330,10 @@ def test_check_prints_a_table(run, monkeypatch, capsys):
         "1",
         "9",
         "0%",
-        "0.169",
+        "0.169",  # (512 - 343) / 1000
         "6.0",
         "0",
-        "frames",
-    ]  # (512 - 343) / 1000
+    ]
 
 
 def test_check_lists_broken_and_odd_files(run, monkeypatch, capsys):
@@ -336,7 +347,7 @@ def test_check_lists_broken_and_odd_files(run, monkeypatch, capsys):
         episodes.main()
     lines = str(caught.value).splitlines()
     assert [second.name in lines[0], "6 joints" in lines[1], "images" in lines[2]] == [True] * 3
-    assert lines[3] == "3 of 4 files are broken."
+    assert lines[3] == "3 of 4 files cannot be used with the others."
     assert stage(monkeypatch, capsys, episodes.main, "--check", run / "episodes")[0] == 2
     assert contents(run) == before
 

@@ -5,8 +5,6 @@ import os
 import subprocess
 import sys
 
-os.environ.setdefault("MUJOCO_GL", "egl")
-
 import h5py
 import imageio.v2 as imageio
 import mujoco
@@ -33,6 +31,7 @@ from genima.spheres import (
     read_spheres,
     target_spheres,
 )
+from sims.rendering import new_renderer
 
 COLOURS = np.array([RED, GREEN, PURPLE, CYAN], np.uint8)
 
@@ -58,7 +57,7 @@ class MuJoCo:
               <worldbody> <camera name="eye" fovy="{fovy}" mode="fixed"/> {bodies} </worldbody>
             </mujoco>""")
         self.data = mujoco.MjData(self.model)
-        self.renderer = mujoco.Renderer(self.model, height, width)
+        self.renderer = new_renderer(self.model, height, width)
         self.renderer.enable_segmentation_rendering()
 
     def seen(self, poses, radii, world_from_camera):
@@ -264,7 +263,7 @@ def test_what_is_not_to_be_seen_is_not_drawn():
     assert (alpha[18] == 255).all() and not alpha[[0, -1], 0].any()
 
 
-def test_over():
+def test_alpha_composite():
     picture = np.array([[[10, 20, 30], [10, 20, 30], [10, 20, 30]]], np.uint8)
     layer = np.array([[[200, 100, 0, 0], [200, 100, 0, 255], [200, 100, 0, 51]]], np.uint8)
     np.testing.assert_array_equal(
@@ -338,9 +337,15 @@ def swing_wrist(episode):
     episode.extrinsics["wrist"][3] = episode.extrinsics["wrist"][3] @ turn_about_z(0.01)
 
 
-@pytest.mark.parametrize("change, words", [
-    (drop_turn, "qpos"), (slide_tool, "tool"), (push_camera, "cameras/front"), (swing_wrist, "cameras/wrist"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (drop_turn, "qpos"),
+        (slide_tool, "tool"),
+        (push_camera, "cameras/front"),
+        (swing_wrist, "cameras/wrist"),
+    ],
+)
 def test_a_chain_that_changes_is_refused(tmp_path, change, words):
     episode = make_episode()[0]
     change(episode)
@@ -425,10 +430,14 @@ def test_a_calibration_replaces_the_cameras(run, monkeypatch, capsys):
     episode = read_episode(find_episodes(run / "episodes")[0])
     eye, mount = look_at((1.5, -0.5, 0.7), (0, 0, 0)), random_pose(np.random.default_rng(0), 0.1)
     intrinsics = [[50.0, 0, 21], [0, 50, 15], [0, 0, 1]]
-    (run / "cams.yaml").write_text(yaml.dump({
-        "front": {"intrinsics": intrinsics, "world_from_camera": eye.tolist()},
-        "wrist": {"intrinsics": intrinsics, "last_joint_from_camera": mount.tolist()},
-    }))  # fmt: skip
+    (run / "cams.yaml").write_text(
+        yaml.dump(
+            {
+                "front": {"intrinsics": intrinsics, "world_from_camera": eye.tolist()},
+                "wrist": {"intrinsics": intrinsics, "last_joint_from_camera": mount.tolist()},
+            }
+        )
+    )
     assert (
         stage(
             monkeypatch,
@@ -499,12 +508,22 @@ def calibration(camera="front", **entries):
     )
 
 
-@pytest.mark.parametrize("text", [
-    "", "[1, 2]", "front: {", "front: {intrinsics: [[1, 0, 0], [0, 1, 0], [0, 0, 1]]}", calibration("back"),
-    calibration(intrinsics=[[1, 0], [0, 1]]), calibration(intrinsics=[[1], [0, 1]]),
-    calibration(intrinsics=[[-9.0, 0, 1], [0, 9, 1], [0, 0, 1]]), calibration(intrinsics=[[9.0, 0, np.nan], [0, 9, 1], [0, 0, 1]]),
-    calibration(world_from_camera=np.diag([1.0, 2, 1, 1]).tolist()), calibration(last_joint_from_camera=np.eye(4).tolist()),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[1, 2]",
+        "front: {",
+        "front: {intrinsics: [[1, 0, 0], [0, 1, 0], [0, 0, 1]]}",
+        calibration("back"),
+        calibration(intrinsics=[[1, 0], [0, 1]]),
+        calibration(intrinsics=[[1], [0, 1]]),
+        calibration(intrinsics=[[-9.0, 0, 1], [0, 9, 1], [0, 0, 1]]),
+        calibration(intrinsics=[[9.0, 0, np.nan], [0, 9, 1], [0, 0, 1]]),
+        calibration(world_from_camera=np.diag([1.0, 2, 1, 1]).tolist()),
+        calibration(last_joint_from_camera=np.eye(4).tolist()),
+    ],
+)
 def test_a_bad_calibration_is_refused(run, monkeypatch, capsys, text):
     (run / "cams.yaml").write_text(text)
     sentence = refused(run, monkeypatch, capsys, "--calibration", run / "cams.yaml")
@@ -516,20 +535,26 @@ def test_a_full_disk(run, monkeypatch, capsys):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
+
     # in this process, for a patch does not reach another one everywhere
-    monkeypatch.setattr(
-        render_spheres, "in_parallel", lambda jobs, *_: ((job, job[0](*job[1:])) for job in jobs)
-    )
+    def one_by_one(jobs, *_):
+        for job in jobs:
+            yield job, job[0](*job[1:])
+
+    monkeypatch.setattr(render_spheres, "run_in_parallel", one_by_one)
     assert "disk is full" in refused(run, monkeypatch, capsys)
     assert len(contents(run)) == 2
 
 
-@pytest.mark.parametrize("damage, words", [
-    (lambda path: path.write_bytes(path.read_bytes()[:-100]), "truncated"),
-    (BROKEN["foreign"][0], "format"),
-    (lambda path: shorten(path, "layers/front"), "layers/front"),
-    (lambda path: shorten(path, "target/qpos"), "layers/"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-100]), "truncated"),
+        (BROKEN["foreign"][0], "format"),
+        (lambda path: shorten(path, "layers/front"), "layers/front"),
+        (lambda path: shorten(path, "target/qpos"), "layers/"),
+    ],
+)
 def test_broken_spheres_are_refused(run, monkeypatch, capsys, damage, words):
     assert stage(monkeypatch, capsys, render_spheres.main, "--run", run)[0] == 0
     path = run / "spheres/pick_and_lift/000000_00.hdf5"

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mujoco
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
@@ -12,9 +13,10 @@ from gymnasium.utils.env_checker import check_env
 from genima.episodes import CAMERAS
 from genima.files import UserError
 from sims.demonstrator import expert_actions
-from sims.mujoco_panda import PandaEnv, mujoco  # it sets the renderer before it imports mujoco
+from sims.mujoco_panda import PandaEnv
 from sims.mujoco_tasks import COLOURS, TASKS
 from sims.perturbed_panda import PERTURBATIONS, PerturbedEnv
+from sims.rendering import new_renderer
 
 ROOT = Path(__file__).resolve().parent.parent
 SEVERAL = [task for task in TASKS if TASKS[task].candidates > 1]
@@ -30,9 +32,15 @@ def blind(task):
 
 def test_all_tasks_are_there():
     assert set(TASKS) == {
-        "reach_target", "push_button", "pick_and_lift", "slide_block_to_target", "open_drawer", "take_lid_off_saucepan",
-        "close_box", "stack_blocks",
-    }  # fmt: skip
+        "reach_target",
+        "push_button",
+        "pick_and_lift",
+        "slide_block_to_target",
+        "open_drawer",
+        "take_lid_off_saucepan",
+        "close_box",
+        "stack_blocks",
+    }
 
 
 @pytest.mark.filterwarnings(
@@ -189,8 +197,13 @@ def test_the_named_object_has_the_named_colour(task, geom):
     for seed in range(4):
         for variation in range(env.task.candidates):
             env.reset(seed=seed, options={"variation": variation})
-            named = [i for i in range(4 if task == "stack_blocks" else 3)
-                     if np.allclose(env.model.geom(geom.format(i)).rgba[:3], COLOURS[env.task.names[variation]])]  # fmt: skip
+            named = [
+                i
+                for i in range(4 if task == "stack_blocks" else 3)
+                if np.allclose(
+                    env.model.geom(geom.format(i)).rgba[:3], COLOURS[env.task.names[variation]]
+                )
+            ]
             assert len(named) == (2 if task == "stack_blocks" else 1)
             gaps = [
                 np.linalg.norm((env.data.geom(geom.format(i)).xpos - env.task.focus(env))[:2])
@@ -227,7 +240,7 @@ def test_camera_matrices_agree_with_mujocos_pictures():
     env.reset(seed=2)
     ball = env.model.geom("ball0").id
     env.model.geom("ball0").size[0] = 0.006
-    renderer, option = mujoco.Renderer(env.model, height, width), mujoco.MjvOption()
+    renderer, option = new_renderer(env.model, height, width), mujoco.MjvOption()
     renderer.enable_segmentation_rendering()
     option.geomgroup[2] = 0  # without the arm, which might hide a part of the ball
     env.data.mocap_pos[1:] = (0, 0, -5)
