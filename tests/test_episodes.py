@@ -1,8 +1,10 @@
-"""genima/episodes.py, genima/files.py: files come back as they were written, and broken ones are refused in a sentence."""
+"""genima/episodes.py, genima/files.py: files come back whole, bad ones are one sentence."""
 
 import errno
+import fcntl
 import os
 import resource
+import signal
 import subprocess
 import sys
 
@@ -17,7 +19,7 @@ from genima.files import UserError, run_stage, write_whole
 
 
 def stage(monkeypatch, capsys, main, *arguments):
-    """Run a stage's main as its command line does -> (exit code, standard output, last line of standard error)."""
+    """Run a stage's main as its command line does -> (exit code, output, last line of errors)."""
     monkeypatch.setattr(sys, "argv", ["stage.py", *map(str, arguments)])
     code = 0
     try:
@@ -82,7 +84,7 @@ def test_acts_loader_can_read_it(run):
 
 
 def replace(dataset, change):
-    """A way to damage a file: one dataset becomes `change` of itself, or goes when `change` is None."""
+    """A way to damage a file: one dataset becomes `change` of itself, or goes (None)."""
 
     def damage(path):
         with h5py.File(path, "r+") as root:
@@ -362,3 +364,97 @@ def test_check_of_no_folder(tmp_path, folder):
         text=True,
     )
     assert done.returncode == 2 and folder in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+# ------------------------------------------------------------------------------- the system refuses
+def test_a_file_that_another_program_has_open_is_not_called_broken(run):
+    path = find_episodes(run / "episodes")[0]
+    with open(path, "rb+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="open in another program") as caught:
+            read_episode(path)
+    assert str(path) in str(caught.value)
+    read_episode(path)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ELOOP])
+def test_a_file_that_may_not_be_read_is_not_called_broken(run, monkeypatch, number):
+    path = find_episodes(run / "episodes")[0]
+
+    def refuse(*arguments, **named):
+        raise OSError(number, "Unable to synchronously open file (unable to open file)")
+
+    monkeypatch.setattr(h5py, "File", refuse)
+    with pytest.raises(UserError) as caught:
+        read_episode(path)
+    assert str(caught.value) == f"{path} cannot be read: {os.strerror(number)}."
+
+
+def test_a_folder_in_place_of_a_file(run):
+    path = run / "episodes/pick_and_lift/000009_00.hdf5"
+    path.mkdir()
+    with pytest.raises(UserError, match="Is a directory"):
+        read_episode(path)
+
+
+@pytest.mark.parametrize("name, words", [("file", "Not a directory"), ("x" * 300, "too long")])
+def test_a_path_that_cannot_be_a_folder_is_one_sentence(run, monkeypatch, capsys, name, words):
+    (run / "file").write_text("")
+    folder = run / name
+
+    def write():
+        write_episode(folder / "a/b.hdf5", make_episode()[0])
+
+    code, _, sentence = stage(monkeypatch, capsys, episodes.main, "--check", folder)
+    assert code == 2 and str(folder) in sentence and words in sentence
+    code, _, sentence = stage(monkeypatch, capsys, write)
+    assert code == 2 and str(folder) in sentence and words in sentence
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_write(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    abandoned = tmp_path / f".a.{ended.pid}.tmp.hdf5"
+    in_use = tmp_path / f".a.{os.getppid()}.tmp.hdf5"
+    other = tmp_path / f".b.{ended.pid}.tmp.hdf5"
+    for path in (abandoned, in_use, other):
+        path.write_bytes(b"half")
+    write_episode(tmp_path / "a.hdf5", make_episode()[0])
+    assert not abandoned.exists() and in_use.exists() and other.exists()
+
+
+# ---------------------------------------------------------------------------- signals and terminals
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
+def test_a_signal_stops_a_stage(name):
+    code = """
+import time
+from genima.files import run_stage
+def main():
+    print("ready", flush=True)
+    time.sleep(60)
+run_stage(main)
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(getattr(signal, name))
+    _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (130, "Stopped.\n")
+
+
+def test_check_in_a_terminal_of_ascii_and_80_columns(run):
+    write_episode(run / f"episodes/{'long' * 8}/a.hdf5", make_episode(1)[0])
+    done = subprocess.run(
+        [sys.executable, "episodes.py", "--check", run / "episodes"],
+        cwd=ROOT,
+        capture_output=True,
+        env=os.environ | {"LANG": "C", "LC_ALL": "C", "PYTHONIOENCODING": "ascii"},
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.decode("ascii").splitlines()
+    assert len(lines) == 5 and max(len(line) for line in lines) <= 80

@@ -1,4 +1,4 @@
-"""The whole method on a miniature, one command after the other as `make demo` runs them: every promised file is there and opens."""
+"""The whole method on a miniature, as `make demo` runs it: every promised file opens."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""render_spheres.py: the spheres are where a renderer puts them, the chain is the robot's, bad input is one sentence."""
+"""render_spheres.py: the spheres are where a renderer puts them, the chain is the robot's."""
 
 import errno
 import os
@@ -43,7 +43,7 @@ def pinhole(height, width, fovy):
 
 
 class MuJoCo:
-    """Which of S spheres does each pixel see? Drawn by MuJoCo's segmentation, from finely cut spheres."""
+    """Which of S spheres does each pixel see? By MuJoCo's segmentation of finely cut spheres."""
 
     def __init__(self, height, width, fovy=50, spheres=4):
         bodies = "".join(
@@ -53,7 +53,8 @@ class MuJoCo:
             <mujoco>
               <statistic extent="1"/>
               <visual><global offwidth="{width}" offheight="{height}"/>
-                <quality numslices="128" numstacks="128" offsamples="0"/> <map znear="0.001" zfar="50"/></visual>
+                <quality numslices="128" numstacks="128" offsamples="0"/>
+                <map znear="0.001" zfar="50"/></visual>
               <worldbody> <camera name="eye" fovy="{fovy}" mode="fixed"/> {bodies} </worldbody>
             </mujoco>""")
         self.data = mujoco.MjData(self.model)
@@ -75,7 +76,7 @@ class MuJoCo:
 
 
 def place(random, world_from_camera, intrinsics, height, width, pixels):
-    """A random pose and radius of a sphere that shows with about this radius in pixels, perhaps partly outside the picture."""
+    """A random pose and radius of a sphere that shows with about this radius in pixels."""
     depth = random.uniform(0.3, 3)
     u, v = random.uniform(-0.05, 1.05, 2) * (width, height)
     pose = random_pose(random)
@@ -141,7 +142,10 @@ def test_spheres_hide_one_another_as_mujoco_says(height, width, agreement):
 
 
 def true_sectors(pose, radius, intrinsics, camera, height, width):
-    """Per pixel, by the book and in double precision: the angle, in the sphere's frame, of the point that is seen; NaN for none."""
+    """Per pixel, in double precision: the angle of the point that is seen, in the sphere's frame.
+
+    NaN where there is none.
+    """
     u, v = np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5)
     rays = (
         np.stack([u, v, np.ones_like(u)], axis=-1) @ np.linalg.inv(intrinsics).T @ camera[:3, :3].T
@@ -213,7 +217,7 @@ def test_the_edge_is_antialiased():
 
 
 def test_an_edge_over_an_edge_keeps_the_colour():
-    """The same sphere twice, the second a little farther and larger: their edges fall on the same pixels."""
+    """Twice the same sphere, the second farther and larger: both edges on the same pixels."""
     near, far = look_at((0, 0, 0), (1, 0, 0)), look_at((0, 0, 0), (1, 0, 0))
     near[:3, 3], far[:3, 3] = (1, 0, 0), (1.2, 0, 0)
     camera = look_at((0, 0, 0), (1, 0.1, 0))
@@ -461,7 +465,7 @@ def test_a_calibration_replaces_the_cameras(run, monkeypatch, capsys):
 
 
 def refused(run, monkeypatch, capsys, *arguments):
-    """Run the stage, which has to fail in one sentence and leave every file as it was. Returns the sentence."""
+    """Run the stage, which has to fail in one sentence and leave every file. Returns it."""
     before = contents(run)
     code, out, sentence = stage(monkeypatch, capsys, render_spheres.main, "--run", run, *arguments)
     assert code == 2 and out == "" and sentence.endswith(".") and "Traceback" not in sentence
@@ -491,6 +495,8 @@ def test_folders_that_do_not_fit_are_refused(run, tmp_path, monkeypatch, capsys)
     assert "horizon 8, not 4" in refused(run, monkeypatch, capsys, "--horizon", 4)
     assert "size" in refused(run, monkeypatch, capsys, "--size", 64)
     assert "--horizon" in refused(run, monkeypatch, capsys, "--horizon", 0)
+    assert "--horizon" in refused(run, monkeypatch, capsys, "--horizon", 10**18)
+    assert "--size" in refused(run, monkeypatch, capsys, "--size", 10**7)
     for path in find_episodes(run / "episodes"):
         path.unlink()
     assert "episodes" in refused(run, monkeypatch, capsys)
