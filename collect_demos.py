@@ -1,16 +1,23 @@
 """Stage 0: demonstrations by a scripted expert, one HDF5 episode each.
 
-In:   the tasks of sims/mujoco_tasks.py (their waypoints); or RLBench, alive or a dataset of it.
-Out:  <run>/episodes/<task>/<seed>_<variation>.hdf5, see episodes.py; only successful attempts are kept.
-Run:  python collect_demos.py                                      what `make demo` trains on
-      python collect_demos.py --tasks open_drawer --scenes 20 --run runs/drawer
-      python collect_demos.py --from-rlbench DATASET --run runs/rlbench     its demonstrations; needs neither RLBench nor CoppeliaSim
-      python collect_demos.py --sim rlbench --tasks open_box --run runs/rlbench      new ones by RLBench's planner
+    In:   the tasks of sims/mujoco_tasks.py; or RLBench, live or a dataset that it recorded
+    Out:  <run>/episodes/<task>/<seed>_<variation>.hdf5, see genima/episodes.py
 
-Each scene (seed) is recorded once for every object that the instruction can name: the same picture, other words, another
-target, so that the words decide. Demonstrations begin anywhere over the table and, every second one, near the object: a
-painter that has only seen one path continues the arm's path instead of looking, and one that has never been a little off
-the path never comes back to it. Stopped in the middle, the script goes on where it was.
+    python collect_demos.py                                 what `make demo` trains on
+    python collect_demos.py --tasks open_drawer --scenes 20 --run runs/drawer
+    python collect_demos.py --from-rlbench DATASET --run runs/rlbench
+    python collect_demos.py --sim rlbench --tasks open_box --run runs/rlbench
+
+Only successful attempts are kept. A dataset of RLBench is read without RLBench or CoppeliaSim;
+--sim rlbench needs both, and records new demonstrations by RLBench's planner.
+
+Each scene (seed) is recorded once for every object that the instruction can name: the same image,
+other words, another target, so that the words decide. Half of the demonstrations begin anywhere
+over the table, half near the object: a painter that has only seen one path continues the arm's path
+instead of looking, and one that has never been a little off the path never comes back to it.
+
+An episode that is there already is not recorded again, so a run that was stopped resumes where it
+was, and two runs on one folder share the work.
 """
 
 import os
@@ -18,20 +25,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # one process per core does the work; numpy's threads would fight
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # one process per core; threads would compete
 
 import tyro
 
-from genima.episodes import CAMERAS, read_episode, write_episode
-from genima.files import UserError, run_stage
-from genima.parallel import run_in_parallel
-from sims import make_env
+from genima.episodes import CAMERAS, Episode, read_episode, write_episode
+from genima.files import UserError, check_number, run_stage
+from genima.parallel import run_in_parallel, usable_cores
+from sims import Simulators
 from sims.demonstrator import record_demonstration
+from sims.mujoco_panda import MAX_HEIGHT
 from sims.mujoco_tasks import TASKS, check_task
+from sims.rendering import choose_renderer
 from sims.rlbench_dataset import find_demonstrations, read_demonstration
 from sims.rlbench_panda import NoSceneError, import_rlbench, task_class
+
+DEFAULT_TASKS = ("reach_target", "push_button", "pick_and_lift")
+STARTS = ("anywhere", "near")
+ATTEMPTS = 5  # scenes that RLBench tries for one demonstration: not every one has room for its task
+MAX_SCENES = 100_000
+MAX_SEED = 2**31 - 1
+MAX_SIZE = 4096  # pixels, of RLBench's images
+CRASH = "A process died twice at an episode: run the same command again."
 
 
 @dataclass
@@ -39,12 +54,15 @@ class Settings:
     run: Path = Path("runs/demo")
     """Folder of the run; episodes go to <run>/episodes."""
     tasks: tuple[str, ...] = ()
-    """Which tasks to record; none named: reach_target, push_button and pick_and_lift, or all that a dataset has."""
+    """Which tasks to record; none named: reach_target, push_button and pick_and_lift, or all that a
+    dataset has."""
     scenes: int | None = None
-    """Scenes per task, 300 by default. Each gives one episode per object that the instruction can name (three). With RLBench:
-    demonstrations per task, 50 by default; from a dataset, at most this many of each variation."""
+    """Scenes per task, 300 by default. Each gives one episode per object that the instruction can
+    name (three). With RLBench: demonstrations per task, 50 by default; from a dataset, at most this
+    many of each variation."""
     image_size: int | None = None
-    """Height and width of the pictures, pixels: 64 by default, 128 with RLBench, from a dataset as they were recorded."""
+    """Height and width of the images, pixels: 64 by default, 128 with RLBench, from a dataset as
+    they were recorded."""
     sim: Literal["mujoco", "rlbench"] = "mujoco"
     """The embedded simulator, or RLBench (see requirements-rlbench.txt)."""
     from_rlbench: Path | None = None
@@ -54,141 +72,210 @@ class Settings:
     variations: tuple[int, ...] = ()
     """Which variations to import; none named: all."""
     seed: int = 1_000_000
-    """Seed of the first scene; evaluation uses seeds below a million, so that its scenes are unseen."""
-    workers: int = os.cpu_count()
+    """Seed of the first scene; evaluation uses seeds below a million, so its scenes are unseen."""
+    workers: int = usable_cores()
     """Processes."""
 
 
-# A job makes one episode in <run>/episodes/<task> unless it is there, and returns for each attempt None, or what went wrong.
-def record_one(folder, seed, variation, image_size):
-    """By the scripted expert."""
+# -------------------------------------------------------------------------------------------- jobs
+# A job makes one episode in <run>/episodes/<task> unless it is there. It returns a list with one
+# entry for each attempt: None, or what went wrong.
+def record_one(
+    simulators: Simulators, folder: Path, seed: int, variation: int, image_size: int
+) -> list[str | None]:
+    """One episode by the scripted expert."""
     path = folder / f"{seed:07d}_{variation:02d}.hdf5"
     if path.exists():
         return []
-    env = make_env(folder.name, image_size, CAMERAS, images=True)
+    task = folder.name
+    env = simulators.get(task, image_size, CAMERAS, images=True)
     env.render()  # a machine that cannot draw says so here, instead of failing in every attempt
+    start = STARTS[(seed + variation) % 2]
     try:
-        episode = record_demonstration(
-            env, folder.name, seed, variation, ("anywhere", "near")[(seed + variation) % 2]
-        )
+        episode = record_demonstration(env, task, seed, variation, start)
     except UserError as error:  # a waypoint out of reach: a failed attempt, not a broken program
         return [str(error)]
     if not episode.success:
         return ["The expert failed."]
-    write_episode(path, episode)
+    write_new(path, episode)
     return [None]
 
 
-def record_rlbench(folder, seeds, image_size, cameras):
-    """By RLBench's planner, with the first of these seeds for which it finds a scene and a way."""
-    faults = []
-    if any(list(folder.glob(f"{seed:07d}_*.hdf5")) for seed in seeds):
-        return faults
+def record_rlbench(
+    simulators: Simulators,
+    folder: Path,
+    seeds: range,
+    image_size: int,
+    cameras: tuple[str, ...],
+) -> list[str | None]:
+    """One episode by RLBench's planner, of the first of these seeds that has a scene and a way."""
     for seed in seeds:
+        if list(folder.glob(f"{seed:07d}_*.hdf5")):
+            return []
+    results = []
+    for seed in seeds:
+        env = simulators.get(folder.name, image_size, cameras, sim="rlbench", images=True)
         try:
-            episode = make_env(folder.name, image_size, cameras, "rlbench", True).demonstrate(seed)
+            episode = env.demonstrate(seed)
         except NoSceneError as error:
-            faults.append(str(error))
+            results.append(str(error))
             continue
-        write_episode(folder / f"{seed:07d}_{episode.variation:02d}.hdf5", episode)
-        return [*faults, None]
-    return faults
+        write_new(folder / f"{seed:07d}_{episode.variation:02d}.hdf5", episode)
+        results.append(None)
+        break
+    return results
 
 
-def import_one(folder, source, image_size, cameras):
-    """From <task>/variation<N>/episodes/episode<M> of a dataset."""
-    path = (
-        folder
-        / f"episode{int(source.name[7:]):03d}_variation{int(source.parents[1].name[9:]):02d}.hdf5"
-    )
+def import_one(
+    folder: Path, source: Path, image_size: int | None, cameras: tuple[str, ...]
+) -> list[str | None]:
+    """One episode from <task>/variation<N>/episodes/episode<M> of a dataset."""
+    number = int(source.name.removeprefix("episode"))
+    variation = int(source.parents[1].name.removeprefix("variation"))
+    path = folder / f"episode{number:03d}_variation{variation:02d}.hdf5"
     if path.exists():
         return []
+    size = None
+    if image_size is not None:
+        size = (image_size, image_size)
     try:
-        write_episode(
-            path, read_demonstration(source, cameras, image_size and (image_size, image_size))
-        )
+        write_new(path, read_demonstration(source, cameras, size))
     except UserError as error:
         return [str(error)]
     return [None]
 
 
-def collect(settings):
-    rlbench, scenes, size = settings.sim == "rlbench", settings.scenes, settings.image_size
-    if (
-        min(
-            number
-            for number in (scenes, size, settings.workers, settings.seed + 1)
-            if number is not None
-        )
-        < 1
-    ):
-        raise UserError(
-            "--scenes, --image-size and --workers must be 1 or more, and --seed 0 or more."
-        )
-    folder, tasks = (
-        settings.run / "episodes",
-        list(dict.fromkeys(settings.tasks)) or ["reach_target", "push_button", "pick_and_lift"],
-    )
-    if settings.from_rlbench:
-        sources = find_demonstrations(
-            settings.from_rlbench, settings.tasks, settings.variations, scenes
-        )
-        jobs = [
-            (import_one, folder / source.parents[2].name, source, size, settings.cameras)
-            for source in sources
-        ]
-    elif rlbench:
-        size, scenes = size or 128, scenes or 50
-        for task in tasks:
-            task_class(import_rlbench().tasks, task)
-        seeds = [
-            range(settings.seed + i, settings.seed + i + 5 * scenes, scenes) for i in range(scenes)
-        ]  # of five attempts each
-        jobs = [
-            (record_rlbench, folder / task, five, size, settings.cameras)
-            for task in tasks
-            for five in seeds
-        ]
-    else:
-        size, seeds = size or 64, range(settings.seed, settings.seed + (scenes or 300))
-        for task in tasks:
-            check_task(task)
-        jobs = [(record_one, folder / task, seed, variation, size)
-                for seed in seeds for task in tasks for variation in range(TASKS[task].candidates)]  # fmt: skip
-    for path in sorted(folder.glob("*/[!.]*.hdf5"))[
-        :1
-    ]:  # what a killed process left half-written begins with a dot
-        if size and (sizes := set(read_episode(path, images=False).image_sizes.values())) != {
-            (size, size)
-        }:
-            raise UserError(
-                f"{path} has pictures of {', '.join(map(str, sizes))} pixels, not {(size, size)}: use another --run."
-            )
+def write_new(path: Path, episode: Episode):
+    """Write an episode, unless another run on this folder was faster."""
+    if not path.exists():
+        write_episode(path, episode)
 
-    attempts, crash = (
-        {target: [] for _, target, *_ in jobs},
-        "A process died twice at an episode: run the same command again.",
+
+# --------------------------------------------------------------------------------- which jobs to do
+def embedded_jobs(settings: Settings, folder: Path) -> list[tuple]:
+    tasks = chosen_tasks(settings)
+    for task in tasks:
+        check_task(task)
+    size = settings.image_size
+    jobs = []
+    for seed in range(settings.seed, settings.seed + settings.scenes):
+        for task in tasks:
+            for variation in range(TASKS[task].candidates):
+                jobs.append((record_one, folder / task, seed, variation, size))
+    return jobs
+
+
+def rlbench_jobs(settings: Settings, folder: Path) -> list[tuple]:
+    tasks = chosen_tasks(settings)
+    for task in tasks:
+        task_class(import_rlbench().tasks, task)
+    scenes = settings.scenes
+    jobs = []
+    for task in tasks:
+        for seed in range(settings.seed, settings.seed + scenes):
+            seeds = range(seed, seed + ATTEMPTS * scenes, scenes)
+            job = (record_rlbench, folder / task, seeds, settings.image_size, settings.cameras)
+            jobs.append(job)
+    return jobs
+
+
+def dataset_jobs(settings: Settings, folder: Path) -> list[tuple]:
+    sources = find_demonstrations(
+        settings.from_rlbench, settings.tasks, settings.variations, settings.scenes
     )
-    for (_, target, *_), result in run_in_parallel(
-        jobs, settings.workers, "episodes", "episode", "spawn" if rlbench else None
-    ):
-        attempts[target] += [crash] if result is None else result
-    for target, results in attempts.items():
-        rate = (
-            f"{results.count(None) / len(results):.1%} of {len(results)} attempts succeeded"
-            if results
-            else "nothing left to record"
+    jobs = []
+    for source in sources:
+        task = source.parents[2].name
+        job = (import_one, folder / task, source, settings.image_size, settings.cameras)
+        jobs.append(job)
+    return jobs
+
+
+def chosen_tasks(settings: Settings) -> list[str]:
+    """The tasks by name, each once."""
+    if not settings.tasks:
+        return list(DEFAULT_TASKS)
+    return list(dict.fromkeys(settings.tasks))
+
+
+def check_settings(settings: Settings):
+    """Fill in what depends on the simulator. Raises UserError for numbers out of range."""
+    embedded = settings.sim == "mujoco" and settings.from_rlbench is None
+    if settings.from_rlbench is None:
+        if settings.scenes is None:
+            settings.scenes = 300 if embedded else 50
+        if settings.image_size is None:
+            settings.image_size = 64 if embedded else 128
+    if settings.scenes is not None:
+        check_number("--scenes", settings.scenes, 1, MAX_SCENES)
+    if settings.image_size is not None:
+        largest = MAX_HEIGHT if embedded else MAX_SIZE
+        check_number("--image-size", settings.image_size, 1, largest)
+    check_number("--seed", settings.seed, 0, MAX_SEED)
+    check_number("--workers", settings.workers, 1, 1024)
+
+
+def check_image_size(folder: Path, size: int | None):
+    """Raise a UserError if an episode that is there has images of another size."""
+    recorded = sorted(folder.glob("*/[!.]*.hdf5"))
+    if not recorded or size is None:
+        return
+    sizes = set(read_episode(recorded[0], images=False).image_sizes.values())
+    if sizes != {(size, size)}:
+        names = ", ".join(str(pair) for pair in sizes)
+        raise UserError(
+            f"{recorded[0]} has images of {names} pixels, not {(size, size)}: use another --run."
         )
-        print(f"{target.name}: {rate}; {len(list(target.glob('[!.]*.hdf5')))} episodes in {target}")
-    wrong = {sentence for results in attempts.values() for sentence in results if sentence}
-    if settings.from_rlbench and wrong:
-        raise UserError("\n".join(sorted(wrong)))
-    if crash in wrong:
-        print(crash)
+
+
+# -------------------------------------------------------------------------------------------- main
+def collect(settings: Settings):
+    """Make the episodes, and print what became of the attempts at each task."""
+    check_settings(settings)
+    folder = settings.run / "episodes"
+    make_context = Simulators
+    start = None
+    if settings.from_rlbench is not None:
+        jobs = dataset_jobs(settings, folder)
+        make_context = None
+    elif settings.sim == "rlbench":
+        jobs = rlbench_jobs(settings, folder)
+        start = "spawn"  # CoppeliaSim does not survive a fork
+    else:
+        jobs = embedded_jobs(settings, folder)
+        choose_renderer()  # once, for all workers
+    check_image_size(folder, settings.image_size)
+
+    attempts = {job[1]: [] for job in jobs}
+    results = run_in_parallel(
+        jobs, settings.workers, "episodes", "episode", make_context=make_context, start=start
+    )
+    for job, result in results:
+        attempts[job[1]] += [CRASH] if result is None else result
+
+    faults = set()
+    for task_folder, outcomes in attempts.items():
+        print(summary(task_folder, outcomes))
+        faults.update(outcome for outcome in outcomes if outcome is not None)
+    if settings.from_rlbench is not None and faults:
+        raise UserError("\n".join(sorted(faults)))
+    if CRASH in faults:
+        print(CRASH)
+
+
+def summary(folder: Path, outcomes: list[str | None]) -> str:
+    """One line about the attempts at a task."""
+    count = len(list(folder.glob("[!.]*.hdf5")))
+    result = "nothing left to record"
+    if outcomes:
+        rate = outcomes.count(None) / len(outcomes)
+        result = f"{rate:.1%} of {len(outcomes)} attempts succeeded"
+    return f"{folder.name}: {result}; {count} episodes in {folder}"
 
 
 def main():
-    collect(tyro.cli(Settings, description=__doc__))
+    settings = tyro.cli(Settings, description=__doc__)
+    collect(settings)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,6 @@ import numpy as np
 import torch
 import tyro
 
-from collect_demos import make_env
 from genima.act import Controller
 from genima.episodes import find_episodes
 from genima.files import UserError, run_stage, write_whole
@@ -44,6 +43,7 @@ from genima.painter import load_painter
 from genima.parallel import run_in_parallel
 from genima.plots import PANEL, tile, write_bars, write_film
 from genima.policy import Oracle
+from sims import make_env
 from sims.demonstrator import record_oracle
 from sims.mujoco_panda import CONTROL_HZ, render_cameras
 from sims.mujoco_tasks import check_task
@@ -212,23 +212,23 @@ def drive(task, seed, settings):
             chunk, env.action_space.low, env.action_space.high
         )  # a network may overshoot a joint's limit by a hair
         panels = (
-            np.concatenate([env.picture("front", PANEL, PANEL), tile(painted)], axis=1)
+            np.concatenate([env.render_camera("front", PANEL, PANEL), tile(painted)], axis=1)
             if film
             else None
         )
         for i, action in enumerate(chunk[: settings.execute]):
             if film:
                 log["frames"].append(
-                    np.concatenate([panels, env.picture("front", PANEL, PANEL)], axis=1)
+                    np.concatenate([panels, env.render_camera("front", PANEL, PANEL)], axis=1)
                 )
             log["trace"].append(
-                [env.steps, *env.tool()[:3, 3], *env.task.focus(env), action[-1], int(i == 0)]
+                [env.steps, *env.tool_pose()[:3, 3], *env.task.focus(env), action[-1], int(i == 0)]
             )
             observation, _, terminated, truncated, info = env.step(action)
             if done := terminated or truncated:
                 break
     if film:
-        log["frames"].append(np.concatenate([panels, env.picture("front", PANEL, PANEL)], axis=1))
+        log["frames"].append(np.concatenate([panels, env.render_camera("front", PANEL, PANEL)], axis=1))
     return outcome | {"steps": env.steps} | {
         key: info[key] for key in ("success", "error") if key in info
     }, log
@@ -450,7 +450,7 @@ def write_report(settings):
     ]
     # CUDA does not survive a fork, and CoppeliaSim's libraries had better not be asked to
     start = None if settings.device == "cpu" and settings.sim == "mujoco" else "spawn"
-    done = run_in_parallel(jobs, settings.workers, "evaluating", "episode", start)
+    done = run_in_parallel(jobs, settings.workers, "evaluating", "episode", start=start)
     results, heard = (
         {task: [] for task in tasks},
         [],

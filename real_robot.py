@@ -98,7 +98,7 @@ class Safety:
                 f"{self.low[worst]:.2f} to {self.high[worst]:.2f} are allowed."
             )
         tool, before = (
-            self.chain.joint_poses(joints)[-1, :3, 3] for joints in (command, previous)
+            self.chain.forward_kinematics(joints)[-1, :3, 3] for joints in (command, previous)
         )  # metres
         if self.outside_box(tool) > self.outside_box(before):
             raise Fault(

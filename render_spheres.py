@@ -1,21 +1,21 @@
-"""Stage 1: draw the target spheres: where the joints will be, K steps from now, as each camera would see them.
+"""Stage 1: draw the target spheres: where the joints will be K steps later, for each camera.
 
-In:   runs/demo/episodes/<task>/<name>.hdf5     (collect_demos.py)
-Out:  runs/demo/spheres/<task>/<name>.hdf5      attrs format, horizon, episode, settings
-          /layers/<camera>   (T, H, W, 4) uint8 RGBA, to be laid over a picture with `over`
-          /target/qpos       (T, D+1) joint positions K steps later, and the gripper command (0 or 1) sent then
-          /cameras/<camera>  intrinsics, extrinsics as in an episode, where --calibration measured them anew
+    In:   <run>/episodes/<task>/<name>.hdf5      (collect_demos.py)
+    Out:  <run>/spheres/<task>/<name>.hdf5       attrs format, horizon, episode, settings
+          /layers/<camera>   (T, H, W, 4) uint8 RGBA, to lay over an image
+          /target/qpos       (T, D+1) joint positions K steps later (rad), and the gripper
+                             command (0 or 1) sent then
+          /cameras/<camera>  intrinsics and extrinsics as in an episode, where
+                             --calibration measured them again
 
     python render_spheres.py                    for every episode of runs/demo
     python render_spheres.py --preview          and runs/demo/spheres/preview.png and preview.mp4
 
-Paper, section 3.1 and appendix: joints 2, 4 and 6 in red, green and purple; the gripper in cyan when it is to be open, in
-yellow when it is to be closed; striped, so that a joint's turning can be seen. A sphere needs no renderer: it is drawn by
-intersecting the rays of the pixels around it with it, exactly.
+Paper, section 3.1 and appendix. Which spheres, how large and in which colours: target_spheres in
+genima/spheres.py. A file that is there already and was drawn with the same settings is kept.
 """
 
 import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,9 +24,16 @@ import tyro
 from PIL import Image
 
 from genima.calibration import load_calibration
-from genima.episodes import CAMERAS, check_alike, find_episodes, read_episode
-from genima.files import UserError, read_hdf5, run_stage, write_hdf5, write_whole
-from genima.parallel import run_in_parallel
+from genima.episodes import CAMERAS, Episode, check_alike, find_episodes, read_episode
+from genima.files import (
+    UserError,
+    check_number,
+    read_hdf5,
+    run_stage,
+    write_hdf5,
+    write_whole,
+)
+from genima.parallel import run_in_parallel, usable_cores
 from genima.plots import two_columns, write_video
 from genima.spheres import (
     FORMAT,
@@ -36,6 +43,9 @@ from genima.spheres import (
     read_spheres,
     target_spheres,
 )
+
+MAX_HORIZON = 100_000
+MAX_SIZE = 4096  # pixels
 
 
 @dataclass
@@ -47,129 +57,175 @@ class Settings:
     size: int = 0
     """Height of the layers in pixels, the width follows; 0: as large as the camera's images."""
     calibration: Path | None = None
-    """JSON or YAML file of cameras measured anew: {camera: {intrinsics: 3x3, world_from_camera: 4x4}}; for a camera on the arm
-    last_joint_from_camera in place of world_from_camera."""
+    """JSON or YAML file of cameras that were measured again: {camera: {intrinsics: 3x3,
+    world_from_camera: 4x4}}; for a camera on the arm last_joint_from_camera in place of
+    world_from_camera."""
     preview: bool = False
     """Also draw preview.png and preview.mp4 of the first episode."""
 
 
-def render(source, target, horizon, size, calibration, first):
-    """Draw one episode's spheres into the file `target`, unless that was done with these settings. True when it is there."""
+# -------------------------------------------------------------------------------------- one episode
+def render(
+    source: Path, target: Path, horizon: int, size: int, calibration: dict, first: Episode
+) -> bool:
+    """Draw one episode's spheres into the file `target`, unless they are there. Returns True.
+
+    Raises UserError where the episode does not fit to `first` or the calibration, or `target` was
+    drawn with other settings.
+    """
     episode = read_episode(source, images=False)
     check_alike(episode, first)
-    for camera, measured in calibration.items():
-        if camera not in episode.intrinsics:
-            raise UserError(f"{source} has no camera '{camera}', which the calibration names.")
-        episode.intrinsics[camera] = measured["intrinsics"]
-        if "world_from_camera" in measured:
-            episode.extrinsics[camera][:] = measured["world_from_camera"]
-        else:
-            episode.extrinsics[camera] = (
-                episode.joint_poses[:, -2] @ measured["last_joint_from_camera"]
-            )
-    drawn_from = [episode.qpos, episode.action, episode.joint_poses]
-    for camera in sorted(episode.image_sizes):
-        drawn_from += [episode.intrinsics[camera], episode.extrinsics[camera]]
-    fingerprint = repr([horizon, size, sorted(episode.image_sizes.items())]).encode() + b"".join(
-        array.tobytes() for array in drawn_from
-    )
-    settings = hashlib.sha256(fingerprint).hexdigest()[:16]
+    apply_calibration(episode, calibration)
+    settings = fingerprint(episode, horizon, size)
     if target.exists():
-        with read_hdf5(target, FORMAT) as root:
-            drawn, before = root.attrs["settings"], root.attrs["horizon"]
-        if drawn != settings:
-            other = (
-                f"with horizon {before}, not {horizon}"
-                if before != horizon
-                else "from another recording, size or calibration"
-            )
-            raise UserError(
-                f"{target} was drawn {other}: delete {target.parent.parent} or use another --run."
-            )
+        check_settings(target, horizon, settings)
         return True
 
     frames = len(episode.qpos)
-    later = np.minimum(np.arange(frames) + horizon, frames - 1)  # (T,)
+    later = np.minimum(np.arange(frames) + horizon, frames - 1)  # (T,) clipped at the end
     command = np.round(episode.action[later, -1:])  # (T, 1)
+    target_qpos = np.concatenate([episode.qpos[later, :-1], command], axis=1)  # (T, D+1)
     with write_hdf5(target) as root:
-        root.attrs.update(
-            format=FORMAT,
-            horizon=horizon,
-            episode=f"{source.parent.name}/{source.name}",
-            settings=settings,
-        )
-        root["target/qpos"] = np.concatenate([episode.qpos[later, :-1], command], axis=1)
+        root.attrs["format"] = FORMAT
+        root.attrs["horizon"] = horizon
+        root.attrs["episode"] = f"{source.parent.name}/{source.name}"
+        root.attrs["settings"] = settings
+        root["target/qpos"] = target_qpos
         for camera in calibration:  # for whoever draws the spheres again
             root[f"cameras/{camera}/intrinsics"] = episode.intrinsics[camera]
             root[f"cameras/{camera}/extrinsics"] = episode.extrinsics[camera]
-        for camera, (image_height, image_width) in episode.image_sizes.items():
-            height = size or image_height
-            width = round(image_width * height / image_height)
-            intrinsics = (
-                np.diag([width / image_width, height / image_height, 1])
-                @ episode.intrinsics[camera]
-            )
-            layers = np.stack(
-                [
-                    draw_spheres(
-                        *target_spheres(episode.joint_poses[later[t]], command[t, 0] == 1, camera),
-                        intrinsics,
-                        episode.extrinsics[camera][t],
-                        height,
-                        width,
-                    )
-                    for t in range(frames)
-                ]
-            )
+        for camera in episode.image_sizes:
+            layers = draw_layers(episode, camera, later, command[:, 0] == 1, size)
             root.create_dataset(
-                f"layers/{camera}", data=layers, chunks=(1, height, width, 4), compression=1
+                f"layers/{camera}", data=layers, chunks=(1, *layers.shape[1:]), compression=1
             )
     return True
 
 
-def preview(source, target, folder):
-    """Contact sheet and film of one episode: per camera the observation, and the spheres over it."""
+def draw_layers(
+    episode: Episode, camera: str, later: np.ndarray, gripper_open: np.ndarray, size: int
+) -> np.ndarray:
+    """The layers (T, H, W, 4) of one camera.
+
+    later (T,): the frame that each frame's spheres show; gripper_open (T,): the command sent then.
+    """
+    image_height, image_width = episode.image_sizes[camera]
+    height = image_height if size == 0 else size
+    width = round(image_width * height / image_height)
+    scale = np.diag([width / image_width, height / image_height, 1])
+    intrinsics = scale @ episode.intrinsics[camera]
+    layers = []
+    for t in range(len(later)):
+        joint_poses = episode.joint_poses[later[t]]
+        poses, radii, colours = target_spheres(joint_poses, gripper_open[t], camera)
+        world_from_camera = episode.extrinsics[camera][t]
+        layers.append(
+            draw_spheres(poses, radii, colours, intrinsics, world_from_camera, height, width)
+        )
+    return np.stack(layers)
+
+
+def apply_calibration(episode: Episode, calibration: dict):
+    """Replace the cameras that were measured again, in place."""
+    for camera, measured in calibration.items():
+        if camera not in episode.intrinsics:
+            raise UserError(
+                f"{episode.path} has no camera '{camera}', which the calibration names."
+            )
+        episode.intrinsics[camera] = measured["intrinsics"]
+        if "world_from_camera" in measured:
+            episode.extrinsics[camera][:] = measured["world_from_camera"]
+        else:
+            last_joint = episode.joint_poses[:, -2]
+            episode.extrinsics[camera] = last_joint @ measured["last_joint_from_camera"]
+
+
+# ----------------------------------------------------------------------------------------- settings
+def fingerprint(episode: Episode, horizon: int, size: int) -> str:
+    """A short text that changes with anything that the spheres are drawn from."""
+    arrays = [episode.qpos, episode.action, episode.joint_poses]
+    for camera in sorted(episode.image_sizes):
+        arrays.append(episode.intrinsics[camera])
+        arrays.append(episode.extrinsics[camera])
+    numbers = repr([horizon, size, sorted(episode.image_sizes.items())]).encode()
+    content = numbers + b"".join(array.tobytes() for array in arrays)
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def check_settings(target: Path, horizon: int, settings: str):
+    """Raise a UserError unless a file of spheres was drawn with these settings."""
+    with read_hdf5(target, FORMAT) as root:
+        settings_before = root.attrs["settings"]
+        horizon_before = root.attrs["horizon"]
+    if settings_before == settings:
+        return
+    if horizon_before != horizon:
+        other = f"with horizon {horizon_before}, not {horizon}"
+    else:
+        other = "from another recording, size or calibration"
+    raise UserError(
+        f"{target} was drawn {other}: use the same settings or another --run, "
+        f"or move {target.parent.parent} away."
+    )
+
+
+# ------------------------------------------------------------------------------------------ preview
+def preview(source: Path, target: Path, folder: Path):
+    """Contact sheet and film of one episode: per camera the images, and the spheres over them."""
     episode = read_episode(source)
     layers, _ = read_spheres(target)
-    frames, cells = len(episode.qpos), []
-    height, width = np.max([layer.shape[1:3] for layer in layers.values()], axis=0)
-    fit = lambda pictures: np.stack(
-        [Image.fromarray(picture).resize((width, height)) for picture in pictures]
-    )  # noqa: E731
-    for camera in sorted(layers, key=lambda name: (*CAMERAS, name).index(name)):
-        seen = fit(episode.images[camera])  # (T, H, W, 3)
-        cells += [seen, alpha_composite(fit(layers[camera]), seen)]
-    rows = [
-        np.concatenate([cell[t] for cell in cells], axis=1)
-        for t in np.linspace(0, frames - 1, min(5, frames)).round().astype(int)
-    ]
+    frames = len(episode.qpos)
+    sizes = [layer.shape[1:3] for layer in layers.values()]
+    height, width = np.max(sizes, axis=0)
+    cameras = [camera for camera in CAMERAS if camera in layers]  # the paper's, in its order
+    cameras += [camera for camera in layers if camera not in CAMERAS]
+    columns = []
+    painted = []
+    for camera in cameras:
+        images = resize(episode.images[camera], height, width)  # (T, H, W, 3)
+        spheres = resize(layers[camera], height, width)  # (T, H, W, 4)
+        painted.append(alpha_composite(spheres, images))
+        columns += [images, painted[-1]]
+    rows = []
+    for t in np.linspace(0, frames - 1, min(5, frames)).round().astype(int):
+        rows.append(np.concatenate([images[t] for images in columns], axis=1))
     with write_whole(folder / "preview.png") as path:
         Image.fromarray(np.concatenate(rows)).save(path)
-    write_video(folder / "preview.mp4", two_columns(cells[1::2]), episode.fps)
+    write_video(folder / "preview.mp4", two_columns(painted), episode.fps)
 
 
+def resize(images: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Images (T, h, w, C) uint8 -> (T, height, width, C)."""
+    resized = [Image.fromarray(image).resize((width, height)) for image in images]
+    return np.stack(resized)
+
+
+# --------------------------------------------------------------------------------------------- main
 def main():
     settings = tyro.cli(Settings, description=__doc__)
-    if settings.horizon < 1 or settings.size < 0:
-        raise UserError("--horizon must be 1 or more, and --size 0 or more.")
-    calibration = load_calibration(settings.calibration) if settings.calibration else {}
+    check_number("--horizon", settings.horizon, 1, MAX_HORIZON)
+    check_number("--size", settings.size, 0, MAX_SIZE)
+    calibration = {}
+    if settings.calibration is not None:
+        calibration = load_calibration(settings.calibration)
     sources = find_episodes(settings.run / "episodes")
     first = read_episode(sources[0], images=False)
-    if len(first.joint_poses[0]) <= max(JOINTS) + 1:
+    joints = first.qpos.shape[1] - 1
+    if joints <= max(JOINTS):
         raise UserError(
-            f"{sources[0]} has {first.qpos.shape[1] - 1} joints, but spheres are drawn on joints 2, 4 and 6."
+            f"{sources[0]} has {joints} joints, but spheres are drawn on joints 2, 4 and 6."
         )
+
     folder = settings.run / "spheres"
     targets = [folder / source.parent.name / source.name for source in sources]
-
-    jobs = [
-        (render, source, target, settings.horizon, settings.size, calibration, first)
-        for source, target in zip(sources, targets)
-    ]
-    for _, done in run_in_parallel(jobs, os.cpu_count(), "spheres", "episode"):
+    jobs = []
+    for source, target in zip(sources, targets):
+        jobs.append((render, source, target, settings.horizon, settings.size, calibration, first))
+    for _, done in run_in_parallel(jobs, usable_cores(), "spheres", "episode"):
         if not done:
             raise UserError(
-                "A process that draws died twice: run the same command again; finished files are kept."
+                "A process that draws died twice: run the same command again; "
+                "finished files are kept."
             )
     if settings.preview:
         preview(sources[0], targets[0], folder)

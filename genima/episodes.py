@@ -1,221 +1,298 @@
-"""The episode file: one demonstration, one HDF5 file. The one module that every stage imports.
-
-    python episodes.py --check runs/demo/episodes
-
-prints a table of the demonstrations in a folder, and one sentence for every file that is broken.
+"""The episode file: one demonstration, one HDF5 file. Every stage reads or writes it.
 
 The layout is that of ACT's and ALOHA's datasets, so that their loaders read these files:
 
-    attrs                              format, task, variation, instruction, instructions, success, fps, robot, sim, seed
+    attrs                              format, task, variation, instruction, instructions,
+                                       success, fps, robot, sim, seed
     /observations/images/<camera>      (T, H, W, 3) uint8, one chunk per frame
-    /observations/qpos                 (T, D+1)      D joint positions (rad), gripper opening 0..1
-    /observations/qvel                 (T, D+1)
-    /observations/joint_poses          (T, J, 4, 4)  world from joint, J = D+1: the last is the gripper's tool centre
-    /action                            (T, D+1)      what was commanded after observation t: joint positions, gripper 0 or 1
-    /cameras/<camera>/intrinsics       (3, 3)        pixels
-    /cameras/<camera>/extrinsics       (T, 4, 4)     world from camera, OpenCV axes: x right, y down, z forward
-    /extras/...                                      in the log of a run (real_robot.py): painted targets, timings, events
+    /observations/qpos                 (T, D+1) joint positions (rad), gripper opening 0..1
+    /observations/qvel                 (T, D+1) their rates
+    /observations/joint_poses          (T, D+1, 4, 4) world from joint; the last is the tool centre
+    /action                            (T, D+1) commanded after observation t: joint positions
+                                       (rad), gripper 0 (closed) or 1 (open)
+    /cameras/<camera>/intrinsics       (3, 3) pixels
+    /cameras/<camera>/extrinsics       (T, 4, 4) world from camera
+    /extras/...                        in the log of a run (real_robot.py): painted targets,
+                                       timings, events
 
-The world is the robot's base, in metres, z up. A joint's z axis is the axis it turns about, and its frame turns with it.
+T frames, D joints. The world is the robot's base, in metres, z up. A joint's z axis is the axis it
+turns about, and its frame turns with it. Cameras have OpenCV's axes: x right, y down, z forward.
+D, the cameras, their names and image sizes come from the data, never from a constant.
 """
 
 import math
+import os
 import zlib
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import h5py
 import numpy as np
 
 from genima.files import UserError, read_hdf5, write_hdf5
 
 FORMAT = "nanogenima-episode-1"
-CAMERAS = (
-    "wrist",
-    "front",
-    "right_shoulder",
-    "left_shoulder",
-)  # tile order, row by row (paper, section 3.1)
-
-
-def stored(dataset, *shape, dtype=np.float32):
-    """A part of an episode that is an array: its dataset in the file ({}: one for each camera), its shape (None: any) and type."""
-    return field(metadata={"dataset": dataset, "shape": shape, "dtype": dtype})
+# The paper's four cameras (section 3.1), in the order in which they are tiled, row by row.
+CAMERAS = ("wrist", "front", "right_shoulder", "left_shoulder")
 
 
 @dataclass
 class Episode:
-    """One demonstration in memory, and what of it lies where in the file: T frames, N = D+1 numbers (D joints, the gripper)."""
+    """One demonstration in memory; shapes and units as in the file (see above)."""
 
-    path: Path
+    path: Path | None
     task: str
-    variation: int
+    variation: int  # which object the instruction names
     instruction: str
-    instructions: list
+    instructions: list[str]  # the same in other words
     success: bool
     fps: float
     robot: str
     sim: bool
     seed: int
-    qpos: np.ndarray = stored("observations/qpos", "T", "N")
-    qvel: np.ndarray = stored("observations/qvel", "T", "N")
-    action: np.ndarray = stored("action", "T", "N")
-    joint_poses: np.ndarray = stored("observations/joint_poses", "T", "N", 4, 4)
-    images: dict = stored(
-        "observations/images/{}", "T", None, None, 3, dtype=np.uint8
-    )  # {camera: array}; empty when read without
-    intrinsics: dict = stored("cameras/{}/intrinsics", 3, 3, dtype=np.float64)
-    extrinsics: dict = stored("cameras/{}/extrinsics", "T", 4, 4, dtype=np.float64)
-    image_sizes: dict = field(
-        default_factory=dict
-    )  # {camera: (H, W)}; there even when read without images
-    extras: dict = field(
-        default_factory=dict
-    )  # what else a log holds, by the name of its dataset below /extras; read with the images
+    qpos: np.ndarray
+    qvel: np.ndarray
+    action: np.ndarray
+    joint_poses: np.ndarray
+    images: dict[str, np.ndarray]  # by camera; empty when read without images
+    intrinsics: dict[str, np.ndarray]
+    extrinsics: dict[str, np.ndarray]
+    image_sizes: dict[str, tuple[int, int]] = field(default_factory=dict)  # {camera: (H, W)}
+    extras: dict[str, np.ndarray] = field(default_factory=dict)  # by dataset below /extras
 
 
 ATTRIBUTES = {
-    part.name: part.type for part in fields(Episode) if part.type in (str, int, float, bool, list)
+    "task": str,
+    "variation": int,
+    "instruction": str,
+    "instructions": list,
+    "success": bool,
+    "fps": float,
+    "robot": str,
+    "sim": bool,
+    "seed": int,
 }
-DATASETS = {part.name: part.metadata for part in fields(Episode) if part.metadata}
+# Dataset ({}: one for each camera), shape (T frames, N = D+1; None: any length) and type in the
+# file of each array of an Episode.
+ARRAYS = {
+    "qpos": ("observations/qpos", ("T", "N"), np.float32),
+    "qvel": ("observations/qvel", ("T", "N"), np.float32),
+    "action": ("action", ("T", "N"), np.float32),
+    "joint_poses": ("observations/joint_poses", ("T", "N", 4, 4), np.float32),
+    "images": ("observations/images/{}", ("T", None, None, 3), np.uint8),
+    "intrinsics": ("cameras/{}/intrinsics", (3, 3), np.float64),
+    "extrinsics": ("cameras/{}/extrinsics", ("T", 4, 4), np.float64),
+}
 
 
-def check_array(array, shape, dtype, where):
-    """Raise a UserError unless the array has this shape (None: any length), numbers of this kind, and no NaN among them.
+# ----------------------------------------------------------------------------------------- checking
+def check_array(array, shape: Sequence, dtype, where: str):
+    """Raise a UserError that begins with `where` unless the array is of this shape and kind.
 
-    Of shape (..., 4, 4) it must be poses, of shape (3, 3) a camera's intrinsics.
+    shape: None stands for any length. Numbers must be finite. An array of shape (..., 4, 4) must
+    hold poses, one of shape (3, 3) a camera's intrinsics.
     """
-    wrong = None
-    if len(array.shape) != len(shape) or any(
-        n not in (None, m) or m == 0 for n, m in zip(shape, array.shape)
-    ):
-        wrong = f"has shape {array.shape} where ({', '.join('any' if n is None else str(n) for n in shape)}) is needed"
-    elif not np.issubdtype(array.dtype, np.uint8 if dtype == np.uint8 else np.floating):
-        wrong = f"holds {array.dtype} where {np.dtype(dtype)} is needed"
-    elif dtype != np.uint8 and not np.isfinite(array).all():
-        wrong = "holds NaN or infinite numbers"
-    elif shape[-2:] == (4, 4):
-        rotation = np.asarray(array, np.float64)[..., :3, :3]
-        unit = (
-            np.abs(rotation @ np.swapaxes(rotation, -1, -2) - np.eye(3)).max() < 1e-3
-            and np.linalg.det(rotation).min() > 0
-        )
-        if not unit or np.abs(array[..., 3, :] - [0, 0, 0, 1]).max() > 1e-6:
-            wrong = "holds a matrix that is not a rotation and a translation"
-    elif shape == (3, 3):
-        fx, fy, cx, cy = array[[0, 1, 0, 1], [0, 1, 2, 2]]
-        if min(fx, fy) <= 0 or not np.allclose(
-            array, [[fx, 0, cx], [0, fy, cy], [0, 0, 1]], atol=1e-6
-        ):
-            wrong = (
-                "is not [[fx, 0, cx], [0, fy, cy], [0, 0, 1]] with positive focal lengths in pixels"
-            )
-    if wrong:
-        raise UserError(f"{where} {wrong}: make it again.")
+    fault = find_fault(array, shape, dtype)
+    if fault is not None:
+        raise UserError(f"{where} {fault}.")
 
 
-def arrays_of(episode):
-    """Each array of an episode: (its dataset in the file, the array, the shape that it must have, the type that it is stored in)."""
-    lengths = dict(zip("TN", episode.qpos.shape))
-    for name, part in DATASETS.items():
-        arrays, shape = getattr(episode, name), tuple(lengths.get(n, n) for n in part["shape"])
-        for camera, array in arrays.items() if isinstance(arrays, dict) else [("", arrays)]:
-            yield part["dataset"].format(camera), array, shape, part["dtype"]
+def find_fault(array, shape: Sequence, dtype) -> str | None:
+    """What is wrong with an array, as the end of a sentence, or None."""
+    if not has_shape(array, shape):
+        wanted = ", ".join(str(length) for length in shape).replace("None", "any")
+        return f"has shape {array.shape} where ({wanted}) is needed"
+    kind = np.uint8 if dtype == np.uint8 else np.floating
+    if not np.issubdtype(array.dtype, kind):
+        return f"holds {array.dtype} where {np.dtype(dtype)} is needed"
+    if dtype == np.uint8:
+        return None
+    if not np.isfinite(array).all():
+        return "holds NaN or infinite numbers"
+    if tuple(shape[-2:]) == (4, 4) and not are_poses(array):
+        return "holds a matrix that is not a rotation and a translation"
+    if tuple(shape) == (3, 3) and not are_intrinsics(array):
+        return "is not [[fx, 0, cx], [0, fy, cy], [0, 0, 1]] with positive focal lengths in pixels"
+    return None
 
 
-def check_episode(episode):
-    """Raise a UserError that names file and dataset unless the episode is whole. Fills in image_sizes."""
+def has_shape(array, shape: Sequence) -> bool:
+    """Whether an array has this shape and is not empty; None stands for any length."""
+    if len(array.shape) != len(shape):
+        return False
+    for length, wanted in zip(array.shape, shape):
+        if length == 0:
+            return False
+        if wanted is not None and length != wanted:
+            return False
+    return True
+
+
+def are_poses(matrices: np.ndarray) -> bool:
+    """Whether matrices (..., 4, 4) are rotations and translations."""
+    rotations = np.asarray(matrices, np.float64)[..., :3, :3]
+    product = rotations @ np.swapaxes(rotations, -1, -2)
+    orthonormal = np.abs(product - np.eye(3)).max() < 1e-3
+    mirrored = np.linalg.det(rotations).min() <= 0
+    last_row = np.abs(matrices[..., 3, :] - [0, 0, 0, 1]).max() <= 1e-6
+    return bool(orthonormal and not mirrored and last_row)
+
+
+def are_intrinsics(matrix: np.ndarray) -> bool:
+    """Whether a matrix (3, 3) is that of a pinhole camera without skew."""
+    fx, fy, cx, cy = matrix[[0, 1, 0, 1], [0, 1, 2, 2]]
+    pinhole = [[fx, 0, cx], [0, fy, cy], [0, 0, 1]]
+    return bool(fx > 0 and fy > 0 and np.allclose(matrix, pinhole, atol=1e-6))
+
+
+def arrays_of(episode: Episode) -> Iterator[tuple]:
+    """Each array of an episode: (its dataset in the file, the array, its shape, its type)."""
+    frames, numbers = episode.qpos.shape
+    lengths = {"T": frames, "N": numbers}
+    for name, (dataset, letters, dtype) in ARRAYS.items():
+        shape = tuple(lengths.get(letter, letter) for letter in letters)
+        value = getattr(episode, name)
+        if not isinstance(value, dict):
+            yield dataset, value, shape, dtype
+            continue
+        for camera, array in value.items():
+            yield dataset.format(camera), array, shape, dtype
+
+
+def check_episode(episode: Episode):
+    """Raise a UserError that names file and dataset unless the episode is whole.
+
+    Fills in image_sizes.
+    """
+    check_array(episode.qpos, (None, None), np.float32, f"{episode.path}: observations/qpos")
     for dataset, array, shape, dtype in arrays_of(episode):
         check_array(array, shape, dtype, f"{episode.path}: {dataset}")
-    if episode.action[:, -1].min() < 0 or episode.action[:, -1].max() > 1:
+    gripper = episode.action[:, -1]
+    if gripper.min() < 0 or gripper.max() > 1:
         raise UserError(
-            f"{episode.path}: action has a gripper command outside 0 (closed) to 1 (open) in its last column."
+            f"{episode.path}: action has a gripper command outside 0 (closed) to 1 (open) "
+            "in its last column."
         )
-    if (
-        not episode.images.keys() == episode.intrinsics.keys() == episode.extrinsics.keys()
-        or not episode.images
-    ):
+    cameras = episode.images.keys()
+    same = cameras == episode.intrinsics.keys() == episode.extrinsics.keys()
+    if not cameras or not same:
         raise UserError(
-            f"{episode.path}: observations/images and cameras must name the same cameras, at least one."
+            f"{episode.path}: observations/images and cameras must name the same cameras, "
+            "at least one."
         )
     episode.image_sizes = {camera: images.shape[1:3] for camera, images in episode.images.items()}
 
 
-def write_episode(path, episode):
-    """Write a whole episode to a new file."""
-    episode.path = path = Path(path)
+def check_alike(episode: Episode, first: Episode):
+    """Raise a UserError unless two episodes have the same joints, cameras and image sizes."""
+    ours = layout_of(episode)
+    theirs = layout_of(first)
+    if ours != theirs:
+        raise UserError(
+            f"{episode.path} has {ours}, where {first.path} has {theirs}: "
+            "put them into folders of their own."
+        )
+
+
+def layout_of(episode: Episode) -> str:
+    return f"{episode.qpos.shape[1] - 1} joints and images of {episode.image_sizes}"
+
+
+# ------------------------------------------------------------------------------------------ writing
+def write_episode(path: Path, episode: Episode):
+    """Write an episode to a new file. Raises UserError for a broken episode or an existing file."""
+    path = Path(path)
+    episode.path = path
     if path.exists():
-        raise UserError(f"{path} exists already: delete it, or write to another folder.")
+        raise UserError(f"{path} exists already: write to another folder.")
     check_episode(episode)
     arrays = [(dataset, array, dtype) for dataset, array, _, dtype in arrays_of(episode)]
-    arrays += [(f"extras/{name}", array, array.dtype) for name, array in episode.extras.items()]
-    with write_hdf5(path, sum(math.prod(array.shape) for _, array, _ in arrays)) as root:
-        root.attrs.update(
-            {name: kind(getattr(episode, name)) for name, kind in ATTRIBUTES.items()}, format=FORMAT
-        )
+    for name, array in episode.extras.items():
+        arrays.append((f"extras/{name}", array, array.dtype))
+    size = sum(math.prod(array.shape) for _, array, _ in arrays)
+    with write_hdf5(path, size) as root:
+        for name, kind in ATTRIBUTES.items():
+            root.attrs[name] = kind(getattr(episode, name))
+        root.attrs["format"] = FORMAT
         for dataset, array, dtype in arrays:
             if dtype != np.uint8 or array.ndim != 4:
                 root[dataset] = np.asarray(array, dtype)
                 continue
-            # Compressing takes twice as long as decoding a PNG: not worth it for noisy pictures, which hardly shrink.
-            shrinks = len(zlib.compress(array[0].tobytes(), 1)) < array[0].size / 2
-            pictures = root.create_dataset(
-                dataset,
-                array.shape,
-                np.uint8,
-                chunks=(1, *array.shape[1:]),
-                compression=1 if shrinks else None,
-                fletcher32=not shrinks,
-            )  # a checksum either way; fmt: skip
-            for t in range(array.shape[0]):  # one by one: they may not fit into memory
-                pictures[t] = array[t]
+            images = create_images(root, dataset, array)
+            for t in range(array.shape[0]):  # one by one, because they may not fit into memory
+                images[t] = array[t]
 
 
-def read_episode(path, images=True):
-    """Read and check an episode; without its images this takes a few milliseconds."""
+def create_images(root: h5py.File, dataset: str, images: np.ndarray) -> h5py.Dataset:
+    """An empty dataset for images (T, H, W, 3): one chunk per frame, a checksum either way.
+
+    Compressing takes twice as long as decoding a PNG. Noisy images hardly shrink, so those are
+    stored as they are.
+    """
+    compressed = zlib.compress(images[0].tobytes(), 1)
+    shrinks = len(compressed) < images[0].size / 2
+    return root.create_dataset(
+        dataset,
+        images.shape,
+        np.uint8,
+        chunks=(1, *images.shape[1:]),
+        compression=1 if shrinks else None,
+        fletcher32=not shrinks,
+    )
+
+
+# ------------------------------------------------------------------------------------------ reading
+def read_episode(path: Path, images: bool = True) -> Episode:
+    """Read and check an episode. Without its images and extras this takes a few milliseconds.
+
+    Raises UserError for a file that is missing, damaged, of another format, or not whole.
+    """
     path = Path(path)
     with read_hdf5(path, FORMAT) as root:
         parts = {name: kind(root.attrs[name]) for name, kind in ATTRIBUTES.items()}
-        for name, part in DATASETS.items():
-            group, each, _ = part["dataset"].partition("/{}")
-            found = {
-                camera: root[part["dataset"].format(camera)]
-                for camera in (root[group] if each else [""])
-            }
-            if name != "images":  # of those, shape and type are enough for now
-                found = {camera: data[()] for camera, data in found.items()}
-            parts[name] = found if each else found[""]
+        for name, (dataset, _, _) in ARRAYS.items():
+            parts[name] = read_arrays(root, dataset, load=name != "images")
         episode = Episode(path=path, **parts)
-        check_episode(episode)
-        episode.extras = (
-            {name: data[()] for name, data in root.get("extras", {}).items()} if images else {}
-        )
-        episode.images = (
-            {camera: data[()] for camera, data in episode.images.items()} if images else {}
-        )
+        check_episode(episode)  # of the images, shape and type
+        if images:
+            episode.images = {camera: data[()] for camera, data in episode.images.items()}
+            episode.extras = {name: data[()] for name, data in root.get("extras", {}).items()}
+        else:
+            episode.images = {}
     return episode
 
 
-def find_episodes(folder, tasks=None):
-    """The sorted paths <folder>/<task>/<name>.hdf5, of these tasks or of all."""
-    paths = sorted(
-        Path(folder).glob("*/[!.]*.hdf5")
-    )  # what begins with a dot was left half-written by a killed process
+def read_arrays(root: h5py.File, dataset: str, load: bool):
+    """An array, or {camera: array} where the dataset's name has a {}; not loaded: h5py's object."""
+    if "{}" not in dataset:
+        return root[dataset][()]
+    group = dataset.split("/{}")[0]
+    arrays = {}
+    for camera in root[group]:
+        data = root[dataset.format(camera)]
+        arrays[camera] = data[()] if load else data
+    return arrays
+
+
+def find_episodes(folder: Path, tasks: Sequence[str] | None = None) -> list[Path]:
+    """The sorted paths <folder>/<task>/<name>.hdf5, of these tasks or of all.
+
+    Raises UserError where a task has none. (A name that begins with a dot was left half-written by
+    a process that was killed.)
+    """
+    folder = Path(folder)
+    if folder.exists():
+        os.listdir(folder)  # raises OSError where glob would find nothing: no permission, no folder
+    paths = sorted(folder.glob("*/[!.]*.hdf5"))
     found = {path.parent.name for path in paths}
-    for task in (found or ["<task>"]) if tasks is None else tasks:
+    if tasks is None:
+        wanted = found or {"<task>"}
+    else:
+        wanted = tasks
+    for task in wanted:
         if task not in found:
             raise UserError(
                 f"There is no HDF5 file in {folder}/{task}: run the stage that makes it first."
             )
-    return [path for path in paths if tasks is None or path.parent.name in tasks]
-
-
-def check_alike(episode, first):
-    """Raise a UserError unless two episodes can be trained on together: same joints, same cameras, same image sizes."""
-    ours, theirs = (
-        f"{one.qpos.shape[1] - 1} joints and images of {one.image_sizes}"
-        for one in (episode, first)
-    )
-    if ours != theirs:
-        raise UserError(
-            f"{episode.path} has {ours}, where {first.path} has {theirs}: put them into folders of their own."
-        )
+    return [path for path in paths if path.parent.name in wanted]

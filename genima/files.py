@@ -1,66 +1,137 @@
-"""Files are written whole or not at all, and what a person can mend is said in one sentence."""
+"""Files are written whole or not at all, and what a person can mend is said in one sentence.
+
+run_stage(main)           runs a stage: errors become one sentence, signals stop it
+write_whole(path)         a temporary file that becomes `path` when it is complete
+write_hdf5, read_hdf5     the same for HDF5 files, with a check of their format
+check_number              what a stage is asked for
+"""
 
 import errno
+import glob
 import os
 import shutil
+import signal
 import sys
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import h5py
 
-LARGE = 200_000_000  # bytes of pictures in an episode that is not put together in memory
+LARGE = 200_000_000  # bytes of images; a file above is written to disk frame by frame
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+TOO_MANY = (errno.EMFILE, errno.ENFILE, errno.EAGAIN)  # open files, or processes
 
 
 class UserError(Exception):
-    """One sentence for the person at the keyboard: what is wrong, in which file, and what to do about it."""
+    """One sentence for the user: what is wrong, in which file, and what to do about it."""
 
 
-def run_stage(main):
-    """Run a stage's main() and end the process: errors that a person can mend are one sentence, without a traceback."""
+# ------------------------------------------------------------------------------------------- stages
+def run_stage(main: Callable[[], None]):
+    """Run a stage's main(). Exit code 2 and a sentence for the user's errors, 130 when stopped.
+
+    SIGTERM (a scheduler's stop) and SIGHUP (the terminal is gone) stop a stage as Ctrl-C does.
+    Other exceptions are errors of this program, and keep their traceback.
+    """
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
+            signal.signal(number, signal.default_int_handler)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that knows ASCII only
     try:
         main()
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
         sys.exit(130)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    except (UserError, OSError, MemoryError) as error:
+        sentence = describe(error)
+        if sentence is None:
             raise
-        print(
-            f"The disk is full ({error}): make room and run the same command again; finished files are kept.",
-            file=sys.stderr,
-        )
+        print(sentence, file=sys.stderr)
         sys.exit(2)
 
 
+def describe(error: Exception) -> str | None:
+    """One sentence about an error of the user or the machine; None for one of this program."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, MemoryError):
+        reason = str(error) or "out of memory"
+        return f"There is not enough memory ({reason}): ask for smaller images or fewer --workers."
+    if error.errno in DISK_FULL:
+        return (
+            f"The disk is full ({error}): "
+            "make room and run the same command again; finished files are kept."
+        )
+    if error.errno in TOO_MANY:
+        return f"The system's limit is reached ({error}): use fewer --workers, or see `ulimit -a`."
+    if error.filename is not None:
+        return f"{error.filename}: {error.strerror}; check this path and its permissions."
+    return None
+
+
+def check_number(name: str, value: float, low: float, high: float):
+    """Raise a UserError unless low <= value <= high. name: as the user writes it, --horizon."""
+    if not low <= value <= high:
+        raise UserError(f"{name} must be from {low} to {high}, not {value}.")
+
+
+# ------------------------------------------------------------------------------------------ writing
 @contextmanager
-def write_whole(path):
-    """Yield a temporary path beside `path`, which becomes `path` when the block succeeds: a crash leaves all of a file or none."""
+def write_whole(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`, which becomes `path` when the block succeeds.
+
+    A crash leaves either the whole file or the old one. Raises OSError that names `path`.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(
-        f".{path.stem}.{os.getpid()}.tmp{path.suffix}"
-    )  # some writers go by the suffix
+    remove_abandoned(path)
+    # The suffix stays, because some writers go by it.
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            error.filename = error.filename or str(path)  # a failed write does not know it
+        with suppress(OSError):  # the first error is the one to report
+            temporary.unlink()
+        if isinstance(error, OSError) and error.filename in (None, str(temporary), temporary):
+            error.filename = str(path)
+            error.filename2 = None
         raise
 
 
-@contextmanager
-def write_hdf5(path, size=0):
-    """Yield an HDF5 file to fill, which is written to `path` when the block succeeds. size: bytes of pictures, if they are many.
+def remove_abandoned(path: Path):
+    """Remove temporary files for `path` that a process left behind when it was killed."""
+    name = glob.escape(path.stem)
+    for temporary in path.parent.glob(f".{name}.*.tmp{glob.escape(path.suffix)}"):
+        number = temporary.name.removesuffix(path.suffix).split(".")[-2]
+        if number.isdecimal() and not is_running(int(number)):
+            temporary.unlink(missing_ok=True)
 
-    It grows in memory: HDF5 cannot close a file whose disk is full, a plain write can fail cleanly. A large one grows on the disk,
+
+def is_running(process: int) -> bool:
+    """Whether there is a process of this number on this machine."""
+    if os.name != "posix":
+        return True  # there is no harmless way to ask
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+@contextmanager
+def write_hdf5(path: Path, size: int = 0) -> Iterator[h5py.File]:
+    """Yield an HDF5 file to fill, which is written to `path` when the block succeeds.
+
+    A small file is put together in memory, because HDF5 cannot close a file when the disk is full,
+    whereas a plain write fails cleanly. size: bytes of images; a large file grows on the disk,
     which must have room for it.
     """
     with write_whole(path) as temporary:
@@ -76,24 +147,35 @@ def write_hdf5(path, size=0):
                 yield root
 
 
+# ------------------------------------------------------------------------------------------ reading
 @contextmanager
-def read_hdf5(path, file_format):
-    """Yield the HDF5 file at `path`; whatever is wrong with it becomes a UserError that names it."""
+def read_hdf5(path: Path, file_format: str) -> Iterator[h5py.File]:
+    """Yield the HDF5 file at `path`. Whatever is wrong with it becomes a UserError that names it.
+
+    file_format: what its attribute `format` must be.
+    """
     try:
         with h5py.File(path, "r") as root:
             if root.attrs.get("format") != file_format:
                 raise UserError(
-                    f"{path}: attribute 'format' is not '{file_format}': another program or version wrote this file."
+                    f"{path}: attribute 'format' is not '{file_format}': "
+                    "another program or version wrote this file."
                 )
             yield root
     except (UserError, MemoryError):
         raise
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist.") from None
-    except (
-        Exception
-    ) as error:  # HDF5 reports a damaged file in many ways: OSError, KeyError, RuntimeError, ...
-        reason = str(error.args[0] if error.args else error).strip("'\"")
-        raise UserError(
-            f"{path} cannot be read ({reason}): delete it and make it again."
-        ) from error
+    except Exception as error:  # HDF5 reports damage in many ways: OSError, KeyError, RuntimeError
+        raise UserError(f"{path} {reason_of(error)}.") from error
+
+
+def reason_of(error: Exception) -> str:
+    """Why an HDF5 file cannot be read: in the system's words if it refuses, else in HDF5's."""
+    number = getattr(error, "errno", None)
+    if number == errno.ENOENT:
+        return "does not exist"
+    if number in (errno.EAGAIN, errno.EACCES) and "lock" in str(error):
+        return f"is open in another program ({os.strerror(number)})"
+    if number:
+        return f"cannot be read: {os.strerror(number)}"
+    words = str(error.args[0]) if error.args else str(error)
+    return "cannot be read: " + words.strip("'\"")

@@ -1,5 +1,6 @@
 """Jobs in several processes that may crash, as simulators do: a job whose process died is begun once more in a fresh one."""
 
+import os
 import signal
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -14,9 +15,30 @@ def ignore_interrupt(_worker):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def run_in_parallel(jobs, workers, description, unit, start=None):
+def usable_cores() -> int:
+    """How many cores this process may use: a scheduler or taskset may leave it only some."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
+worker = {}  # of a worker process: its context
+
+
+def begin_worker(make_context):
+    ignore_interrupt(0)
+    if make_context:
+        worker["context"] = make_context()
+
+
+def call_with_context(function, *arguments):
+    return function(worker["context"], *arguments)
+
+
+def run_in_parallel(jobs, workers, description, unit, make_context=None, start=None):
     """Yield (job, result) for jobs (function, arguments...) as they are done, under a progress bar; result is None for a job that
-    killed two processes. An exception in a job ends everything. start: how processes start (None: the system's way)."""
+    killed two processes. An exception in a job ends everything. make_context: called once in each worker process; its
+    jobs get what it returns as first argument. start: how processes start (None: the system's way)."""
     waiting = [(job, False) for job in jobs][::-1]  # and whether it has killed a process
     pools, idle, running = (
         [],
@@ -29,14 +51,19 @@ def run_in_parallel(jobs, workers, description, unit, start=None):
                 while waiting and len(running) < workers:
                     if not idle:
                         idle.append(
-                            ProcessPoolExecutor(1, get_context(start), ignore_interrupt, (0,))
+                            ProcessPoolExecutor(
+                                1, get_context(start), begin_worker, (make_context,)
+                            )
                         )
                         pools += idle
                     pool = idle.pop()
                     with suppress(
                         BrokenProcessPool
                     ):  # it died when it had nothing to do: the next one
-                        future = pool.submit(*waiting[-1][0])
+                        job = waiting[-1][0]
+                        if make_context:
+                            job = (call_with_context, *job)
+                        future = pool.submit(*job)
                         running[future] = pool, *waiting.pop()
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     pool, job, killed = running.pop(future)

@@ -31,6 +31,6 @@ class Oracle:
                 self.demo.joint_poses[frame], self.demo.action[frame, -1] > 0.5, camera
             )
             painted[camera] = alpha_composite(
-                draw_spheres(*spheres, *env.camera(camera), *image.shape[:2]), image
+                draw_spheres(*spheres, *env.camera_parameters(camera), *image.shape[:2]), image
             )
         return painted

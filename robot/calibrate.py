@@ -150,7 +150,7 @@ def read_pictures(source, camera):
             raise UserError(
                 f"{path} has another size than {paths[0]}: a calibration is of one size."
             )
-    poses = franka_chain().joint_poses(
+    poses = franka_chain().forward_kinematics(
         np.array([joints[int(path.stem)] for path in paths]).reshape(-1, 7)
     )
     return list(map(str, paths)), pictures, poses

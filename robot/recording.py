@@ -144,7 +144,7 @@ def as_episode(saved, fields, events, success):
     )
     qvel[:, 7] = np.gradient(qpos[:, 7]) * HZ if len(qpos) > 1 else 0  # the hand does not tell
     chain = franka_chain(cameras)
-    poses = chain.joint_poses(qpos[:, :7])
+    poses = chain.forward_kinematics(qpos[:, :7])
     return Episode(
         path=None, **saved["about"], success=success, fps=float(HZ), qpos=qpos, qvel=qvel, joint_poses=poses, images=images,
         action=fields.pop("action") if "action" in fields else followed(qpos),

@@ -1,32 +1,44 @@
-"""The simulators. Import this before MuJoCo: it decides how MuJoCo draws."""
+"""The simulators, behind one Gymnasium interface (ArmEnv in mujoco_panda.py).
 
-import os
-import subprocess
-import sys
+mujoco_panda.py      the embedded simulator, and its tasks in mujoco_tasks.py
+perturbed_panda.py   the same, looking different
+rlbench_panda.py     RLBench in CoppeliaSim
+rendering.py         how MuJoCo draws
+"""
 
-# EGL where it works, else OSMesa. MuJoCo reads this variable when it is imported, and cannot change its mind in one process: another
-# one tries.
-if "MUJOCO_GL" not in os.environ and sys.platform == "linux":
-    attempt = [sys.executable, "-c", "import mujoco; mujoco.GLContext(8, 8)"]
-    works = (
-        subprocess.run(
-            attempt, env=os.environ | {"MUJOCO_GL": "egl"}, capture_output=True
-        ).returncode
-        == 0
-    )
-    os.environ["MUJOCO_GL"] = "egl" if works else "osmesa"
+from sims import rendering  # first of all: it imports MuJoCo without choosing how to draw
+
+__all__ = ["Simulators", "make_env", "rendering"]
 
 
-from functools import cache
+def make_env(task: str, image_size, cameras, sim: str = "mujoco", images: bool = False):
+    """A new environment.
 
+    image_size: height and width in pixels, or one number for both. cameras: names. sim: "mujoco",
+    "rlbench", or a perturbation's name. images: whether observations have images; without, an
+    image is drawn when it is asked for. Raises UserError for an unknown task.
+    """
+    if sim == "rlbench":
+        from sims.rlbench_panda import RLBenchEnv
 
-@cache
-def make_env(task, image_size, cameras, sim=None, images=False):
-    """One environment per task and process; sim: mujoco, rlbench, or a perturbation. Without images, pictures are taken when looked at."""
+        return RLBenchEnv(task, image_size, cameras, images)
     from sims.mujoco_panda import PandaEnv
     from sims.perturbed_panda import PERTURBATIONS, PerturbedEnv
-    from sims.rlbench_panda import RLBenchEnv
 
     if sim in PERTURBATIONS:
         return PerturbedEnv(sim, task, image_size, cameras, images)
-    return (RLBenchEnv if sim == "rlbench" else PandaEnv)(task, image_size, cameras, images)
+    return PandaEnv(task, image_size, cameras, images)
+
+
+class Simulators:
+    """The environments of one process: each is made when it is first asked for, and kept."""
+
+    def __init__(self):
+        self.environments = {}
+
+    def get(self, task: str, image_size, cameras, sim: str = "mujoco", images: bool = False):
+        """The environment for these arguments of make_env."""
+        key = (task, image_size, tuple(cameras), sim, images)
+        if key not in self.environments:
+            self.environments[key] = make_env(*key)
+        return self.environments[key]

@@ -1,77 +1,120 @@
-"""The scripted expert of the embedded simulator: from a task's waypoints to actions, and to a whole demonstration."""
+"""The scripted expert of the embedded simulator: from waypoints to actions and demonstrations.
+
+for action in expert_actions(env):               from wherever the arm is
+    env.step(action)
+episode = record_demonstration(env, task, seed, variation, start="near")
+"""
+
+from collections.abc import Iterator
 
 import numpy as np
 
 from genima.episodes import Episode
 from genima.files import UserError
 from sims import make_env
-from sims.mujoco_panda import CONTROL_HZ, rotation_vector
+from sims.mujoco_panda import CONTROL_HZ, make_pose, rotation_vector
 from sims.mujoco_tasks import rotation_from
 
 JOINT_SPEED = 1.2  # rad/s, about half of what the arm can do (Franka's data sheet: 2.2 to 2.6)
+TURN_SPEED = 1.5  # rad/s, of the tool
+MAX_STEPS = 200  # between two waypoints
 
 
-def expert_actions(env):
+def expert_actions(env) -> Iterator[np.ndarray]:
     """The scripted expert from the present state: yields one action (8,) per control step.
 
-    Straight lines of the tool between the task's waypoints, at bounded tool and joint speed, through inverse kinematics.
-    Raises UserError when a waypoint is out of reach.
+    Straight lines of the tool between the task's waypoints, at bounded tool and joint speed,
+    through inverse kinematics. Raises UserError when a waypoint is out of reach.
     """
-    target = env.tool()
+    tool = env.tool_pose()
     joints = env.data.qpos[:7].copy()
     for move in env.task.plan(env):
-        start, rotation = target, target[:3, :3] if move.rotation is None else move.rotation
-        distance = np.linalg.norm(move.position - start[:3, 3])
-        turn = rotation_vector(rotation @ start[:3, :3].T)
-        steps = int(np.ceil(max(distance / move.speed, np.linalg.norm(turn) / 1.5) * CONTROL_HZ))
-        path = [joints]
-        while steps:  # more steps until no joint is too fast (inverse kinematics may turn a short line into a long turn)
-            path = [joints]
-            for fraction in np.arange(1, steps + 1) / steps:
-                pose = rotation_from(fraction * turn) @ start[:3, :3]
-                path.append(
-                    env.ik(start[:3, 3] + fraction * (move.position - start[:3, 3]), pose, path[-1])
-                )
-            fastest = np.abs(np.diff(path, axis=0)).max() * CONTROL_HZ
-            if fastest <= JOINT_SPEED:
-                break
-            steps = max(steps + 1, int(np.ceil(steps * fastest / JOINT_SPEED)))
-            if steps > 200:
-                raise UserError(
-                    f"No way to {np.round(move.position, 3)} below {JOINT_SPEED} rad/s."
-                )
-        joints = path[-1]
-        target = np.block([[rotation, np.reshape(move.position, (3, 1))], [0, 0, 0, 1]])
-        for position in path[1:] + [joints] * move.dwell:
+        rotation = tool[:3, :3]
+        if move.rotation is not None:
+            rotation = move.rotation
+        path = joint_path(env, tool, joints, move.position, rotation, move.speed)
+        tool = make_pose(rotation, move.position)
+        if path:
+            joints = path[-1]
+        for position in path + [joints] * move.dwell:
             yield np.append(position, move.gripper)
 
 
-def record_demonstration(env, task, seed, variation, start):
-    """One attempt: the whole demonstration, whether or not it succeeds. Returns an Episode without a path."""
+def joint_path(env, tool, joints, position, rotation, speed) -> list[np.ndarray]:
+    """Joint positions (7,) for each control step on the straight line of the tool to a pose.
+
+    tool (4, 4) and joints (7,): where the line begins. Empty where the tool is there already.
+    Raises UserError where the line is out of reach, or too fast for the joints however slow.
+    """
+    offset = position - tool[:3, 3]
+    turn = rotation_vector(rotation @ tool[:3, :3].T)
+    seconds = max(np.linalg.norm(offset) / speed, np.linalg.norm(turn) / TURN_SPEED)
+    steps = int(np.ceil(seconds * CONTROL_HZ))
+    while steps:
+        path = [joints]
+        for fraction in np.arange(1, steps + 1) / steps:
+            pose = rotation_from(fraction * turn) @ tool[:3, :3]
+            path.append(env.ik(tool[:3, 3] + fraction * offset, pose, path[-1]))
+        fastest = np.abs(np.diff(path, axis=0)).max() * CONTROL_HZ
+        if fastest <= JOINT_SPEED:
+            return path[1:]
+        # Inverse kinematics may turn a short line into a large turn of a joint: more steps.
+        steps = max(steps + 1, int(np.ceil(steps * fastest / JOINT_SPEED)))
+        if steps > MAX_STEPS:
+            raise UserError(f"No way to {np.round(position, 3)} below {JOINT_SPEED} rad/s.")
+    return []
+
+
+def record_demonstration(env, task: str, seed: int, variation: int, start: str) -> Episode:
+    """One attempt: the whole demonstration, whether or not it succeeds, without a path.
+
+    start: "anywhere" over the table, or "near" the object. Raises UserError when a waypoint is out
+    of reach.
+    """
     observation, info = env.reset(seed=seed, options={"variation": variation, "start": start})
-    frames = []
+    observations = []
+    actions = []
+    joint_poses = []
+    extrinsics = {camera: [] for camera in env.cameras}
     for action in expert_actions(env):
-        frames.append(
-            (
-                observation,
-                action,
-                env.joint_poses(),
-                {camera: env.camera(camera)[1] for camera in env.cameras},
-            )
-        )
+        observations.append(observation)
+        actions.append(action)
+        joint_poses.append(env.joint_poses())
+        for camera in env.cameras:
+            extrinsics[camera].append(env.camera_parameters(camera)[1])
         observation, _, _, _, info = env.step(action)
-    observations, actions, joint_poses, extrinsics = zip(*frames)
+
+    images = {}
+    intrinsics = {}
+    for camera in env.cameras:
+        images[camera] = np.stack([seen["images"][camera] for seen in observations])
+        intrinsics[camera] = env.camera_parameters(camera)[0]
     return Episode(
-        path=None, task=task, variation=variation, instruction=info["instruction"], instructions=info["instructions"],
-        success=info["success"], fps=float(CONTROL_HZ), robot="fr3", sim=True, seed=seed,
-        qpos=np.stack([seen["qpos"] for seen in observations]), qvel=np.stack([seen["qvel"] for seen in observations]),
-        action=np.array(actions, np.float32), joint_poses=np.stack(joint_poses),
-        images={camera: np.stack([seen["images"][camera] for seen in observations]) for camera in env.cameras},
-        intrinsics={camera: env.camera(camera)[0] for camera in env.cameras},
-        extrinsics={camera: np.stack([poses[camera] for poses in extrinsics]) for camera in env.cameras},
-    )  # fmt: skip
+        path=None,
+        task=task,
+        variation=variation,
+        instruction=info["instruction"],
+        instructions=info["instructions"],
+        success=info["success"],
+        fps=float(CONTROL_HZ),
+        robot="fr3",
+        sim=True,
+        seed=seed,
+        qpos=np.stack([seen["qpos"] for seen in observations]),
+        qvel=np.stack([seen["qvel"] for seen in observations]),
+        action=np.array(actions, np.float32),
+        joint_poses=np.stack(joint_poses),
+        images=images,
+        intrinsics=intrinsics,
+        extrinsics={camera: np.stack(poses) for camera, poses in extrinsics.items()},
+    )
 
 
-def record_oracle(task, seed, variation):
-    """The demonstration that an oracle follows: of the same scene, without pictures."""
-    return record_demonstration(make_env(task, 0, ()), task, seed, variation, start="anywhere")
+def record_oracle(task: str, seed: int, variation: int, env=None) -> Episode:
+    """The demonstration that an oracle follows: of the same scene, without images.
+
+    env: a PandaEnv of the task without cameras to record it in; None: a new one.
+    """
+    if env is None:
+        env = make_env(task, 0, ())
+    return record_demonstration(env, task, seed, variation, start="anywhere")

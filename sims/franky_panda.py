@@ -111,7 +111,7 @@ def watch(bench, fps):
     env, needed = begin(bench)
     stamps, pixels = bench.rounds()
     for camera in bench.cameras:
-        env.picture(camera, *bench.size)  # the first one takes longer
+        env.render_camera(camera, *bench.size)  # the first one takes longer
     count, due = 0, time.monotonic()
     while needed():
         stamp, place = time.monotonic(), count % ROUNDS
@@ -119,7 +119,7 @@ def watch(bench, fps):
         mujoco.mj_forward(env.model, env.data)
         stamps[place] = 0
         for i, camera in enumerate(bench.cameras):
-            pixels[place, i] = env.picture(camera, *bench.size)
+            pixels[place, i] = env.render_camera(camera, *bench.size)
         stamps[place] = stamp
         count += 1
         due = max(
@@ -156,7 +156,7 @@ class Bench:
         )
         self.policy, self.calibration = partial(demonstrator, task, seed, self.variation), {}
         for camera in cameras:
-            intrinsics, pose = env.camera(camera)
+            intrinsics, pose = env.camera_parameters(camera)
             mounted = {"last_joint_from_camera": np.linalg.inv(env.joint_poses()[-2]) @ pose}
             self.calibration[camera] = {"intrinsics": intrinsics} | (
                 mounted if camera == "wrist" else {"world_from_camera": pose}

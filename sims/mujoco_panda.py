@@ -1,85 +1,65 @@
 """The embedded simulator: a Franka arm at a table in MuJoCo, as a Gymnasium environment.
 
-In:   absolute joint positions (7, rad) and a gripper command (0 closed, 1 open), ten times a second.
-Out:  joint positions and velocities, and one picture per camera.
-Use:  env = PandaEnv("pick_and_lift");  obs, info = env.reset(seed=0);  print(info["instruction"])
+In:   absolute joint positions (7, rad) and a gripper command (0 closed, 1 open), ten times a second
+Out:  joint positions and velocities, and one image per camera
 
-The arm and hand are the Menagerie's Franka model as carried by the `franky-sim` package. World frame: the robot's base on
-the table top, metres, z up, x away from the robot. The tasks are in sims/mujoco_tasks.py.
+    env = PandaEnv("pick_and_lift")
+    observation, info = env.reset(seed=0)
+    print(info["instruction"])
+    observation, reward, terminated, truncated, info = env.step(action)
+
+The arm and hand are the Menagerie's Franka model as carried by the `franky-sim` package. World
+frame: the robot's base on the table top, metres, z up, x away from the robot. The tasks are in
+sims/mujoco_tasks.py.
 """
 
-import sys
+from importlib.util import find_spec
 from pathlib import Path
 
-CANNOT_DRAW = ("Neither EGL nor OSMesa can draw on this machine: install one of them "
-               "(Debian, Ubuntu: apt-get install libegl1 libgl1 libosmesa6). MuJoCo said: ")  # fmt: skip
-try:
-    import mujoco
-except Exception as error:  # no EGL, and OSMesa is not there either
-    sys.exit(f"{CANNOT_DRAW}{error}")
-
-import franky_sim
 import gymnasium
+import mujoco
 import numpy as np
 
 from genima.episodes import CAMERAS
 from genima.files import UserError
 from sims.mujoco_tasks import PAINTED, TASKS, TOOL_DOWN, add_box, check_task
+from sims.rendering import new_renderer
 
 CONTROL_HZ = 10
+MAX_HEIGHT = 960  # of an image, pixels
+MAX_WIDTH = 1280
 HOME = np.array([0.0, -0.3, 0.0, -2.2, 0.0, 1.9, 0.7853])  # elbow up, fingers down, over the table
-TOOL_OFFSET = (
-    0.1034  # metres from the hand's flange to between the fingertips (Franka's data sheet)
-)
-GRIPPER_GAIN = 15  # the model's fingers squeeze with about 1 N and objects slip; this many times more holds them
+# Metres from the hand's flange to between the fingertips (Franka's data sheet).
+TOOL_OFFSET = 0.1034
+# The model's fingers squeeze with about 1 N and objects slip; this many times more holds them.
+GRIPPER_GAIN = 15
+FINGER_TRAVEL = 0.04  # metres, of each finger between closed and open
+GRIPPER_OPEN = 255  # what the model's gripper actuator takes for open
 
 
-# ------------------------------------------------------------------------------------------------------------- scene
+# ------------------------------------------------------------------------------------------- scene
 def base_scene():
     """Robot, table, light and cameras as an MjSpec."""
-    assets = Path(franky_sim.__file__).parent / "assets"
-    spec = mujoco.MjSpec.from_file(str(assets / "fr3.xml"))
-    spec.meshdir = str(assets / "meshes")
-    # The collision meshes (3,100 faces) look like the arm and draw 15 times faster than the visual ones (242,000).
-    for geom in [geom for geom in spec.geoms if geom.classname.name == "visual"]:
-        spec.delete(geom)
-    kept = {geom.meshname for geom in spec.geoms}
-    for mesh in [mesh for mesh in spec.meshes if mesh.name not in kept]:
-        spec.delete(mesh)
-    for geom in spec.geoms:
-        part, grey = (
-            geom.parent.name,
-            {"hand": 0.9, "left_finger": 0.25, "right_finger": 0.25}.get(geom.parent.name, 0.82),
-        )
-        geom.group, geom.rgba = 2, (grey, grey, grey, 1)
-        # Only the hand and the flat finger pads touch things: the fingers' hulls taper and would squeeze objects out.
-        if part == "hand" or part.endswith("_finger") and geom.type != mujoco.mjtGeom.mjGEOM_MESH:
-            geom.friction, geom.condim = (1.5, 0.02, 0.001), 4
-        else:
-            geom.contype = geom.conaffinity = 0
-    hand = spec.actuator("hand")
-    hand.gainprm[0] *= GRIPPER_GAIN
-    hand.biasprm[1:3] = hand.biasprm[1:3] * GRIPPER_GAIN
-    spec.body("hand").add_site(name="tool", pos=(0, 0, TOOL_OFFSET))
-
+    spec = load_robot()
     spec.option.timestep = 0.002
-    spec.option.cone = mujoco.mjtCone.mjCONE_ELLIPTIC  # with impratio: held objects don't creep
+    # An elliptic friction cone with a high impedance ratio: held objects do not creep.
+    spec.option.cone = mujoco.mjtCone.mjCONE_ELLIPTIC
     spec.option.impratio = 10
-    light, window = spec.visual.headlight, getattr(spec.visual, "global")
-    light.ambient, light.diffuse, light.specular = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), (0, 0, 0)
+
+    headlight = spec.visual.headlight
+    headlight.ambient = (0.5, 0.5, 0.5)
+    headlight.diffuse = (0.5, 0.5, 0.5)
+    headlight.specular = (0, 0, 0)
+    buffer = getattr(spec.visual, "global")
+    buffer.offwidth = MAX_WIDTH
+    buffer.offheight = MAX_HEIGHT
     spec.visual.map.znear = 0.005
-    window.offwidth, window.offheight = 1280, 960
     spec.visual.quality.shadowsize = 0
+
     world = spec.worldbody
     world.add_light(pos=(0.5, 0, 2.0), dir=(0, 0, -1), castshadow=False, diffuse=(0.3, 0.3, 0.3))
-    add_box(
-        world,
-        "table",
-        (0.6, 0.8, 0.02),
-        (0.4, 0, -0.02),
-        (0.62, 0.55, 0.48),
-        friction=(1.0, 0.005, 0.0001),
-    )
+    rough = {"friction": (1.0, 0.005, 0.0001)}
+    add_box(world, "table", (0.6, 0.8, 0.02), (0.4, 0, -0.02), (0.62, 0.55, 0.48), **rough)
     add_box(world, "backdrop", (3, 3, 0.01), (0, 0, -0.8), (0.35, 0.38, 0.42), **PAINTED)
 
     add_camera(world, "front", (1.28, 0, 0.62), (0.42, 0, 0.14), 38)
@@ -89,101 +69,157 @@ def base_scene():
     return spec
 
 
+def load_robot():
+    """The arm and its hand as an MjSpec, fast to draw and with a firm grip."""
+    assets = Path(find_spec("franky_sim").origin).parent / "assets"
+    spec = mujoco.MjSpec.from_file(str(assets / "fr3.xml"))
+    spec.meshdir = str(assets / "meshes")
+    # The collision meshes (3,100 faces) look like the arm and draw 15 times faster than the visual
+    # ones (242,000).
+    for geom in list(spec.geoms):
+        if geom.classname.name == "visual":
+            spec.delete(geom)
+    used = {geom.meshname for geom in spec.geoms}
+    for mesh in list(spec.meshes):
+        if mesh.name not in used:
+            spec.delete(mesh)
+
+    greys = {"hand": 0.9, "left_finger": 0.25, "right_finger": 0.25}
+    for geom in spec.geoms:
+        part = geom.parent.name
+        grey = greys.get(part, 0.82)
+        geom.group = 2
+        geom.rgba = (grey, grey, grey, 1)
+        # Only the hand and the flat pads of the fingers touch things: the fingers' hulls taper and
+        # would squeeze objects out.
+        is_pad = part.endswith("_finger") and geom.type != mujoco.mjtGeom.mjGEOM_MESH
+        if part == "hand" or is_pad:
+            geom.friction = (1.5, 0.02, 0.001)
+            geom.condim = 4
+        else:
+            geom.contype = 0
+            geom.conaffinity = 0
+
+    hand = spec.actuator("hand")
+    hand.gainprm[0] *= GRIPPER_GAIN
+    hand.biasprm[1:3] = hand.biasprm[1:3] * GRIPPER_GAIN
+    spec.body("hand").add_site(name="tool", pos=(0, 0, TOOL_OFFSET))
+    return spec
+
+
 def add_camera(body, name, position, target, fovy, up=(0, 0, 1)):
     """A camera at `position` that looks at `target` (both in the body's frame); fovy in degrees."""
-    backward = np.subtract(position, target) / np.linalg.norm(np.subtract(position, target))
+    backward = np.subtract(position, target)
+    backward /= np.linalg.norm(backward)
     right = np.cross(up, backward)
     right /= np.linalg.norm(right)
-    axes = np.stack(
-        [right, np.cross(backward, right), backward], axis=1
-    )  # MuJoCo: x right, y up, looks along -z
+    # MuJoCo's camera: x right, y up, looks along -z.
+    axes = np.stack([right, np.cross(backward, right), backward], axis=1)
     quaternion = np.zeros(4)
     mujoco.mju_mat2Quat(quaternion, axes.ravel())
     body.add_camera(name=name, pos=position, quat=quaternion, fovy=fovy)
 
 
-# ------------------------------------------------------------------------------------------------------- environment
+# ------------------------------------------------------------------------------------- environment
 class ArmEnv(gymnasium.Env):
     """What the simulators have in common: an arm of seven joints with a gripper, and cameras.
 
-    Observation: {"qpos": (8,) joint positions (rad) and gripper opening 0..1, "qvel": (8,) their rates,
-    "images": {camera: (H, W, 3) uint8}}. Action: (8,) absolute joint targets (rad) within the limits, gripper command 0..1.
+    Observation: {"qpos": (8,) joint positions (rad) and gripper opening 0..1,
+                  "qvel": (8,) their rates,
+                  "images": {camera: (H, W, 3) uint8}}, the last only with images=True.
+    Action: (8,) absolute joint targets (rad) within the limits, gripper command 0..1.
+
+    A simulator has these methods as well:
+        render_camera(camera, height, width)   (height, width, 3) uint8
+        joint_poses()                          (8, 4, 4) world from joint, the last the tool
+        tool_pose()                            (4, 4) world from tool
+        camera_parameters(camera)              intrinsics (3, 3), world from camera (4, 4)
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": CONTROL_HZ}
     render_mode = "rgb_array"
 
     def __init__(self, image_size, cameras, images, low, high):
-        """low, high: (7,) rad, how far the joints turn."""
-        self.height, self.width = (
-            (image_size, image_size) if np.isscalar(image_size) else image_size
-        )
-        self.cameras, self.images = tuple(cameras), images
+        """image_size: (height, width) or both as one number. low, high: (7,) rad, joint limits."""
+        if np.isscalar(image_size):
+            image_size = (image_size, image_size)
+        self.height, self.width = image_size
+        self.cameras = tuple(cameras)
+        self.images = images
         self.action_space = gymnasium.spaces.Box(
             np.append(low, 0).astype(np.float32), np.append(high, 1).astype(np.float32)
         )
         unbounded = gymnasium.spaces.Box(-np.inf, np.inf, (8,), np.float32)
-        picture = gymnasium.spaces.Box(0, 255, (self.height, self.width, 3), np.uint8)
-        pictures = (
-            {"images": gymnasium.spaces.Dict(dict.fromkeys(self.cameras, picture))}
-            if images
-            else {}
-        )
-        self.observation_space = gymnasium.spaces.Dict(
-            {"qpos": unbounded, "qvel": unbounded, **pictures}
-        )
+        spaces = {"qpos": unbounded, "qvel": unbounded}
+        if images:
+            image = gymnasium.spaces.Box(0, 255, (self.height, self.width, 3), np.uint8)
+            spaces["images"] = gymnasium.spaces.Dict(dict.fromkeys(self.cameras, image))
+        self.observation_space = gymnasium.spaces.Dict(spaces)
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        self.seed, self.steps = int(self.np_random.integers(2**31)) if seed is None else seed, 0
+        if seed is None:
+            seed = int(self.np_random.integers(2**31))
+        self.seed = seed
+        self.steps = 0
 
     def checked(self, action):
-        """The action as an array (8,) of float64. Raises UserError for one that the arm cannot take."""
+        """The action as an array (8,) of float64. Raises UserError if the arm cannot take it."""
         action = np.asarray(action, dtype=np.float64)
         if action.shape != (8,) or not np.isfinite(action).all():
             raise UserError(
-                f"The action must be 8 finite numbers (7 joints in rad and the gripper), not {action}."
+                "The action must be 8 finite numbers (7 joints in rad and the gripper), "
+                f"not {action}."
             )
         if not self.action_space.contains(action.astype(np.float32)):
             raise UserError(
-                f"The action {action.round(3)} is outside the joint limits; clip it to env.action_space first."
+                f"The action {action.round(3)} is outside the joint limits; "
+                "clip it to env.action_space first."
             )
         return action
 
-    def observation(self, qpos, opening, qvel, speed):
-        seen = {"images": render_cameras(self)} if self.images else {}
-        return {
+    def observation(self, qpos, opening, qvel, opening_rate):
+        """What the policy sees now; qpos, qvel: (7,)."""
+        observation = {
             "qpos": np.append(qpos, opening).astype(np.float32),
-            "qvel": np.append(qvel, speed).astype(np.float32),
-            **seen,
+            "qvel": np.append(qvel, opening_rate).astype(np.float32),
         }
+        if self.images:
+            observation["images"] = render_cameras(self)
+        return observation
 
     def render(self):
-        return self.picture("front", self.height, self.width)
+        return self.render_camera("front", self.height, self.width)
 
 
 def render_cameras(env):
     """What all cameras see now: {camera: (H, W, 3) uint8}."""
-    return {camera: env.picture(camera, env.height, env.width) for camera in env.cameras}
+    return {camera: env.render_camera(camera, env.height, env.width) for camera in env.cameras}
 
 
 class PandaEnv(ArmEnv):
     """One task on the table. Same seed, same episode, bit for bit.
 
-    reset(options=...): "variation" (which candidate the instruction names, drawn if absent), "start" ("anywhere" over the
-    table, or "near" the object, as half of the demonstrations do).
+    reset(options=...): "variation" is which candidate the instruction names, drawn if absent;
+    "start" is where the tool begins: "anywhere" over the table, or "near" the object, as half of
+    the demonstrations do.
     """
 
     def __init__(self, task="reach_target", image_size=128, cameras=CAMERAS, images=True):
+        """Raises UserError for an unknown task, or images that are too large."""
         check_task(task)
+        if np.greater(image_size, (MAX_HEIGHT, MAX_WIDTH)).any():
+            raise UserError(
+                f"Images of {image_size} pixels are too large for the embedded simulator: "
+                f"at most {MAX_HEIGHT} x {MAX_WIDTH}."
+            )
         self.task = TASKS[task]()
         self.model = self.build().compile()
         self.data = mujoco.MjData(self.model)
-        self.scratch = mujoco.MjData(
-            self.model
-        )  # for kinematics that must not touch the simulation
-        self.renderers = {}
-        super().__init__(image_size, cameras, images, *self.model.jnt_range[:7].T)
+        self.scratch = mujoco.MjData(self.model)  # for kinematics beside the simulation
+        self.renderers = {}  # by (height, width)
+        low, high = self.model.jnt_range[:7].T
+        super().__init__(image_size, cameras, images, low, high)
 
     def build(self):
         """The whole scene as an MjSpec."""
@@ -194,58 +230,56 @@ class PandaEnv(ArmEnv):
     # ---- Gymnasium
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        options = options or {}
-        scene_rng, start_rng = (
-            np.random.default_rng([self.seed, 0]),
-            np.random.default_rng([self.seed, 1]),
-        )
+        if options is None:
+            options = {}
+        rng = np.random.default_rng([self.seed, 0])
         mujoco.mj_resetData(self.model, self.data)
-        self.task.place(self, scene_rng)
-        drawn = int(scene_rng.integers(self.task.candidates))
-        phrase = int(scene_rng.integers(len(self.task.templates)))
-        self.variation = drawn if options.get("variation") is None else options["variation"]
-        if not 0 <= self.variation < self.task.candidates:
+        self.task.place(self, rng)
+        variation = int(rng.integers(self.task.candidates))
+        phrase = int(rng.integers(len(self.task.templates)))
+        if options.get("variation") is not None:
+            variation = options["variation"]
+        if not 0 <= variation < self.task.candidates:
             raise UserError(
-                f"Variation {self.variation} does not exist: the task has 0 to {self.task.candidates - 1}."
+                f"Variation {variation} does not exist: "
+                f"the task has 0 to {self.task.candidates - 1}."
             )
-        self.instructions = self.task.instructions(self.variation)
+        self.variation = variation
+        self.instructions = self.task.instructions(variation)
         self.instruction = self.instructions[phrase]
         mujoco.mj_forward(self.model, self.data)
 
-        opening = 1.0
-        if options.get("start") == "near":
-            start_rng = np.random.default_rng([self.seed, 2, self.variation])
-            tool = self.task.near(self) + np.append(
-                start_rng.normal(0, 0.03, 2), start_rng.uniform(0.05, 0.16)
-            )
-            opening = float(
-                start_rng.random() < 0.7
-            )  # also with empty closed fingers: a missed grasp is tried again
-        else:
-            tool = start_rng.uniform(*self.task.start_box)
-        qpos = self.ik(tool, TOOL_DOWN)
-        self.data.qpos[:9] = *qpos, 0.04 * opening, 0.04 * opening
-        self.data.ctrl[:] = *qpos, 255 * opening
+        tool, opening = self.draw_start(options.get("start"))
+        joints = self.ik(tool, TOOL_DOWN)
+        finger = FINGER_TRAVEL * opening
+        self.data.qpos[:9] = *joints, finger, finger
+        self.data.ctrl[:] = *joints, GRIPPER_OPEN * opening
         mujoco.mj_forward(self.model, self.data)
         return self.observe(), self.info()
 
+    def draw_start(self, where):
+        """Where the tool begins (3,), and whether the gripper is open (1.0) or closed (0.0)."""
+        if where == "near":
+            rng = np.random.default_rng([self.seed, 2, self.variation])
+            sideways = rng.normal(0, 0.03, 2)
+            offset = np.append(sideways, rng.uniform(0.05, 0.16))
+            # Also with closed and empty fingers: a missed grasp is tried again.
+            opening = float(rng.random() < 0.7)
+            return self.task.near(self) + offset, opening
+        rng = np.random.default_rng([self.seed, 1])
+        return rng.uniform(*self.task.start_box), 1.0
+
     def step(self, action):
         action = self.checked(action)
-        self.data.ctrl[:] = *action[:7], 255 * (action[7] > 0.5)
-        mujoco.mj_step(self.model, self.data, round(1 / (CONTROL_HZ * self.model.opt.timestep)))
-        mujoco.mj_forward(
-            self.model, self.data
-        )  # so that poses and pictures belong to the new state
+        self.data.ctrl[:] = *action[:7], GRIPPER_OPEN * (action[7] > 0.5)
+        substeps = round(1 / (CONTROL_HZ * self.model.opt.timestep))
+        mujoco.mj_step(self.model, self.data, substeps)
+        mujoco.mj_forward(self.model, self.data)  # so that poses and images are of the new state
         self.steps += 1
         success = bool(self.task.success(self))
         terminated = success or bool(self.task.failed(self))
-        return (
-            self.observe(),
-            float(success),
-            terminated,
-            self.steps >= self.task.max_steps,
-            self.info(),
-        )
+        truncated = self.steps >= self.task.max_steps
+        return self.observe(), float(success), terminated, truncated, self.info()
 
     def close(self):
         for renderer in self.renderers.values():
@@ -253,58 +287,70 @@ class PandaEnv(ArmEnv):
         self.renderers = {}
 
     def info(self):
-        return {"instruction": self.instruction, "instructions": self.instructions, "variation": self.variation,
-                "success": bool(self.task.success(self))}  # fmt: skip
+        return {
+            "instruction": self.instruction,
+            "instructions": self.instructions,
+            "variation": self.variation,
+            "success": bool(self.task.success(self)),
+        }
 
     def observe(self):
-        fingers, speed = self.data.qpos[7:9].sum() / 0.08, self.data.qvel[7:9].sum() / 0.08
+        opening = self.data.qpos[7:9].sum() / (2 * FINGER_TRAVEL)
+        rate = self.data.qvel[7:9].sum() / (2 * FINGER_TRAVEL)
         return self.observation(
-            self.data.qpos[:7], np.clip(fingers, 0, 1), self.data.qvel[:7], speed
+            self.data.qpos[:7], np.clip(opening, 0, 1), self.data.qvel[:7], rate
         )
 
-    def picture(self, camera, height, width):
+    def render_camera(self, camera, height, width):
         """What the camera sees now: (height, width, 3) uint8."""
-        if (height, width) not in self.renderers:
-            try:
-                renderer = self.renderers[height, width] = mujoco.Renderer(
-                    self.model, height, width
-                )
-            except Exception as error:
-                raise UserError(f"{CANNOT_DRAW}{error}") from error
+        size = (height, width)
+        if size not in self.renderers:
+            renderer = new_renderer(self.model, height, width)
             renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
             renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
-        renderer = self.renderers[height, width]
+            self.renderers[size] = renderer
+        renderer = self.renderers[size]
         renderer.update_scene(self.data, camera)
         return renderer.render()
 
     # ---- geometry
-    def tool(self):
+    def tool_pose(self):
         """World from tool (4, 4): between the fingertips, z out of the hand, fingers along y."""
         site = self.data.site("tool")
-        return _pose(site.xmat, site.xpos)
+        return make_pose(site.xmat, site.xpos)
 
     def joint_poses(self):
-        """World from joint (8, 4, 4): the seven joints (z is the axis, the frame turns with the joint), then the tool."""
-        links = [self.data.body(f"fr3_link{i}") for i in range(1, 8)]
-        return np.stack([_pose(link.xmat, link.xpos) for link in links] + [self.tool()]).astype(
-            np.float32
-        )
+        """World from joint (8, 4, 4) float32: the seven joints, then the tool.
 
-    def camera(self, name):
+        A joint's z axis is the axis it turns about, and its frame turns with it.
+        """
+        poses = []
+        for i in range(1, 8):
+            link = self.data.body(f"fr3_link{i}")
+            poses.append(make_pose(link.xmat, link.xpos))
+        poses.append(self.tool_pose())
+        return np.stack(poses).astype(np.float32)
+
+    def camera_parameters(self, camera):
         """OpenCV intrinsics (3, 3) in pixels and world from camera (4, 4) as of now."""
-        focal = 0.5 * self.height / np.tan(np.deg2rad(self.model.cam(name).fovy[0]) / 2)
+        fovy = np.deg2rad(self.model.cam(camera).fovy[0])
+        focal = 0.5 * self.height / np.tan(fovy / 2)
         intrinsics = np.array([[focal, 0, self.width / 2], [0, focal, self.height / 2], [0, 0, 1]])
-        camera = self.data.cam(name)
-        return intrinsics, _pose(
-            camera.xmat.reshape(3, 3) * [1, -1, -1], camera.xpos
-        )  # MuJoCo: y up, looks along -z
+        seen_from = self.data.cam(camera)
+        rotation = seen_from.xmat.reshape(3, 3) * [1, -1, -1]  # MuJoCo: y up, looks along -z
+        return intrinsics, make_pose(rotation, seen_from.xpos)
 
     def ik(self, position, rotation, start=None):
-        """Joint positions (7,) that bring the tool to a pose (world frame). Damped least squares, home posture in the null
-        space, so that a pose has one answer. Raises UserError when the pose is out of reach."""
+        """Joint positions (7,), rad, that bring the tool to a pose in the world frame.
+
+        Damped least squares from `start`, with the home posture in the null space, so that a pose
+        has one answer. Raises UserError if the pose is out of reach.
+        """
         data = self.scratch
+        low, high = self.model.jnt_range[:7].T
         if start is None:
-            start = HOME + np.eye(7)[0] * np.arctan2(position[1], position[0])
+            start = HOME.copy()
+            start[0] += np.arctan2(position[1], position[0])  # towards the pose
         data.qpos[:] = self.data.qpos
         data.qpos[:7] = start
         jacobian = np.zeros((6, self.model.nv))
@@ -313,35 +359,36 @@ class PandaEnv(ArmEnv):
             mujoco.mj_kinematics(self.model, data)
             mujoco.mj_comPos(self.model, data)
             turn = rotation_vector(rotation @ data.site_xmat[site].reshape(3, 3).T)
-            error = np.concatenate([position - data.site_xpos[site], turn])
+            error = np.concatenate([position - data.site_xpos[site], turn])  # (6,) metres, rad
             mujoco.mj_jacSite(self.model, data, jacobian[:3], jacobian[3:], site)
             J = jacobian[:, :7]
-            pseudo = J.T @ np.linalg.inv(J @ J.T + 1e-6 * np.eye(6))
-            rest = self.task.posture * (
-                HOME - data.qpos[:7]
-            )  # the base joint turns towards the target; no pull
-            step = pseudo @ error + 0.3 * (np.eye(7) - pseudo @ J) @ rest
-            data.qpos[:7] = np.clip(
-                data.qpos[:7] + np.clip(step, -0.3, 0.3), *self.model.jnt_range[:7].T
-            )
+            damped_inverse = J.T @ np.linalg.inv(J @ J.T + 1e-6 * np.eye(6))  # (7, 6)
+            null_space = np.eye(7) - damped_inverse @ J
+            to_home = self.task.posture * (HOME - data.qpos[:7])
+            step = damped_inverse @ error + 0.3 * null_space @ to_home
+            data.qpos[:7] = np.clip(data.qpos[:7] + np.clip(step, -0.3, 0.3), low, high)
             if np.abs(step).max() < 1e-4:
                 break
-        if np.linalg.norm(error) > 5e-3:
+        distance = np.linalg.norm(error)
+        if distance > 5e-3:
             raise UserError(
-                f"The arm cannot reach {np.round(position, 3)} (off by {np.linalg.norm(error):.3f})."
+                f"The arm cannot reach {np.round(position, 3)} (off by {distance:.3f})."
             )
         return data.qpos[:7].copy()
 
 
-def _pose(rotation, position):
+def make_pose(rotation, position):
+    """A pose (4, 4) of a rotation (9 numbers) and a position (3,)."""
     pose = np.eye(4)
-    pose[:3, :3], pose[:3, 3] = np.reshape(rotation, (3, 3)), position
+    pose[:3, :3] = np.reshape(rotation, (3, 3))
+    pose[:3, 3] = position
     return pose
 
 
 def rotation_vector(matrix):
-    """Axis times angle (3,) of a rotation matrix."""
-    quaternion, vector = np.zeros(4), np.zeros(3)
+    """Axis times angle (3,), rad, of a rotation matrix (3, 3)."""
+    quaternion = np.zeros(4)
+    vector = np.zeros(3)
     mujoco.mju_mat2Quat(quaternion, matrix.ravel())
     mujoco.mju_quat2Vel(vector, quaternion, 1)
     return vector

@@ -1,15 +1,17 @@
-"""The eight tasks of the embedded simulator, after RLBench's (James et al., 2020) as far as boxes, cylinders and hinges allow.
+"""The eight tasks of the embedded simulator, after RLBench's (James et al., 2020).
 
-In:   the scene that sims/mujoco_panda.py has begun, and the environment (`env`) in whose hands it is then.
-Out:  objects and where they lie, an instruction, the waypoints of a demonstration, success.
+In:   the scene that sims/mujoco_panda.py has begun, and its environment (`env`)
+Out:  objects and where they lie, an instruction, the waypoints of a demonstration, success
 
 To add a task, write a class like `ReachTarget` below (about thirty lines) and list it in TASKS:
   build    puts the objects into the scene (an MjSpec: MuJoCo's XML as Python objects), once;
   place    draws where they lie and how they look in this episode;
-  focus    the point that the instruction is about, the middle of `geom` if nothing else is said; some demonstrations start near it;
+  focus    the point that the instruction is about, by default the middle of `geom`; some
+           demonstrations start near it;
   plan     yields the waypoints of the scripted demonstration;
   success  says whether the task is done.
-World frame: the robot's base on the table top, metres, z up, x away from the robot.
+World frame: the robot's base on the table top, metres, z up, x away from the robot. Boxes,
+cylinders and hinges stand for RLBench's meshes.
 """
 
 import difflib
@@ -22,7 +24,8 @@ from genima.files import UserError
 
 TOOL_DOWN = np.diag([1.0, -1.0, -1.0])  # world from tool: z down, fingers open along y
 
-# RLBench's colours, less those that would be taken for a sphere (red, green, purple, cyan, yellow and their neighbours)
+# RLBench's colours, less those that would be taken for a sphere (red, green, purple, cyan, yellow
+# and their neighbours).
 COLOURS = {
     "orange": (1.0, 0.5, 0.0),
     "blue": (0.0, 0.1, 1.0),
@@ -32,24 +35,31 @@ COLOURS = {
 }
 
 ELBOW_UP = np.array([0, 0, 1, 0, 0, 0, 0])  # a Task.posture that leaves the hand free to turn
-# Geom attributes of what is grasped: rough, and with stiff contacts, so that it does not creep between the fingers.
+# Geom attributes of what is grasped: rough, and with stiff contacts, so that it does not creep
+# between the fingers.
 GRIPPED = {"friction": (1.5, 0.02, 0.001), "condim": 4, "priority": 1, "solref": (0.004, 1)}
-# Geom attributes of furniture: it touches the hand and loose objects, but not its own drawers and lids.
+# Geom attributes of furniture: it touches the hand and loose objects, but not its own drawers.
 FURNITURE = {"contype": 2, "conaffinity": 1}
 PAINTED = {"contype": 0, "conaffinity": 0}  # a mark on the table that nothing touches
+SLIPPERY = {"friction": (0.3, 0.005, 0.0001), "priority": 1}  # rough blocks jam on the table
+UP = np.array([0, 0, 1.0])
 
 
 @dataclass
 class Move:
-    """One waypoint of a demonstration: where the tool goes (world frame), with which gripper, and how long it stays."""
+    """One waypoint of a demonstration: where the tool goes, with which gripper, and for how long.
+
+    World frame, metres.
+    """
 
     position: np.ndarray  # (3,)
     gripper: float = 1.0
     dwell: int = 0  # control steps to wait there
-    rotation: np.ndarray = None  # (3, 3) world from tool; None: as it is
+    rotation: np.ndarray | None = None  # (3, 3) world from tool; None: as it is
     speed: float = 0.4  # m/s
 
 
+# --------------------------------------------------------------------------------------- building
 def add_box(parent, name, size, position=(0, 0, 0), colour=(0.7, 0.7, 0.7), **geom):
     """A box of half sizes `size` (m) on a body of MjSpec; further MuJoCo attributes by name."""
     return parent.add_geom(
@@ -69,62 +79,67 @@ def add_block(world, name, size, position, colour=(0.7, 0.7, 0.7), **geom):
     add_box(body, name, size, (0, 0, 0), colour, **geom)
 
 
+def lay(env, name, point, yaw=0.0):
+    """Lay a body on the table at a point (x, y), turned about the vertical by yaw (rad)."""
+    body = env.model.body(name)
+    if body.jntnum:  # it can be carried
+        env.data.joint(name).qpos[[0, 1, 3, 4, 5, 6]] = *point, *about_z(yaw)
+    else:
+        body.pos[:2] = point
+        body.quat[:] = about_z(yaw)
+
+
+# --------------------------------------------------------------------------------------- geometry
 def about_z(angle):
-    """The quaternion of a turn about the vertical."""
+    """The quaternion (w first) of a rotation about the vertical."""
     return np.cos(angle / 2), 0, 0, np.sin(angle / 2)
 
 
-def lay(env, name, point, yaw=0.0):
-    """Lays a body on the table at a point (x, y), turned about the vertical."""
-    if env.model.body(name).jntnum:  # it can be carried
-        env.data.joint(name).qpos[[0, 1, 3, 4, 5, 6]] = *point, *about_z(yaw)
-    else:
-        env.model.body(name).pos[:2], env.model.body(name).quat[:] = point, about_z(yaw)
-
-
 def rotation_from(vector):
-    """Rotation matrix (3, 3) of an axis times an angle."""
-    angle, matrix, quaternion = np.linalg.norm(vector), np.zeros(9), np.zeros(4)
+    """Rotation matrix (3, 3) of an axis times an angle (3,)."""
+    angle = np.linalg.norm(vector)
+    quaternion = np.zeros(4)
+    matrix = np.zeros(9)
     mujoco.mju_axisAngle2Quat(quaternion, vector / max(angle, 1e-12), angle)
     mujoco.mju_quat2Mat(matrix, quaternion)
     return matrix.reshape(3, 3)
 
 
 def above(env, point, low, high=np.inf):
-    """Over a point, between two heights (m), and rather where the tool is already."""
-    return np.append(point[:2], np.clip(env.tool()[2, 3], low, high))
+    """The point over `point` between two heights (m), as near to the tool's height as possible."""
+    return np.append(point[:2], np.clip(env.tool_pose()[2, 3], low, high))
 
 
 def grasp(start, point, rotation=None):
     """Waypoints: from a start nearby to the point, and close the fingers."""
     yield Move(start, rotation=rotation)
-    # The pauses around the closing add up to the horizon (8 steps): a target that many steps ahead never skips the contact.
+    # The pauses around the closing add up to the horizon (8 steps): a target that many steps ahead
+    # never skips the contact.
     yield Move(point, rotation=rotation, dwell=4, speed=0.25)
     yield Move(point, rotation=rotation, gripper=0, dwell=5)
 
 
-# ------------------------------------------------------------------------------------------------------------- tasks
+# ------------------------------------------------------------------------------------------ tasks
 class Task:
-    """What is common to all tasks: several candidates in view, of which the instruction names one."""
+    """What is common to all tasks: several candidates in view, the instruction names one."""
 
     candidates = 3
     names = ("",)  # what the instruction calls each candidate
     geom = ""  # the geom that the instruction is about; {} is the candidate's number
     templates = ()  # RLBench's phrasings; {} is the named candidate
     max_steps = 100
-    start_box = np.array(
-        [[0.32, -0.28, 0.15], [0.62, 0.28, 0.40]]
-    )  # where the tool may be when an episode begins, two corners
-    posture = np.array(
-        [0, 1, 1, 1, 1, 1, 1]
-    )  # which joints are drawn to HOME where the tool's pose leaves a choice
+    # Where the tool may be when an episode begins: two corners of a box.
+    start_box = np.array([[0.32, -0.28, 0.15], [0.62, 0.28, 0.40]])
+    # Which joints are drawn to HOME where the tool's pose leaves a choice; the base joint is not,
+    # for it turns towards the target.
+    posture = np.array([0, 1, 1, 1, 1, 1, 1])
 
     def near(self, env):
         """The point above which the tool begins when it begins near."""
         return self.focus(env)
 
     def failed(self, env):
-        """True when the task can no longer be done (the wrong button was pressed)."""
+        """Whether the task can no longer be done (the wrong button was pressed)."""
         return False
 
     def instructions(self, variation):
@@ -134,23 +149,29 @@ class Task:
         return env.data.geom(self.geom.format(env.variation)).xpos.copy()
 
     def draw(self, env, rng, low, high, apart, each=1, more=0):
-        """Gives each candidate, which is `each` geoms, its own colour for this episode, and its name. Returns a point for each geom and
-        for `more` things, in the box low..high, at least `apart` metres from one another in the table plane."""
-        self.names = [str(name) for name in rng.permutation(list(COLOURS))[: self.candidates]]
+        """Draw a colour for each candidate, which also names it, and where everything lies.
+
+        each: geoms per candidate. more: further things that need a place. Returns a point for each
+        geom and further thing in the box low..high, at least `apart` metres from one another in the
+        table plane.
+        """
+        colours = rng.permutation(list(COLOURS))[: self.candidates]
+        self.names = [str(name) for name in colours]
         count = each * self.candidates
         for i in range(count):
-            env.model.geom(self.geom.format(i)).rgba[:3] = COLOURS[self.names[i // each]]
+            name = self.names[i // each]
+            env.model.geom(self.geom.format(i)).rgba[:3] = COLOURS[name]
+        pairs = np.triu_indices(count + more, 1)
         while True:
             points = rng.uniform(low, high, (count + more, len(low)))
-            gaps = np.linalg.norm(points[:, None, :2] - points[None, :, :2], axis=-1)[
-                np.triu_indices(count + more, 1)
-            ]
-            if gaps.min() >= apart:
+            offsets = points[:, None, :2] - points[None, :, :2]
+            distances = np.linalg.norm(offsets, axis=-1)
+            if distances[pairs].min() >= apart:
                 return points
 
 
 class ReachTarget(Task):
-    """Touch the ball of the named colour with the fingertips; the other balls are distractors."""
+    """Touch the ball of the named colour with the fingertips; the others are distractors."""
 
     geom = "ball{}"
     templates = (
@@ -167,24 +188,22 @@ class ReachTarget(Task):
                 name=f"ball{i}",
                 type=mujoco.mjtGeom.mjGEOM_SPHERE,
                 size=[self.radius, 0, 0],
-                contype=0,
-                conaffinity=0,
+                **PAINTED,
             )
 
     def place(self, env, rng):
-        env.data.mocap_pos[:] = self.draw(
-            env, rng, (0.36, -0.25, 0.05), (0.62, 0.25, 0.30), apart=0.12
-        )
+        low, high = (0.36, -0.25, 0.05), (0.62, 0.25, 0.30)
+        env.data.mocap_pos[:] = self.draw(env, rng, low, high, apart=0.12)
 
     def plan(self, env):
         yield Move(self.focus(env), dwell=4)
 
     def success(self, env):
-        return np.linalg.norm(env.tool()[:3, 3] - self.focus(env)) < self.radius
+        return np.linalg.norm(env.tool_pose()[:3, 3] - self.focus(env)) < self.radius
 
 
 class PushButton(Task):
-    """Press the button of the named colour with closed fingers. Pressing another one ends the episode."""
+    """Press the button of the named colour with closed fingers. Another one ends the episode."""
 
     geom = "cap{}"
     templates = (
@@ -193,15 +212,23 @@ class PushButton(Task):
         "press the button with the {} color",
         "press the {} button",
     )
-    height, travel = 0.03, 0.010  # of the button's top above the table; how far it goes down
+    height = 0.03  # metres, of the button's top above the table
+    travel = 0.010  # metres that it goes down
 
     def build(self, world):
         for i in range(self.candidates):
             body = world.add_body(name=f"button{i}")
             add_box(body, f"base{i}", (0.035, 0.035, 0.01), (0, 0, 0.01), (0.45, 0.45, 0.45))
             cap = body.add_body(name=f"cap{i}", pos=(0, 0, 0.02))
-            cap.add_joint(name=f"cap{i}", type=mujoco.mjtJoint.mjJNT_SLIDE, axis=(0, 0, 1), range=(-self.travel, 0),
-                          stiffness=[300, 0, 0], damping=[10, 0, 0], springref=0.01)  # fmt: skip
+            cap.add_joint(
+                name=f"cap{i}",
+                type=mujoco.mjtJoint.mjJNT_SLIDE,
+                axis=(0, 0, 1),
+                range=(-self.travel, 0),
+                stiffness=[300, 0, 0],
+                damping=[10, 0, 0],
+                springref=0.01,
+            )
             cap.add_geom(
                 name=f"cap{i}",
                 type=mujoco.mjtGeom.mjGEOM_CYLINDER,
@@ -210,7 +237,8 @@ class PushButton(Task):
             )
 
     def place(self, env, rng):
-        for i, point in enumerate(self.draw(env, rng, (0.36, -0.24), (0.62, 0.24), apart=0.13)):
+        points = self.draw(env, rng, (0.36, -0.24), (0.62, 0.24), apart=0.13)
+        for i, point in enumerate(points):
             lay(env, f"button{i}", point)
 
     def focus(self, env):
@@ -228,11 +256,12 @@ class PushButton(Task):
         return self.pressed(env, env.variation)
 
     def failed(self, env):
-        return any(self.pressed(env, i) for i in range(self.candidates) if i != env.variation)
+        others = [i for i in range(self.candidates) if i != env.variation]
+        return any(self.pressed(env, i) for i in others)
 
 
 class PickAndLift(Task):
-    """Grasp the block of the named colour and lift it 10 cm; the other blocks are distractors."""
+    """Grasp the block of the named colour and lift it 10 cm; the others are distractors."""
 
     geom = "block{}"
     templates = (
@@ -240,21 +269,16 @@ class PickAndLift(Task):
         "grasp the {} block and lift it up",
         "lift the {} block up",
     )
-    half = 0.02
+    half = 0.02  # metres, half the block's edge
 
     def build(self, world):
         for i in range(self.candidates):
-            add_block(
-                world,
-                f"block{i}",
-                [self.half] * 3,
-                (0.5, 0.2 * (i - 1), self.half),
-                mass=0.05,
-                **GRIPPED,
-            )
+            position = (0.5, 0.2 * (i - 1), self.half)
+            add_block(world, f"block{i}", [self.half] * 3, position, mass=0.05, **GRIPPED)
 
     def place(self, env, rng):
-        for i, point in enumerate(self.draw(env, rng, (0.38, -0.22), (0.60, 0.22), apart=0.13)):
+        points = self.draw(env, rng, (0.38, -0.22), (0.60, 0.22), apart=0.13)
+        for i, point in enumerate(points):
             lay(env, f"block{i}", point, rng.uniform(-0.3, 0.3))
 
     def plan(self, env):
@@ -264,75 +288,60 @@ class PickAndLift(Task):
 
     def success(self, env):
         block = self.focus(env)
-        return block[2] > self.half + 0.10 and np.linalg.norm(block - env.tool()[:3, 3]) < 0.04
+        lifted = block[2] > self.half + 0.10
+        return lifted and np.linalg.norm(block - env.tool_pose()[:3, 3]) < 0.04
 
 
 class SlideBlockToTarget(Task):
-    """Push the block along the table, with open fingers side by side, until it lies on the blue square."""
+    """Push the block with open fingers side by side until it lies on the blue square."""
 
-    candidates, geom = 1, "block"
+    candidates = 1
+    geom = "block"
     templates = (
-        "slide the block to target", "slide the block onto the target", "slide the block towards the blue target",
+        "slide the block to target",
+        "slide the block onto the target",
+        "slide the block towards the blue target",
         "push the block until it is sitting on top of the target",
         "cover the target with the block by pushing the block in its direction",
-    )  # fmt: skip
+    )
     posture = ELBOW_UP
-    half = np.array([0.03, 0.055, 0.025])
+    half = np.array([0.03, 0.055, 0.025])  # metres, half the block's edges
 
     def build(self, world):
-        add_box(
-            world.add_body(name="target"),
-            "target",
-            (0.055, 0.055, 0.001),
-            (0, 0, 0),
-            COLOURS["blue"],
-            **PAINTED,
-        )
-        slippery = {
-            "friction": (0.3, 0.005, 0.0001),
-            "priority": 1,
-        }  # rough blocks jam between fingers and table
-        add_block(
-            world,
-            "block",
-            self.half,
-            (0.4, 0, self.half[2]),
-            COLOURS["orange"],
-            mass=0.1,
-            **slippery,
-        )
+        square = world.add_body(name="target")
+        add_box(square, "target", (0.055, 0.055, 0.001), (0, 0, 0), COLOURS["blue"], **PAINTED)
+        position = (0.4, 0, self.half[2])
+        add_block(world, "block", self.half, position, COLOURS["orange"], mass=0.1, **SLIPPERY)
 
     def place(self, env, rng):
-        block, yaw, distance = (
-            rng.uniform((0.39, -0.12), (0.46, 0.12)),
-            rng.uniform(-1.2, 1.2),
-            rng.uniform(0.11, 0.17),
-        )
+        block = rng.uniform((0.39, -0.12), (0.46, 0.12))
+        yaw = rng.uniform(-1.2, 1.2)
+        distance = rng.uniform(0.11, 0.17)
         lay(env, "block", block, yaw)
         lay(env, "target", block + distance * np.array([np.cos(yaw), np.sin(yaw)]), yaw)
 
     def plan(self, env):
-        block, target = self.focus(env), np.append(env.model.body("target").pos[:2], self.half[2])
+        block = self.focus(env)
+        target = np.append(env.model.body("target").pos[:2], self.half[2])
         direction = (target - block) / np.linalg.norm(target - block)
-        turned = (
-            rotation_from(np.arctan2(direction[1], direction[0]) * np.array([0, 0, 1.0]))
-            @ TOOL_DOWN
-        )
+        yaw = np.arctan2(direction[1], direction[0])
+        turned = rotation_from(yaw * UP) @ TOOL_DOWN
         behind = block - (self.half[0] + 0.04) * direction
+        end = target - (self.half[0] + 0.008) * direction
         yield Move(above(env, behind, 0.09, 0.14), rotation=turned)
         yield Move(behind, dwell=2, rotation=turned, speed=0.25)
-        yield Move(
-            target - (self.half[0] + 0.008) * direction, dwell=4, rotation=turned, speed=0.15
-        )
+        yield Move(end, dwell=4, rotation=turned, speed=0.15)
 
     def success(self, env):
-        return np.linalg.norm(self.focus(env)[:2] - env.model.body("target").pos[:2]) < 0.025
+        target = env.model.body("target").pos
+        return np.linalg.norm(self.focus(env)[:2] - target[:2]) < 0.025
 
 
 class OpenDrawer(Task):
-    """Grasp the handle of the bottom, middle or top drawer of a cabinet from its front and pull it open."""
+    """Grasp the handle of the bottom, middle or top drawer from its front and pull it open."""
 
-    names, geom = ("bottom", "middle", "top"), "handle{}"
+    names = ("bottom", "middle", "top")
+    geom = "handle{}"
     templates = (
         "open the {0} drawer",
         "grip the {0} handle and pull the {0} drawer open",
@@ -342,59 +351,36 @@ class OpenDrawer(Task):
     posture = ELBOW_UP
 
     def build(self, world):
-        cabinet, white, bar = world.add_body(name="cabinet"), (0.85, 0.85, 0.82), COLOURS["black"]
+        white = (0.85, 0.85, 0.82)
+        cabinet = world.add_body(name="cabinet")
         add_box(cabinet, "plinth", (0.11, 0.08, 0.0375), (0, 0, 0.0375), white, **FURNITURE)
         add_box(cabinet, "back", (0.11, 0.005, 0.13), (0, 0.075, 0.205), white, **FURNITURE)
         add_box(cabinet, "top", (0.11, 0.08, 0.005), (0, 0, 0.34), white, **FURNITURE)
         for side in (-1, 1):
-            add_box(
-                cabinet,
-                f"side{side}",
-                (0.005, 0.08, 0.13),
-                (side * 0.105, 0, 0.205),
-                white,
-                **FURNITURE,
-            )
+            position = (side * 0.105, 0, 0.205)
+            add_box(cabinet, f"side{side}", (0.005, 0.08, 0.13), position, white, **FURNITURE)
         for i in range(self.candidates):
-            drawer = cabinet.add_body(name=f"drawer{i}", pos=(0, -0.08, 0.12 + 0.085 * i))
-            drawer.add_joint(name=f"drawer{i}", type=mujoco.mjtJoint.mjJNT_SLIDE, axis=(0, -1, 0), range=(0, 0.15),
-                             frictionloss=0.5, damping=[5, 0, 0])  # fmt: skip
-            add_box(
-                drawer,
-                f"front{i}",
-                (0.098, 0.005, 0.04),
-                (0, 0.005, 0),
-                (0.35, 0.45, 0.55),
-                mass=0.1,
-                **FURNITURE,
-            )
-            add_box(
-                drawer,
-                f"tray{i}",
-                (0.09, 0.07, 0.005),
-                (0, 0.08, -0.03),
-                white,
-                mass=0.1,
-                **FURNITURE,
-            )
-            add_box(
-                drawer,
-                f"stem{i}",
-                (0.008, 0.015, 0.005),
-                (0, -0.015, 0),
-                bar,
-                mass=0.01,
-                **FURNITURE,
-            )
-            add_box(
-                drawer,
-                f"handle{i}",
-                (0.035, 0.006, 0.008),
-                (0, -0.035, 0),
-                bar,
-                mass=0.02,
-                **FURNITURE,
-            )
+            self.add_drawer(cabinet, i, white)
+
+    def add_drawer(self, cabinet, i, white):
+        drawer = cabinet.add_body(name=f"drawer{i}", pos=(0, -0.08, 0.12 + 0.085 * i))
+        drawer.add_joint(
+            name=f"drawer{i}",
+            type=mujoco.mjtJoint.mjJNT_SLIDE,
+            axis=(0, -1, 0),
+            range=(0, 0.15),
+            frictionloss=0.5,
+            damping=[5, 0, 0],
+        )
+        blue = (0.35, 0.45, 0.55)
+        black = COLOURS["black"]
+        heavy = {"mass": 0.1, **FURNITURE}
+        stem = {"mass": 0.01, **FURNITURE}
+        bar = {"mass": 0.02, **FURNITURE}
+        add_box(drawer, f"front{i}", (0.098, 0.005, 0.04), (0, 0.005, 0), blue, **heavy)
+        add_box(drawer, f"tray{i}", (0.09, 0.07, 0.005), (0, 0.08, -0.03), white, **heavy)
+        add_box(drawer, f"stem{i}", (0.008, 0.015, 0.005), (0, -0.015, 0), black, **stem)
+        add_box(drawer, f"handle{i}", (0.035, 0.006, 0.008), (0, -0.035, 0), black, **bar)
 
     def place(self, env, rng):
         yaw = rng.uniform(-0.3, 0.3)
@@ -404,8 +390,10 @@ class OpenDrawer(Task):
         return self.focus(env) - (0, 0.18, 0)
 
     def plan(self, env):
-        handle, axes = self.focus(env), env.data.body("cabinet").xmat.reshape(3, 3)
-        forward, inward = axes @ rotation_from(np.array([np.pi / 2, 0, 0])) @ TOOL_DOWN, axes[:, 1]
+        handle = self.focus(env)
+        axes = env.data.body("cabinet").xmat.reshape(3, 3)
+        forward = axes @ rotation_from(np.array([np.pi / 2, 0, 0])) @ TOOL_DOWN
+        inward = axes[:, 1]
         yield from grasp(handle - 0.08 * inward, handle, forward)
         yield Move(handle - 0.13 * inward, gripper=0, dwell=3, rotation=forward, speed=0.25)
 
@@ -416,18 +404,26 @@ class OpenDrawer(Task):
 class TakeLidOffSaucepan(Task):
     """Grasp the knob of the lid, lift it 10 cm off the pan and hold it."""
 
-    candidates, geom = 1, "knob"
+    candidates = 1
+    geom = "knob"
     templates = (
-        "take lid off the saucepan", "using the handle, lift the lid off of the pan", "remove the lid from the pan",
-        "grip the saucepan's lid and remove it from the pan", "leave the pan open", "uncover the saucepan",
-    )  # fmt: skip
+        "take lid off the saucepan",
+        "using the handle, lift the lid off of the pan",
+        "remove the lid from the pan",
+        "grip the saucepan's lid and remove it from the pan",
+        "leave the pan open",
+        "uncover the saucepan",
+    )
     posture = ELBOW_UP
     plan = PickAndLift.plan  # a knob is grasped and lifted as a block is
-    radius, height = 0.08, 0.07  # of the pan
-    rest = height + 0.005  # where the lid's centre lies when it is on
+    radius = 0.08  # metres, of the pan
+    height = 0.07
+    rest = height + 0.005  # height of the lid's centre when it is on
 
     def build(self, world):
-        cylinder, steel = mujoco.mjtGeom.mjGEOM_CYLINDER, (0.3, 0.32, 0.35)
+        cylinder = mujoco.mjtGeom.mjGEOM_CYLINDER
+        steel = (0.3, 0.32, 0.35)
+        black = COLOURS["black"]
         pan = world.add_body(name="pan")
         pan.add_geom(
             name="bottom",
@@ -436,27 +432,14 @@ class TakeLidOffSaucepan(Task):
             pos=(0, 0, 0.004),
             rgba=(*steel, 1),
         )
+        wall_size = (0.003, 0.022, self.height / 2)
         for angle in np.arange(12) * np.pi / 6:
-            wall = self.radius * np.array([np.cos(angle), np.sin(angle), 0]) + (
-                0,
-                0,
-                self.height / 2,
-            )
-            add_box(
-                pan,
-                f"wall{angle:.1f}",
-                (0.003, 0.022, self.height / 2),
-                wall,
-                steel,
-                quat=about_z(angle),
-            )
-        add_box(
-            pan,
-            "handle",
-            (0.05, 0.01, 0.006),
-            (self.radius + 0.05, 0, self.height - 0.015),
-            COLOURS["black"],
-        )
+            outward = self.radius * np.array([np.cos(angle), np.sin(angle), 0])
+            position = outward + (0, 0, self.height / 2)
+            add_box(pan, f"wall{angle:.1f}", wall_size, position, steel, quat=about_z(angle))
+        handle = (self.radius + 0.05, 0, self.height - 0.015)
+        add_box(pan, "handle", (0.05, 0.01, 0.006), handle, black)
+
         lid = world.add_body(name="lid", pos=(0.5, 0, self.rest))
         lid.add_freejoint(name="lid")
         lid.add_geom(
@@ -466,25 +449,26 @@ class TakeLidOffSaucepan(Task):
             rgba=(0.75, 0.78, 0.8, 1),
             mass=0.08,
         )
-        knob = {
-            "size": [0.011, 0.018, 0],
-            "pos": (0, 0, 0.023),
-            "rgba": (*COLOURS["black"], 1),
-            "mass": 0.02,
+        lid.add_geom(
+            name="knob",
+            type=cylinder,
+            size=[0.011, 0.018, 0],
+            pos=(0, 0, 0.023),
+            rgba=(*black, 1),
+            mass=0.02,
             **GRIPPED,
-        }
-        lid.add_geom(name="knob", type=cylinder, **knob)
+        )
 
     def place(self, env, rng):
-        point, yaw = rng.uniform((0.42, -0.16), (0.56, 0.16)), rng.uniform(-np.pi, np.pi)
+        point = rng.uniform((0.42, -0.16), (0.56, 0.16))
+        yaw = rng.uniform(-np.pi, np.pi)
         lay(env, "pan", point, yaw)
         lay(env, "lid", point)
 
     def success(self, env):
-        lid = env.data.body("lid").xpos
-        return (
-            lid[2] > self.rest + 0.10 and np.linalg.norm(self.focus(env) - env.tool()[:3, 3]) < 0.04
-        )
+        lifted = env.data.body("lid").xpos[2] > self.rest + 0.10
+        held = np.linalg.norm(self.focus(env) - env.tool_pose()[:3, 3]) < 0.04
+        return lifted and held
 
 
 class CloseBox(Task):
@@ -494,18 +478,21 @@ class CloseBox(Task):
     templates = ("close box", "close the lid on the box", "shut the box", "shut the box lid")
     start_box = np.array([[0.32, -0.28, 0.30], [0.62, 0.28, 0.42]])  # above the open lid
     posture = ELBOW_UP
-    half = np.array([0.07, 0.09, 0.04])
+    half = np.array([0.07, 0.09, 0.04])  # metres, half the box's edges
     open_angle = 1.85  # rad; leaning back against its stop
 
     def build(self, world):
-        box, (x, y, z), card = world.add_body(name="box"), self.half, (0.9, 0.9, 0.85)
+        x, y, z = self.half
+        card = (0.9, 0.9, 0.85)
+        box = world.add_body(name="box")
         add_box(box, "bottom", (x, y, 0.004), (0, 0, 0.004), card, **FURNITURE)
         for side in (-1, 1):
             add_box(box, f"end{side}", (0.004, y, z), (side * x, 0, z), card, **FURNITURE)
             add_box(box, f"side{side}", (x, 0.004, z), (0, side * y, z), card, **FURNITURE)
         lid = box.add_body(name="lid", pos=(-x, 0, 2 * z))
         lid.add_joint(name="lid", axis=(0, -1, 0), range=(0, self.open_angle), damping=[0.05, 0, 0])
-        add_box(lid, "lid", (x, y, 0.004), (x, 0, 0.004), COLOURS["blue"], mass=0.1, **FURNITURE)
+        light = {"mass": 0.1, **FURNITURE}
+        add_box(lid, "lid", (x, y, 0.004), (x, 0, 0.004), COLOURS["blue"], **light)
 
     def place(self, env, rng):
         yaw = rng.uniform(-0.4, 0.4)
@@ -515,17 +502,17 @@ class CloseBox(Task):
     def edge(self, env, angle, reach=0.13):
         """The point on the lid's outer face, `reach` from the hinge, when it stands at an angle."""
         box = env.data.body("box")
-        along = (
-            np.array([np.cos(angle), 0, np.sin(angle)]) * reach
-            + np.array([-np.sin(angle), 0, np.cos(angle)]) * 0.016
-        )
-        return box.xpos + box.xmat.reshape(3, 3) @ ((-self.half[0], 0, 2 * self.half[2]) + along)
+        along = np.array([np.cos(angle), 0, np.sin(angle)]) * reach
+        outward = np.array([-np.sin(angle), 0, np.cos(angle)]) * 0.016
+        hinge = (-self.half[0], 0, 2 * self.half[2])
+        return box.xpos + box.xmat.reshape(3, 3) @ (hinge + (along + outward))
 
     def focus(self, env):
         return self.edge(env, env.data.joint("lid").qpos[0])
 
     def plan(self, env):
-        behind = self.focus(env) - 0.03 * env.data.body("box").xmat.reshape(3, 3)[:, 0]
+        forward = env.data.body("box").xmat.reshape(3, 3)[:, 0]
+        behind = self.focus(env) - 0.03 * forward
         yield Move(above(env, behind, behind[2] + 0.05), gripper=0)
         yield Move(behind, gripper=0, dwell=2, speed=0.25)
         for angle in np.linspace(self.open_angle, 0.1, 8):
@@ -537,58 +524,57 @@ class CloseBox(Task):
 
 
 class StackBlocks(Task):
-    """Stack the two blocks of the named colour on the square; the two of the other colour are distractors."""
+    """Stack the two blocks of the named colour on the square; the others are distractors."""
 
-    candidates, geom = 2, "block{}"
+    candidates = 2
+    geom = "block{}"
     templates = (
-        "stack 2 {} blocks", "place 2 of the {} cubes on top of each other", "build a tall tower out of 2 {} cubes",
-        "pick up and set down 2 {} blocks on top of each other", "arrange 2 {} blocks in a vertical stack on the table top",
+        "stack 2 {} blocks",
+        "place 2 of the {} cubes on top of each other",
+        "build a tall tower out of 2 {} cubes",
+        "pick up and set down 2 {} blocks on top of each other",
+        "arrange 2 {} blocks in a vertical stack on the table top",
         "set 2 {} cubes on top of each other",
-    )  # fmt: skip
+    )
     max_steps = 250
     posture = ELBOW_UP
-    half = 0.02
+    half = 0.02  # metres, half the block's edge
 
     def build(self, world):
-        add_box(
-            world.add_body(name="target"),
-            "target",
-            (0.04, 0.04, 0.001),
-            (0, 0, 0),
-            (0.3, 0.3, 0.3),
-            **PAINTED,
-        )
+        square = world.add_body(name="target")
+        add_box(square, "target", (0.04, 0.04, 0.001), (0, 0, 0), (0.3, 0.3, 0.3), **PAINTED)
         for i in range(4):
-            add_block(
-                world, f"block{i}", [self.half] * 3, (0.5, 0.1 * i, self.half), mass=0.05, **GRIPPED
-            )
+            position = (0.5, 0.1 * i, self.half)
+            add_block(world, f"block{i}", [self.half] * 3, position, mass=0.05, **GRIPPED)
 
     def place(self, env, rng):
-        *points, square = self.draw(
-            env, rng, (0.38, -0.22), (0.60, 0.22), apart=0.11, each=2, more=1
-        )
+        points = self.draw(env, rng, (0.38, -0.22), (0.60, 0.22), apart=0.11, each=2, more=1)
+        *blocks, square = points
         lay(env, "target", square)
-        for i, point in enumerate(points):
+        for i, point in enumerate(blocks):
             lay(env, f"block{i}", point, rng.uniform(-0.3, 0.3))
 
     def blocks(self, env):
         """The two named blocks' centres, the one nearest to the square first."""
-        pair = [env.data.body(f"block{2 * env.variation + k}").xpos.copy() for k in range(2)]
-        return sorted(
-            pair, key=lambda block: np.linalg.norm((block - env.model.body("target").pos)[:2])
-        )
+        first = 2 * env.variation
+        pair = [env.data.body(f"block{first + i}").xpos.copy() for i in range(2)]
+        return sorted(pair, key=lambda block: self.from_square(env, block))
+
+    def from_square(self, env, block):
+        """Distance (m) of a block's centre from the square's, in the table plane."""
+        return np.linalg.norm((block - env.model.body("target").pos)[:2])
 
     def focus(self, env):
         nearest, other = self.blocks(env)
-        placed = np.linalg.norm((nearest - env.model.body("target").pos)[:2]) < 0.02
-        return other if placed else nearest
+        if self.from_square(env, nearest) < 0.02:  # it stands there already
+            return other
+        return nearest
 
     def plan(self, env):
         for layer in range(2):
-            block, target = (
-                self.focus(env),
-                env.model.body("target").pos + (0, 0, self.half * (1 + 2 * layer) + 0.002),
-            )
+            block = self.focus(env)
+            height = self.half * (1 + 2 * layer) + 0.002
+            target = env.model.body("target").pos + (0, 0, height)
             yield from grasp(above(env, block, 0.10, 0.16), block)
             yield Move(np.append(block[:2], 0.14), gripper=0)
             yield Move(np.append(target[:2], 0.14), gripper=0)
@@ -597,30 +583,30 @@ class StackBlocks(Task):
             yield Move(np.append(target[:2], 0.16))
 
     def success(self, env):
-        blocks = (
-            np.array(sorted(self.blocks(env), key=lambda block: block[2]))
-            - env.model.body("target").pos
-        )
+        upwards = np.array(sorted(self.blocks(env), key=lambda block: block[2]))
+        blocks = upwards - env.model.body("target").pos  # (2, 3) from the square's centre
         stacked = np.abs(blocks[:, 2] - self.half * np.array([1, 3])).max() < 0.008
-        return (
-            stacked
-            and np.linalg.norm(blocks[:, :2], axis=1).max() < 0.025
-            and env.data.qpos[7:9].min() > 0.025
-        )
+        centred = np.linalg.norm(blocks[:, :2], axis=1).max() < 0.025
+        let_go = env.data.qpos[7:9].min() > 0.025
+        return stacked and centred and let_go
 
 
 TASKS = {
-    "reach_target": ReachTarget, "push_button": PushButton, "pick_and_lift": PickAndLift,
-    "slide_block_to_target": SlideBlockToTarget, "open_drawer": OpenDrawer, "take_lid_off_saucepan": TakeLidOffSaucepan,
-    "close_box": CloseBox, "stack_blocks": StackBlocks,
-}  # fmt: skip
+    "reach_target": ReachTarget,
+    "push_button": PushButton,
+    "pick_and_lift": PickAndLift,
+    "slide_block_to_target": SlideBlockToTarget,
+    "open_drawer": OpenDrawer,
+    "take_lid_off_saucepan": TakeLidOffSaucepan,
+    "close_box": CloseBox,
+    "stack_blocks": StackBlocks,
+}
 
 
-def check_task(name):
-    """Raises UserError for a task that does not exist, with the nearest name."""
-    if name not in TASKS:
-        near = difflib.get_close_matches(name, TASKS, 1)
-        raise UserError(
-            f"There is no task '{name}'; "
-            + (f"is it '{near[0]}'?" if near else f"choose from {', '.join(TASKS)}.")
-        )
+def check_task(name: str):
+    """Raise a UserError, with the nearest name, for a task that does not exist."""
+    if name in TASKS:
+        return
+    near = difflib.get_close_matches(name, TASKS, 1)
+    hint = f"is it '{near[0]}'?" if near else f"choose from {', '.join(TASKS)}."
+    raise UserError(f"There is no task '{name}'; {hint}")

@@ -1,9 +1,12 @@
-"""The embedded simulator, with something changed that training never showed. Does the policy know its task, or the picture by heart?
+"""The embedded simulator, with something changed that training never showed.
 
-Use:  env = PerturbedEnv("light", "push_button");  env.reset(seed=0)      or  python evaluate.py --perturb light
+    env = PerturbedEnv("light", "push_button")
+    env.reset(seed=0)
+    python evaluate.py --perturb light
 
-Paper, section 4: six perturbations, after those of Colosseum (arXiv 2402.08191). Nothing but the pictures changes: the same seed has
-the same objects at the same places, and the same instruction.
+Does the policy know its task, or the images by heart? Paper, section 4: six perturbations, after
+those of Colosseum (arXiv 2402.08191). Nothing but the images changes: the same seed has the same
+objects at the same places, and the same instruction.
 """
 
 import mujoco
@@ -13,101 +16,101 @@ from sims.mujoco_panda import PandaEnv
 from sims.mujoco_tasks import PAINTED, add_box, rotation_from
 
 PERTURBATIONS = ("colours", "distractors", "light", "background", "table", "camera")
-TILES = {
+# What is tiled: half sizes (x, y), height and middle (x, y), metres.
+TILED = {
     "background": ((3, 3), -0.788, (0, 0)),
     "table": ((0.6, 0.8), 0, (0.4, 0)),
-}  # half sizes, height and middle of what is tiled, m
-GRID = 8  # tiles a side
+}
+TILES = 8  # along each side
+DISTRACTORS = 4
 
 
 class PerturbedEnv(PandaEnv):
-    """PandaEnv, looking different in every episode. kind:
+    """PandaEnv, looking different in every episode.
 
+    kind:
     colours      every object in another shade, each channel by up to 0.15 (of 1): blue stays blue
     distractors  four blocks of any colour on the table, beside where the task's objects lie
     light        another strength and colour: each channel 0.5 to 1.3 times as much
     background   the floor around the table in 8x8 tiles of random colours
     table        the table's top, likewise
-    camera       every camera moved by up to 3 cm along each axis, and turned by up to 3 degrees about each
+    camera       every camera moved by up to 3 cm along each axis, and turned by up to 3 degrees
+                 about each
     """
 
     def __init__(self, kind, *arguments, **named):
         self.kind = kind
         super().__init__(*arguments, **named)
         model = self.model
-        self.changeable = (
-            model.geom_rgba,
-            model.cam_pos,
-            model.cam_quat,
+        self.lights = [
             model.light_diffuse,
             model.vis.headlight.ambient,
             model.vis.headlight.diffuse,
-        )
+        ]
+        self.changeable = [model.geom_rgba, model.cam_pos, model.cam_quat, *self.lights]
         self.usual = [values.copy() for values in self.changeable]
+        names = [model.geom(i).name for i in range(model.ngeom)]
+        self.added = [i for i, name in enumerate(names) if name.startswith("added")]
+        self.objects = [
+            i
+            for i, name in enumerate(names)
+            if model.geom_group[i] == 0 and name not in ("table", "backdrop")
+        ]
 
     def build(self):
         spec = super().build()
-        world = spec.worldbody
-        if self.kind in TILES:
-            half, height, middle = TILES[self.kind]
-            for i, j in np.ndindex(GRID, GRID):
-                x, y = middle + half * ((2 * np.array([i, j]) + 1) / GRID - 1)
-                add_box(
-                    world,
-                    f"changed{i}{j}",
-                    (half[0] / GRID, half[1] / GRID, 0.0005),
-                    (x, y, height),
-                    **PAINTED,
-                )
-        for i in range(4 * (self.kind == "distractors")):
-            add_box(
-                world.add_body(name=f"distractor{i}"),
-                f"changed{i}",
-                (0.025, 0.025, 0.025),
-                **PAINTED,
-            )
+        if self.kind in TILED:
+            add_tiles(spec.worldbody, *TILED[self.kind])
+        if self.kind == "distractors":
+            for i in range(DISTRACTORS):
+                body = spec.worldbody.add_body(name=f"distractor{i}")
+                add_box(body, f"added{i}", (0.025, 0.025, 0.025), **PAINTED)
         return spec
 
     def reset(self, *, seed=None, options=None):
-        model = self.model
         for values, usual in zip(self.changeable, self.usual):
             values[:] = usual
         _, info = super().reset(seed=seed, options=options)
-        rng, names = (
-            np.random.default_rng([self.seed, 3]),
-            [model.geom(i).name for i in range(model.ngeom)],
-        )
-        changed = [i for i, name in enumerate(names) if name.startswith("changed")]
-        model.geom_rgba[changed, :3] = rng.random((len(changed), 3))
+        self.perturb(np.random.default_rng([self.seed, 3]))
+        mujoco.mj_forward(self.model, self.data)
+        return self.observe(), info
+
+    def perturb(self, rng):
+        """Change how the scene looks."""
+        model = self.model
+        model.geom_rgba[self.added, :3] = rng.random((len(self.added), 3))
         if self.kind == "colours":
-            objects = [
-                i
-                for i, name in enumerate(names)
-                if model.geom_group[i] == 0 and name not in ("table", "backdrop")
-            ]
-            model.geom_rgba[objects, :3] = np.clip(
-                model.geom_rgba[objects, :3] + rng.uniform(-0.15, 0.15, (len(objects), 3)), 0, 1
-            )
+            shades = rng.uniform(-0.15, 0.15, (len(self.objects), 3))
+            colours = model.geom_rgba[self.objects, :3] + shades
+            model.geom_rgba[self.objects, :3] = np.clip(colours, 0, 1)
         elif self.kind == "distractors":
-            for i in range(4):
-                model.body(f"distractor{i}").pos[:] = (
-                    rng.uniform(0.3, 0.7),
-                    (-1) ** i * rng.uniform(0.32, 0.42),
-                    0.025,
-                )
+            for i in range(DISTRACTORS):
+                x = rng.uniform(0.3, 0.7)
+                y = (-1) ** i * rng.uniform(0.32, 0.42)  # left and right of the task's objects
+                model.body(f"distractor{i}").pos[:] = x, y, 0.025
         elif self.kind == "light":
             strength = rng.uniform(0.5, 1.3, 3)
-            for light in self.changeable[3:]:
+            for light in self.lights:
                 light *= strength
         elif self.kind == "camera":
             model.cam_pos += rng.uniform(-0.03, 0.03, model.cam_pos.shape)
-            for quaternion, turn in zip(
-                model.cam_quat, np.deg2rad(rng.uniform(-3, 3, model.cam_pos.shape))
-            ):
-                matrix = np.zeros(9)
-                mujoco.mju_quat2Mat(matrix, quaternion)
-                mujoco.mju_mat2Quat(
-                    quaternion, (matrix.reshape(3, 3) @ rotation_from(turn)).ravel()
-                )
-        mujoco.mj_forward(model, self.data)
-        return self.observe(), info
+            turns = np.deg2rad(rng.uniform(-3, 3, model.cam_pos.shape))
+            for quaternion, turn in zip(model.cam_quat, turns):
+                rotate(quaternion, turn)
+
+
+def add_tiles(world, half_size, height, middle):
+    """Lay TILES x TILES thin boxes over a rectangle."""
+    half_size = np.array(half_size)
+    tile_size = (half_size[0] / TILES, half_size[1] / TILES, 0.0005)
+    for i, j in np.ndindex(TILES, TILES):
+        x, y = middle + half_size * ((2 * np.array([i, j]) + 1) / TILES - 1)
+        add_box(world, f"added{i}{j}", tile_size, (x, y, height), **PAINTED)
+
+
+def rotate(quaternion, turn):
+    """Turn a quaternion (4,) by an axis times an angle (3,) of its own frame, in place."""
+    matrix = np.zeros(9)
+    mujoco.mju_quat2Mat(matrix, quaternion)
+    turned = matrix.reshape(3, 3) @ rotation_from(turn)
+    mujoco.mju_mat2Quat(quaternion, turned.ravel())

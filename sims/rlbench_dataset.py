@@ -131,7 +131,7 @@ def fit_base(q, joint_poses):
 
     -> world_from_base (4, 4), offsets (7,) of the joints' origins along their axes, the largest error in metres.
     """
-    ours = panda().joint_poses(q)[:, :7]
+    ours = panda().forward_kinematics(q)[:, :7]
     rotation = nearest_rotation(joint_poses[..., :3, 2:3] @ ours[..., None, :3, 2])
     axes, origins = ours[..., :3, 2] @ rotation.T, ours[..., :3, 3] @ rotation.T  # (T, 7, 3)
     # joint_poses' origins = base + origins + axes * offsets: linear in base and offsets
@@ -149,7 +149,7 @@ def fit_base(q, joint_poses):
 
 def fit_base_to_tool(q, tool):
     """The same from poses tool (T, 4, 4) of the hand alone, for datasets without joint_poses -> world_from_base, zeros (7,), error."""
-    last, fits = panda().joint_poses(q)[:, 6], []
+    last, fits = panda().forward_kinematics(q)[:, 6], []
     for turn in range(
         8
     ):  # in eighths: the hand sits on the last joint turned by -45 degrees, and PyRep's tip somehow on the hand
@@ -187,7 +187,7 @@ def arm(q, observations, where):
         base, offsets, error = fit_base(
             q, matrices(column(observations, "joint_poses", (7, 7), where))
         )
-    tips = np.linalg.inv(base @ panda(offsets=offsets).joint_poses(q)[:, 6]) @ tool
+    tips = np.linalg.inv(base @ panda(offsets=offsets).forward_kinematics(q)[:, 6]) @ tool
     if error > NEAR or spread(tips) > 2 * NEAR:
         raise UserError(
             f"{where}: this is not a Panda, for its joints and its gripper do not move as a Panda's do (by {error:.2f}): "
@@ -211,7 +211,7 @@ def convert(observations, images, descriptions, task, variation, number, where):
     gripper = column(observations, "gripper_open", (), where)[:, None]
     speeds = column(observations, "joint_velocities", (7,), where)
     chain, base_from_world = arm(joints, observations, where)
-    joint_poses = chain.joint_poses(joints)  # (T, 8, 4, 4)
+    joint_poses = chain.forward_kinematics(joints)  # (T, 8, 4, 4)
     intrinsics, extrinsics = {}, {}
     for camera in images:
         intrinsics[camera], poses = camera_matrices(observations, camera, where)

@@ -247,7 +247,7 @@ class RLBenchEnv(ArmEnv):
             self.joints(), self.last.gripper_open, self.last.joint_velocities, 0
         )
 
-    def picture(self, camera, height, width):
+    def render_camera(self, camera, height, width):
         """What the camera sees now: (height, width, 3) uint8."""
         picture = Image.fromarray(np.array(getattr(self.last, f"{camera}_rgb"), np.uint8))
         return np.array(picture.resize((width, height)))
@@ -255,13 +255,13 @@ class RLBenchEnv(ArmEnv):
     # ---- geometry, in the frame of the robot's base
     def joint_poses(self):
         """World from joint (8, 4, 4): the seven joints (z is the axis, the frame turns with the joint), then the tool."""
-        return self.chain.joint_poses(self.joints()).astype(np.float32)
+        return self.chain.forward_kinematics(self.joints()).astype(np.float32)
 
-    def tool(self):
+    def tool_pose(self):
         """World from tool (4, 4)."""
-        return self.chain.joint_poses(self.joints())[-1]
+        return self.chain.forward_kinematics(self.joints())[-1]
 
-    def camera(self, name):
+    def camera_parameters(self, name):
         """OpenCV intrinsics (3, 3) in pixels and world from camera (4, 4) as of now."""
         intrinsics, pose = camera_matrices([self.last], name, f"RLBench's task {self.name}")
         return intrinsics, self.base_from_world @ pose[0]

@@ -1,4 +1,4 @@
-"""Synthetic episodes: a chain of joints with random constants, a few frames, made without a simulator."""
+"""Synthetic episodes: a chain of joints with random constants, made without a simulator."""
 
 import subprocess
 import sys
@@ -10,8 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import sims  # noqa: E402, F401  (first of all: how MuJoCo draws)
-from genima.episodes import Episode, write_episode  # noqa: E402
+from genima.episodes import Episode, write_episode
 
 
 def random_pose(random, shift=0.3):
@@ -46,7 +45,7 @@ def turn_about_z(angle):
 
 
 def make_episode(seed=0, joints=7, frames=6, size=(32, 40), task="pick_and_lift"):
-    """A whole episode -> (episode, links (D, 4, 4), tool (4, 4), wrist camera (4, 4)): the constants it was made from."""
+    """A whole episode, and its constants: links (D, 4, 4), tool (4, 4), wrist camera (4, 4)."""
     random = np.random.default_rng(seed)
     links = [random_pose(random) for _ in range(joints)]
     tool = random_pose(random, 0.1)

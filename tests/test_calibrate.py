@@ -31,7 +31,7 @@ def scene(random, on_arm, views=20):
     camera and board as in `fit_camera`; to_camera (T, 4, 4) is camera from board.
     """
     middle = POINTS.mean(0)
-    rest = CHAIN.joint_poses(REST)[-2]
+    rest = CHAIN.forward_kinematics(REST)[-2]
     if on_arm:  # beside the hand, looking along it; the board lies on the table
         camera = look_at((0.08, 0.02, 0.03), (0.03, 0, 0.6)) @ calibrate.pose_of(
             random.normal(0, 0.1, 6) * [1, 1, 1, 0.1, 0.1, 0.1]
@@ -53,7 +53,7 @@ def scene(random, on_arm, views=20):
     kept = []
     while len(kept) < views:
         q = REST + random.uniform(-0.5, 0.5, 7)
-        last = CHAIN.joint_poses(q)[-2]
+        last = CHAIN.forward_kinematics(q)[-2]
         to_camera = (
             np.linalg.inv(last @ camera) @ board if on_arm else np.linalg.inv(camera) @ last @ board
         )
@@ -94,9 +94,9 @@ def test_the_arm_is_the_data_sheets():
             @ calibrate.pose_of([alpha, 0, 0, a, 0, 0])
             @ calibrate.pose_of([0, 0, q[i], 0, 0, d])
         )
-        np.testing.assert_allclose(CHAIN.joint_poses(q)[i], pose, atol=1e-5)
+        np.testing.assert_allclose(CHAIN.forward_kinematics(q)[i], pose, atol=1e-5)
     np.testing.assert_allclose(
-        CHAIN.joint_poses(q)[7, :3, 3], (pose @ [0, 0, 0.107 + 0.1034, 1])[:3], atol=1e-5
+        CHAIN.forward_kinematics(q)[7, :3, 3], (pose @ [0, 0, 0.107 + 0.1034, 1])[:3], atol=1e-5
     )
 
 
@@ -228,7 +228,7 @@ def test_frames_of_an_episode_at_rest(taken, tmp_path, monkeypatch, capsys):
         np.float32
     )  # each posture twice, first in motion
     episode.qvel = np.where(np.arange(40)[:, None] % 2, 0, 0.5) * np.ones((1, 8), np.float32)
-    episode.joint_poses = CHAIN.joint_poses(episode.qpos[:, :7]).astype(np.float32)
+    episode.joint_poses = CHAIN.forward_kinematics(episode.qpos[:, :7]).astype(np.float32)
     blurred = [cv2.GaussianBlur(picture, (0, 0), 2) for picture in pictures]
     episode.images = {
         "wrist": np.stack([picture for pair in zip(blurred, pictures) for picture in pair])

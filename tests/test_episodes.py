@@ -1,8 +1,10 @@
-"""episodes.py: files come back as they were written, and broken ones are refused in a sentence."""
+"""genima/episodes.py, genima/files.py: files come back whole, bad ones are one sentence."""
 
 import errno
+import fcntl
 import os
 import resource
+import signal
 import subprocess
 import sys
 
@@ -12,12 +14,12 @@ import pytest
 from conftest import ROOT, make_episode
 
 import episodes
-from genima.episodes import find_episodes, read_episode, write_episode
+from genima.episodes import ATTRIBUTES, find_episodes, read_episode, write_episode
 from genima.files import UserError, run_stage, write_whole
 
 
 def stage(monkeypatch, capsys, main, *arguments):
-    """Run a stage's main as its command line does -> (exit code, standard output, last line of standard error)."""
+    """Run a stage's main as its command line does -> (exit code, output, last line of errors)."""
     monkeypatch.setattr(sys, "argv", ["stage.py", *map(str, arguments)])
     code = 0
     try:
@@ -39,7 +41,7 @@ def test_an_episode_comes_back_as_it_was_written(tmp_path, joints, size, frames)
     write_episode(path, episode)
     again = read_episode(path)
     assert again.path == path and again.image_sizes == {"front": size, "wrist": size}
-    for name, kind in episodes.ATTRIBUTES.items():
+    for name, kind in ATTRIBUTES.items():
         assert getattr(again, name) == getattr(episode, name) and type(getattr(again, name)) is kind
     for name in ("qpos", "qvel", "action", "joint_poses"):
         assert getattr(again, name).dtype == np.float32
@@ -82,7 +84,7 @@ def test_acts_loader_can_read_it(run):
 
 
 def replace(dataset, change):
-    """A way to damage a file: one dataset becomes `change` of itself, or goes when `change` is None."""
+    """A way to damage a file: one dataset becomes `change` of itself, or goes (None)."""
 
     def damage(path):
         with h5py.File(path, "r+") as root:
@@ -232,23 +234,37 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
 
 def test_a_full_disk_is_one_sentence(tmp_path):
     """A process that may write no file above 4 kB."""
-    code = "from conftest import make_episode; from episodes import run_stage, write_episode; import sys; " \
-           "run_stage(lambda: write_episode(sys.argv[1], make_episode()[0]))"  # fmt: skip
+    code = """
+import sys
+from conftest import make_episode
+from genima.episodes import write_episode
+from genima.files import run_stage
+run_stage(lambda: write_episode(sys.argv[1], make_episode()[0]))
+"""
     done = subprocess.run(
-        [sys.executable, "-c", code, tmp_path / "a.hdf5"], cwd=ROOT, capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "PYTHONDONTWRITEBYTECODE": "1"},
+        [sys.executable, "-c", code, tmp_path / "a.hdf5"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "PYTHONDONTWRITEBYTECODE": "1"},
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)),
-    )  # fmt: skip
+    )
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     assert "disk is full" in done.stderr and "a.hdf5" in done.stderr
     assert contents(tmp_path) == {}
 
 
-@pytest.mark.parametrize("error, code, words", [
-    (UserError("Sentence."), 2, "Sentence."),
-    (KeyboardInterrupt(), 130, "Stopped."),
-    (OSError(errno.ENOSPC, "No space left on device"), 2, "disk is full"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "error, code, words",
+    [
+        (UserError("Sentence."), 2, "Sentence."),
+        (KeyboardInterrupt(), 130, "Stopped."),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "disk is full"),
+        (OSError(errno.EMFILE, "Too many open files"), 2, "Too many open files"),
+        (PermissionError(errno.EACCES, "Permission denied", "/x/y"), 2, "/x/y: Permission denied"),
+        (MemoryError("Unable to allocate 7 TiB"), 2, "Unable to allocate 7 TiB"),
+    ],
+)
 def test_run_stage_ends_with_a_sentence(monkeypatch, capsys, error, code, words):
     def main():
         raise error
@@ -289,9 +305,8 @@ def test_finding_episodes(run):
 def test_check_prints_a_table(run, monkeypatch, capsys):
     episode = make_episode(4, frames=9)[0]
     episode.success = False
-    episode.qpos[:, 0] = (
-        np.arange(9) ** 3 / 1000
-    )  # third difference 0.006, times 10 Hz cubed: 6 rad/s³
+    # The third difference is 0.006; times 10 Hz cubed: 6 rad/s^3.
+    episode.qpos[:, 0] = np.arange(9) ** 3 / 1000
     episode.qpos[:, 1:7] = [0, 0, -1, 0, 1, 0]
     episode.action[:] = episode.qpos
     episode.qpos[3:5, 1] = -2  # beyond the limit -1.7628 in two frames
@@ -304,10 +319,9 @@ def test_check_prints_a_table(run, monkeypatch, capsys):
         "9",
         "0%",
         "2.000",
-        "4000.0",
+        "4000.0",  # 0, 0, -2, -2: the third difference is 4
         "2",
-        "frames",
-    ]  # 0, 0, -2, -2: the third difference is 4
+    ]
 
     episode.qpos[3:5, 1] = 0
     (run / "episodes/other/a.hdf5").unlink()
@@ -318,11 +332,10 @@ def test_check_prints_a_table(run, monkeypatch, capsys):
         "1",
         "9",
         "0%",
-        "0.169",
+        "0.169",  # (512 - 343) / 1000
         "6.0",
         "0",
-        "frames",
-    ]  # (512 - 343) / 1000
+    ]
 
 
 def test_check_lists_broken_and_odd_files(run, monkeypatch, capsys):
@@ -336,7 +349,7 @@ def test_check_lists_broken_and_odd_files(run, monkeypatch, capsys):
         episodes.main()
     lines = str(caught.value).splitlines()
     assert [second.name in lines[0], "6 joints" in lines[1], "images" in lines[2]] == [True] * 3
-    assert lines[3] == "3 of 4 files are broken."
+    assert lines[3] == "3 of 4 files cannot be used with the others."
     assert stage(monkeypatch, capsys, episodes.main, "--check", run / "episodes")[0] == 2
     assert contents(run) == before
 
@@ -351,3 +364,97 @@ def test_check_of_no_folder(tmp_path, folder):
         text=True,
     )
     assert done.returncode == 2 and folder in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+# ------------------------------------------------------------------------------- the system refuses
+def test_a_file_that_another_program_has_open_is_not_called_broken(run):
+    path = find_episodes(run / "episodes")[0]
+    with open(path, "rb+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="open in another program") as caught:
+            read_episode(path)
+    assert str(path) in str(caught.value)
+    read_episode(path)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ELOOP])
+def test_a_file_that_may_not_be_read_is_not_called_broken(run, monkeypatch, number):
+    path = find_episodes(run / "episodes")[0]
+
+    def refuse(*arguments, **named):
+        raise OSError(number, "Unable to synchronously open file (unable to open file)")
+
+    monkeypatch.setattr(h5py, "File", refuse)
+    with pytest.raises(UserError) as caught:
+        read_episode(path)
+    assert str(caught.value) == f"{path} cannot be read: {os.strerror(number)}."
+
+
+def test_a_folder_in_place_of_a_file(run):
+    path = run / "episodes/pick_and_lift/000009_00.hdf5"
+    path.mkdir()
+    with pytest.raises(UserError, match="Is a directory"):
+        read_episode(path)
+
+
+@pytest.mark.parametrize("name, words", [("file", "Not a directory"), ("x" * 300, "too long")])
+def test_a_path_that_cannot_be_a_folder_is_one_sentence(run, monkeypatch, capsys, name, words):
+    (run / "file").write_text("")
+    folder = run / name
+
+    def write():
+        write_episode(folder / "a/b.hdf5", make_episode()[0])
+
+    code, _, sentence = stage(monkeypatch, capsys, episodes.main, "--check", folder)
+    assert code == 2 and str(folder) in sentence and words in sentence
+    code, _, sentence = stage(monkeypatch, capsys, write)
+    assert code == 2 and str(folder) in sentence and words in sentence
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_write(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    abandoned = tmp_path / f".a.{ended.pid}.tmp.hdf5"
+    in_use = tmp_path / f".a.{os.getppid()}.tmp.hdf5"
+    other = tmp_path / f".b.{ended.pid}.tmp.hdf5"
+    for path in (abandoned, in_use, other):
+        path.write_bytes(b"half")
+    write_episode(tmp_path / "a.hdf5", make_episode()[0])
+    assert not abandoned.exists() and in_use.exists() and other.exists()
+
+
+# ---------------------------------------------------------------------------- signals and terminals
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
+def test_a_signal_stops_a_stage(name):
+    code = """
+import time
+from genima.files import run_stage
+def main():
+    print("ready", flush=True)
+    time.sleep(60)
+run_stage(main)
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(getattr(signal, name))
+    _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (130, "Stopped.\n")
+
+
+def test_check_in_a_terminal_of_ascii_and_80_columns(run):
+    write_episode(run / f"episodes/{'long' * 8}/a.hdf5", make_episode(1)[0])
+    done = subprocess.run(
+        [sys.executable, "episodes.py", "--check", run / "episodes"],
+        cwd=ROOT,
+        capture_output=True,
+        env=os.environ | {"LANG": "C", "LC_ALL": "C", "PYTHONIOENCODING": "ascii"},
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.decode("ascii").splitlines()
+    assert len(lines) == 5 and max(len(line) for line in lines) <= 80

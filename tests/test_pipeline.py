@@ -1,4 +1,4 @@
-"""The whole method on a miniature, one command after the other as `make demo` runs them: every promised file is there and opens."""
+"""The whole method on a miniature, as `make demo` runs it: every promised file opens."""
 
 import csv
 import json
@@ -82,11 +82,24 @@ def test_repeating_collection_and_drawing_does_nothing_new(miniature):
     assert {path: path.stat().st_mtime_ns for path in run.glob("*/*/*.hdf5")} == before
 
 
-@pytest.mark.parametrize("folder, names", [
-    ("controlnet", ["unet/diffusion_pytorch_model.safetensors", "controlnet/diffusion_pytorch_model.safetensors",
-                    "text_encoder/model.safetensors", "tokenizer", "scheduler", "painter.json", "validation.png"]),
-    ("act", ["config.json", "model.safetensors"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "folder, names",
+    [
+        (
+            "controlnet",
+            [
+                "unet/diffusion_pytorch_model.safetensors",
+                "controlnet/diffusion_pytorch_model.safetensors",
+                "text_encoder/model.safetensors",
+                "tokenizer",
+                "scheduler",
+                "painter.json",
+                "validation.png",
+            ],
+        ),
+        ("act", ["config.json", "model.safetensors"]),
+    ],
+)
 def test_networks(miniature, folder, names):
     run, printed = miniature
     for name in [*names, "training.pt", "losses.png", "losses.csv"]:

@@ -46,7 +46,7 @@ def test_kinematics_are_the_simulators():
     for joints in random.uniform(*JOINT_LIMITS["fr3"], (5, 7)):
         env.data.qpos[:7] = joints
         mujoco.mj_forward(env.model, env.data)
-        poses = chain.joint_poses(joints)
+        poses = chain.forward_kinematics(joints)
         assert np.abs(poses - env.joint_poses()).max() < 1e-5
         assert (chain.camera_pose("wrist", poses) == poses[6]).all() and (
             chain.camera_pose("front", poses) == 2 * np.eye(4)
@@ -88,9 +88,9 @@ def test_joint_limits_have_a_margin_and_the_way_back_is_free():
 
 
 def test_the_workspace_is_a_box_around_the_fingertips():
-    tool = franka_chain().joint_poses(HOME)[-1, :3, 3]
+    tool = franka_chain().forward_kinematics(HOME)[-1, :3, 3]
     down = HOME + 0.02 * np.eye(7)[1]  # leans forward: the hand sinks
-    sunk = franka_chain().joint_poses(down)[-1, 2, 3]
+    sunk = franka_chain().forward_kinematics(down)[-1, 2, 3]
     assert sunk < tool[2] - 0.001
     box = lambda floor: (0, -1, floor, 1, 1, 1)  # noqa: E731
     Safety(workspace=box(sunk - 1e-4)).step(HOME, down)
@@ -195,7 +195,7 @@ def test_a_recording_becomes_an_episode(tmp_path):
         episode.action[:, 7] == 0
     ).all()  # the hand was closing
     assert (
-        np.abs(episode.joint_poses - franka_chain().joint_poses(episode.qpos[:, :7])).max() < 1e-5
+        np.abs(episode.joint_poses - franka_chain().forward_kinematics(episode.qpos[:, :7])).max() < 1e-5
     )
     assert os.listdir(tmp_path) == ["demo.hdf5"]
     assert (

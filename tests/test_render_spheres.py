@@ -1,11 +1,9 @@
-"""render_spheres.py: the spheres are where a renderer puts them, the chain is the robot's, bad input is one sentence."""
+"""render_spheres.py: the spheres are where a renderer puts them, the chain is the robot's."""
 
 import errno
 import os
 import subprocess
 import sys
-
-os.environ.setdefault("MUJOCO_GL", "egl")
 
 import h5py
 import imageio.v2 as imageio
@@ -33,6 +31,7 @@ from genima.spheres import (
     read_spheres,
     target_spheres,
 )
+from sims.rendering import new_renderer
 
 COLOURS = np.array([RED, GREEN, PURPLE, CYAN], np.uint8)
 
@@ -44,7 +43,7 @@ def pinhole(height, width, fovy):
 
 
 class MuJoCo:
-    """Which of S spheres does each pixel see? Drawn by MuJoCo's segmentation, from finely cut spheres."""
+    """Which of S spheres does each pixel see? By MuJoCo's segmentation of finely cut spheres."""
 
     def __init__(self, height, width, fovy=50, spheres=4):
         bodies = "".join(
@@ -54,11 +53,12 @@ class MuJoCo:
             <mujoco>
               <statistic extent="1"/>
               <visual><global offwidth="{width}" offheight="{height}"/>
-                <quality numslices="128" numstacks="128" offsamples="0"/> <map znear="0.001" zfar="50"/></visual>
+                <quality numslices="128" numstacks="128" offsamples="0"/>
+                <map znear="0.001" zfar="50"/></visual>
               <worldbody> <camera name="eye" fovy="{fovy}" mode="fixed"/> {bodies} </worldbody>
             </mujoco>""")
         self.data = mujoco.MjData(self.model)
-        self.renderer = mujoco.Renderer(self.model, height, width)
+        self.renderer = new_renderer(self.model, height, width)
         self.renderer.enable_segmentation_rendering()
 
     def seen(self, poses, radii, world_from_camera):
@@ -76,7 +76,7 @@ class MuJoCo:
 
 
 def place(random, world_from_camera, intrinsics, height, width, pixels):
-    """A random pose and radius of a sphere that shows with about this radius in pixels, perhaps partly outside the picture."""
+    """A random pose and radius of a sphere that shows with about this radius in pixels."""
     depth = random.uniform(0.3, 3)
     u, v = random.uniform(-0.05, 1.05, 2) * (width, height)
     pose = random_pose(random)
@@ -142,7 +142,10 @@ def test_spheres_hide_one_another_as_mujoco_says(height, width, agreement):
 
 
 def true_sectors(pose, radius, intrinsics, camera, height, width):
-    """Per pixel, by the book and in double precision: the angle, in the sphere's frame, of the point that is seen; NaN for none."""
+    """Per pixel, in double precision: the angle of the point that is seen, in the sphere's frame.
+
+    NaN where there is none.
+    """
     u, v = np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5)
     rays = (
         np.stack([u, v, np.ones_like(u)], axis=-1) @ np.linalg.inv(intrinsics).T @ camera[:3, :3].T
@@ -214,7 +217,7 @@ def test_the_edge_is_antialiased():
 
 
 def test_an_edge_over_an_edge_keeps_the_colour():
-    """The same sphere twice, the second a little farther and larger: their edges fall on the same pixels."""
+    """Twice the same sphere, the second farther and larger: both edges on the same pixels."""
     near, far = look_at((0, 0, 0), (1, 0, 0)), look_at((0, 0, 0), (1, 0, 0))
     near[:3, 3], far[:3, 3] = (1, 0, 0), (1.2, 0, 0)
     camera = look_at((0, 0, 0), (1, 0.1, 0))
@@ -264,7 +267,7 @@ def test_what_is_not_to_be_seen_is_not_drawn():
     assert (alpha[18] == 255).all() and not alpha[[0, -1], 0].any()
 
 
-def test_over():
+def test_alpha_composite():
     picture = np.array([[[10, 20, 30], [10, 20, 30], [10, 20, 30]]], np.uint8)
     layer = np.array([[[200, 100, 0, 0], [200, 100, 0, 255], [200, 100, 0, 51]]], np.uint8)
     np.testing.assert_array_equal(
@@ -304,7 +307,7 @@ def test_the_chain_is_found_in_an_episode(joints):
 
     other = make_episode(11, joints, frames=12)[0]  # the same robot, elsewhere
     q = other.qpos[:, :-1].reshape(3, 4, joints)
-    poses = chain.joint_poses(q)
+    poses = chain.forward_kinematics(q)
     assert poses.shape == (3, 4, joints + 1, 4, 4)
     np.testing.assert_allclose(poses.reshape(12, joints + 1, 4, 4), other.joint_poses, atol=1e-5)
     np.testing.assert_allclose(
@@ -314,7 +317,7 @@ def test_the_chain_is_found_in_an_episode(joints):
         chain.camera_pose("front", poses),
         np.broadcast_to(other.extrinsics["front"][0], (3, 4, 4, 4)),
     )
-    np.testing.assert_allclose(chain.joint_poses(q[0, 0]), poses[0, 0])
+    np.testing.assert_allclose(chain.forward_kinematics(q[0, 0]), poses[0, 0])
 
 
 def test_a_single_frame_gives_a_chain_too():
@@ -338,9 +341,15 @@ def swing_wrist(episode):
     episode.extrinsics["wrist"][3] = episode.extrinsics["wrist"][3] @ turn_about_z(0.01)
 
 
-@pytest.mark.parametrize("change, words", [
-    (drop_turn, "qpos"), (slide_tool, "tool"), (push_camera, "cameras/front"), (swing_wrist, "cameras/wrist"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (drop_turn, "qpos"),
+        (slide_tool, "tool"),
+        (push_camera, "cameras/front"),
+        (swing_wrist, "cameras/wrist"),
+    ],
+)
 def test_a_chain_that_changes_is_refused(tmp_path, change, words):
     episode = make_episode()[0]
     change(episode)
@@ -425,10 +434,14 @@ def test_a_calibration_replaces_the_cameras(run, monkeypatch, capsys):
     episode = read_episode(find_episodes(run / "episodes")[0])
     eye, mount = look_at((1.5, -0.5, 0.7), (0, 0, 0)), random_pose(np.random.default_rng(0), 0.1)
     intrinsics = [[50.0, 0, 21], [0, 50, 15], [0, 0, 1]]
-    (run / "cams.yaml").write_text(yaml.dump({
-        "front": {"intrinsics": intrinsics, "world_from_camera": eye.tolist()},
-        "wrist": {"intrinsics": intrinsics, "last_joint_from_camera": mount.tolist()},
-    }))  # fmt: skip
+    (run / "cams.yaml").write_text(
+        yaml.dump(
+            {
+                "front": {"intrinsics": intrinsics, "world_from_camera": eye.tolist()},
+                "wrist": {"intrinsics": intrinsics, "last_joint_from_camera": mount.tolist()},
+            }
+        )
+    )
     assert (
         stage(
             monkeypatch,
@@ -452,7 +465,7 @@ def test_a_calibration_replaces_the_cameras(run, monkeypatch, capsys):
 
 
 def refused(run, monkeypatch, capsys, *arguments):
-    """Run the stage, which has to fail in one sentence and leave every file as it was. Returns the sentence."""
+    """Run the stage, which has to fail in one sentence and leave every file. Returns it."""
     before = contents(run)
     code, out, sentence = stage(monkeypatch, capsys, render_spheres.main, "--run", run, *arguments)
     assert code == 2 and out == "" and sentence.endswith(".") and "Traceback" not in sentence
@@ -482,6 +495,8 @@ def test_folders_that_do_not_fit_are_refused(run, tmp_path, monkeypatch, capsys)
     assert "horizon 8, not 4" in refused(run, monkeypatch, capsys, "--horizon", 4)
     assert "size" in refused(run, monkeypatch, capsys, "--size", 64)
     assert "--horizon" in refused(run, monkeypatch, capsys, "--horizon", 0)
+    assert "--horizon" in refused(run, monkeypatch, capsys, "--horizon", 10**18)
+    assert "--size" in refused(run, monkeypatch, capsys, "--size", 10**7)
     for path in find_episodes(run / "episodes"):
         path.unlink()
     assert "episodes" in refused(run, monkeypatch, capsys)
@@ -499,12 +514,22 @@ def calibration(camera="front", **entries):
     )
 
 
-@pytest.mark.parametrize("text", [
-    "", "[1, 2]", "front: {", "front: {intrinsics: [[1, 0, 0], [0, 1, 0], [0, 0, 1]]}", calibration("back"),
-    calibration(intrinsics=[[1, 0], [0, 1]]), calibration(intrinsics=[[1], [0, 1]]),
-    calibration(intrinsics=[[-9.0, 0, 1], [0, 9, 1], [0, 0, 1]]), calibration(intrinsics=[[9.0, 0, np.nan], [0, 9, 1], [0, 0, 1]]),
-    calibration(world_from_camera=np.diag([1.0, 2, 1, 1]).tolist()), calibration(last_joint_from_camera=np.eye(4).tolist()),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[1, 2]",
+        "front: {",
+        "front: {intrinsics: [[1, 0, 0], [0, 1, 0], [0, 0, 1]]}",
+        calibration("back"),
+        calibration(intrinsics=[[1, 0], [0, 1]]),
+        calibration(intrinsics=[[1], [0, 1]]),
+        calibration(intrinsics=[[-9.0, 0, 1], [0, 9, 1], [0, 0, 1]]),
+        calibration(intrinsics=[[9.0, 0, np.nan], [0, 9, 1], [0, 0, 1]]),
+        calibration(world_from_camera=np.diag([1.0, 2, 1, 1]).tolist()),
+        calibration(last_joint_from_camera=np.eye(4).tolist()),
+    ],
+)
 def test_a_bad_calibration_is_refused(run, monkeypatch, capsys, text):
     (run / "cams.yaml").write_text(text)
     sentence = refused(run, monkeypatch, capsys, "--calibration", run / "cams.yaml")
@@ -516,20 +541,26 @@ def test_a_full_disk(run, monkeypatch, capsys):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
+
     # in this process, for a patch does not reach another one everywhere
-    monkeypatch.setattr(
-        render_spheres, "in_parallel", lambda jobs, *_: ((job, job[0](*job[1:])) for job in jobs)
-    )
+    def one_by_one(jobs, *_):
+        for job in jobs:
+            yield job, job[0](*job[1:])
+
+    monkeypatch.setattr(render_spheres, "run_in_parallel", one_by_one)
     assert "disk is full" in refused(run, monkeypatch, capsys)
     assert len(contents(run)) == 2
 
 
-@pytest.mark.parametrize("damage, words", [
-    (lambda path: path.write_bytes(path.read_bytes()[:-100]), "truncated"),
-    (BROKEN["foreign"][0], "format"),
-    (lambda path: shorten(path, "layers/front"), "layers/front"),
-    (lambda path: shorten(path, "target/qpos"), "layers/"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-100]), "truncated"),
+        (BROKEN["foreign"][0], "format"),
+        (lambda path: shorten(path, "layers/front"), "layers/front"),
+        (lambda path: shorten(path, "target/qpos"), "layers/"),
+    ],
+)
 def test_broken_spheres_are_refused(run, monkeypatch, capsys, damage, words):
     assert stage(monkeypatch, capsys, render_spheres.main, "--run", run)[0] == 0
     path = run / "spheres/pick_and_lift/000000_00.hdf5"

@@ -229,7 +229,7 @@ def test_the_world_is_the_robots_base_and_joints_turn_about_z(tmp_path):
         assert np.allclose(episode.joint_poses[t, :, :3, 3], expected[:, :3, 3], atol=1e-5)
         assert np.allclose(episode.joint_poses[t, :, :3, 2], expected[:, :3, 2], atol=1e-5)
     assert np.allclose(
-        Chain.from_episode(episode).joint_poses(episode.qpos[:, :7]), episode.joint_poses, atol=1e-5
+        Chain.from_episode(episode).forward_kinematics(episode.qpos[:, :7]), episode.joint_poses, atol=1e-5
     )
 
 
@@ -238,7 +238,7 @@ def test_the_panda_is_franka_s():
     for seed in range(3):
         env.reset(seed=seed)
         assert np.allclose(
-            rlbench_dataset.panda().joint_poses(env.data.qpos[:7])[:7],
+            rlbench_dataset.panda().forward_kinematics(env.data.qpos[:7])[:7],
             env.joint_poses()[:7],
             atol=1e-6,
         )
@@ -261,7 +261,7 @@ def test_a_slack_arm_is_made_rigid(tmp_path):
     demo, _ = write_dataset(tmp_path / "rigid")[0, 0]
     joints, _ = toy.kinematics(demo[5].joint_positions)
     assert np.allclose(
-        chain.joint_poses(episode.qpos[5, :7])[:7, :3, 3],
+        chain.forward_kinematics(episode.qpos[5, :7])[:7, :3, 3],
         (np.linalg.inv(toy.BASE) @ joints)[:, :3, 3],
         atol=3e-3,
     )
@@ -556,12 +556,12 @@ def test_the_live_environment_sees_what_rlbench_sees():
     expected = np.linalg.inv(toy.BASE) @ np.array([*joints, last @ toy.TIP])
     assert np.allclose(env.joint_poses()[:, :3, 3], expected[:, :3, 3], atol=1e-5)
     for camera in CAMERAS:  # the toy paints the tip white, where RLBench's formula says
-        intrinsics, world_from_camera = env.camera(camera)
-        x, y, z = np.linalg.inv(world_from_camera)[:3] @ np.append(env.tool()[:3, 3], 1)
+        intrinsics, world_from_camera = env.camera_parameters(camera)
+        x, y, z = np.linalg.inv(world_from_camera)[:3] @ np.append(env.tool_pose()[:3, 3], 1)
         u, v = ((intrinsics @ [x, y, z])[:2] / z).astype(int)
         if 1 < u < SIZE[1] - 1 and 1 < v < SIZE[0] - 1:
-            assert (env.picture(camera, *SIZE)[v, u] == 255).all()
-    assert env.picture("front", 80, 96).shape == (80, 96, 3)
+            assert (env.render_camera(camera, *SIZE)[v, u] == 255).all()
+    assert env.render_camera("front", 80, 96).shape == (80, 96, 3)
     for bad, sentence in [
         (action[:7], "8 finite numbers"), (action * np.nan, "8 finite numbers"), (action + 9, "outside the joint limits"),
     ]:  # fmt: skip

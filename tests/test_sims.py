@@ -1,20 +1,26 @@
-"""sims/mujoco_panda.py and mujoco_tasks.py: the environment's contract, the eight tasks and their scripted experts, the camera matrices."""
+"""sims/: the environment's contract, the eight tasks and their experts, cameras, drawing."""
 
 import hashlib
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import mujoco
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
+from test_episodes import stage
 
+import collect_demos
 from genima.episodes import CAMERAS
 from genima.files import UserError
+from sims import Simulators, make_env, rendering
 from sims.demonstrator import expert_actions
-from sims.mujoco_panda import PandaEnv, mujoco  # it sets the renderer before it imports mujoco
+from sims.mujoco_panda import PandaEnv
 from sims.mujoco_tasks import COLOURS, TASKS
 from sims.perturbed_panda import PERTURBATIONS, PerturbedEnv
+from sims.rendering import new_renderer
 
 ROOT = Path(__file__).resolve().parent.parent
 SEVERAL = [task for task in TASKS if TASKS[task].candidates > 1]
@@ -30,9 +36,15 @@ def blind(task):
 
 def test_all_tasks_are_there():
     assert set(TASKS) == {
-        "reach_target", "push_button", "pick_and_lift", "slide_block_to_target", "open_drawer", "take_lid_off_saucepan",
-        "close_box", "stack_blocks",
-    }  # fmt: skip
+        "reach_target",
+        "push_button",
+        "pick_and_lift",
+        "slide_block_to_target",
+        "open_drawer",
+        "take_lid_off_saucepan",
+        "close_box",
+        "stack_blocks",
+    }
 
 
 @pytest.mark.filterwarnings(
@@ -42,15 +54,111 @@ def test_gymnasium_accepts_the_environment():
     check_env(PandaEnv("push_button", image_size=(16, 24)))
 
 
+# ----------------------------------------------------------------------------------------- drawing
 def test_a_machine_that_cannot_draw_is_one_sentence(monkeypatch):
+    monkeypatch.setenv("MUJOCO_GL", "")
+    monkeypatch.setattr(rendering, "try_to_draw", lambda library: f"{library} is not there")
+    with pytest.raises(UserError) as caught:
+        PandaEnv("push_button", images=False).render()
+    sentence = str(caught.value)
+    if sys.platform == "linux":
+        assert sentence.startswith("Neither EGL nor OSMesa can draw on this machine")
+        assert "'egl is not there'" in sentence and "'osmesa is not there'" in sentence
+    assert "apt-get install" in sentence and "\n" not in sentence
+
+
+def test_a_renderer_that_fails_is_one_sentence(monkeypatch):
     monkeypatch.setattr(mujoco, "Renderer", lambda *_: 1 / 0)
-    with pytest.raises(
-        UserError, match="Neither EGL nor OSMesa can draw .*apt-get install.*division by zero"
-    ):
+    with pytest.raises(UserError, match="cannot draw with MUJOCO_GL=.*division by zero"):
         PandaEnv("push_button", images=False).render()
 
 
-# --------------------------------------------------------------------------------------------------------- same seed
+@pytest.mark.parametrize("value", ["foo", "wgl", "disabled"])
+def test_a_wrong_variable_is_named_with_its_value(monkeypatch, value):
+    monkeypatch.setenv("MUJOCO_GL", value)
+    with pytest.raises(UserError, match=f"MUJOCO_GL is '{value}'"):
+        PandaEnv("push_button", images=False).render()
+
+
+@pytest.mark.parametrize("works", ["egl", "osmesa"])
+def test_the_renderer_is_chosen_once_for_this_process_and_its_children(monkeypatch, works):
+    tried = []
+
+    def attempt(library):
+        tried.append(library)
+        return None if library == works else "no"
+
+    monkeypatch.setattr(rendering, "try_to_draw", attempt)
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setenv("MUJOCO_GL", " ")
+    assert rendering.choose_renderer() == works and os.environ["MUJOCO_GL"] == works
+    assert rendering.choose_renderer() == works
+    assert tried == ["egl", "osmesa"][: 1 if works == "egl" else 2]
+
+
+def test_trying_to_draw_runs_no_file_of_the_current_folder(tmp_path, monkeypatch):
+    for name in ("mujoco.py", "importlib.py", "numpy.py"):
+        (tmp_path / name).write_text("open('this_ran', 'w').close(); raise SystemExit(0)")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    rendering.try_to_draw("egl")
+    assert not (tmp_path / "this_ran").exists()
+
+
+def test_what_the_library_says_is_kept():
+    reason = rendering.try_to_draw("nothing")
+    assert "RuntimeError: invalid value" in reason and "\n" not in reason
+
+
+def test_mujoco_may_be_imported_before(tmp_path):
+    code = """
+import mujoco
+from sims.mujoco_panda import PandaEnv
+env = PandaEnv("push_button", image_size=16)
+env.reset(seed=0)
+print(env.render().shape)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "(16, 16, 3)", done.stderr
+
+
+def test_images_that_are_too_large_are_refused():
+    for size in (10**7, (64, 5000)):
+        with pytest.raises(UserError, match="too large"):
+            PandaEnv("push_button", image_size=size)
+
+
+# --------------------------------------------------------------------------------- no hidden state
+def test_each_environment_is_new_unless_it_is_kept():
+    arguments = ("push_button", 0, ())
+    assert make_env(*arguments) is not make_env(*arguments)
+    simulators = Simulators()
+    assert simulators.get(*arguments) is simulators.get(*arguments)
+    assert simulators.get(*arguments) is not simulators.get(*arguments, sim="light")
+    assert Simulators().get(*arguments) is not simulators.get(*arguments)
+
+
+# ------------------------------------------------------------------------------------- collecting
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--seed", -1),
+        ("--seed", 10**30),
+        ("--scenes", 0),
+        ("--scenes", 10**18),
+        ("--image-size", 0),
+        ("--image-size", 10**7),
+        ("--workers", 0),
+        ("--workers", 10**9),
+    ],
+)
+def test_numbers_out_of_range_are_one_sentence(tmp_path, monkeypatch, capsys, words):
+    code, out, sentence = stage(monkeypatch, capsys, collect_demos.main, "--run", tmp_path, *words)
+    assert code == 2 and out == "" and words[0] in sentence and str(words[1]) in sentence
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------------------- same seed
 def digest(env, seed):
     """A fingerprint of every byte that a whole demonstration shows and does."""
     fingerprint = hashlib.sha256()
@@ -90,7 +198,7 @@ def test_reset_without_a_seed_draws_another_scene():
     assert not np.allclose(*scenes)
 
 
-# ------------------------------------------------------------------------------------------------------------- tasks
+# -------------------------------------------------------------------------------------------- tasks
 @pytest.mark.parametrize("start", ["anywhere", "near"])
 @pytest.mark.parametrize("task", TASKS)
 def test_the_scripted_expert_succeeds(task, start):
@@ -156,7 +264,7 @@ def test_the_wrong_button_ends_the_episode_without_success():
     assert terminated and env.task.pressed(env, 1) and not env.task.pressed(env, 0)
 
 
-# ---------------------------------------------------------------------------------------------------------- language
+# ----------------------------------------------------------------------------------------- language
 @pytest.mark.parametrize("task", SEVERAL)
 def test_only_the_words_say_which_object_is_meant(task):
     env = PandaEnv(task, image_size=32)
@@ -189,8 +297,13 @@ def test_the_named_object_has_the_named_colour(task, geom):
     for seed in range(4):
         for variation in range(env.task.candidates):
             env.reset(seed=seed, options={"variation": variation})
-            named = [i for i in range(4 if task == "stack_blocks" else 3)
-                     if np.allclose(env.model.geom(geom.format(i)).rgba[:3], COLOURS[env.task.names[variation]])]  # fmt: skip
+            named = [
+                i
+                for i in range(4 if task == "stack_blocks" else 3)
+                if np.allclose(
+                    env.model.geom(geom.format(i)).rgba[:3], COLOURS[env.task.names[variation]]
+                )
+            ]
             assert len(named) == (2 if task == "stack_blocks" else 1)
             gaps = [
                 np.linalg.norm((env.data.geom(geom.format(i)).xpos - env.task.focus(env))[:2])
@@ -216,9 +329,9 @@ def test_one_candidate_needs_no_name(task):
     assert info["instruction"] in env.task.templates and "{" not in info["instruction"]
 
 
-# ---------------------------------------------------------------------------------------------------------- geometry
+# ----------------------------------------------------------------------------------------- geometry
 def test_camera_matrices_agree_with_mujocos_pictures():
-    """Small balls anywhere in view: the projection of the centre is the middle of the ball's pixels."""
+    """Small balls anywhere in view: a centre's projection is the middle of the ball's pixels."""
     height, width = 120, 200
     env, random = (
         PandaEnv("reach_target", image_size=(height, width), images=False),
@@ -227,14 +340,14 @@ def test_camera_matrices_agree_with_mujocos_pictures():
     env.reset(seed=2)
     ball = env.model.geom("ball0").id
     env.model.geom("ball0").size[0] = 0.006
-    renderer, option = mujoco.Renderer(env.model, height, width), mujoco.MjvOption()
+    renderer, option = new_renderer(env.model, height, width), mujoco.MjvOption()
     renderer.enable_segmentation_rendering()
     option.geomgroup[2] = 0  # without the arm, which might hide a part of the ball
     env.data.mocap_pos[1:] = (0, 0, -5)
     for camera in CAMERAS:
         seen = 0
         while seen < 12:
-            intrinsics, world_from_camera = env.camera(camera)
+            intrinsics, world_from_camera = env.camera_parameters(camera)
             depth = random.uniform(0.15, 0.5)
             pixel = np.array([random.uniform(20, width - 20), random.uniform(20, height - 20), 1.0])
             env.data.mocap_pos[0] = (
@@ -273,16 +386,16 @@ def test_inverse_kinematics_reaches_the_pose():
     env = blind("reach_target")
     for seed in range(5):
         env.reset(seed=seed)
-        position, rotation = env.task.focus(env), env.tool()[:3, :3]
+        position, rotation = env.task.focus(env), env.tool_pose()[:3, :3]
         env.data.qpos[:7] = env.ik(position, rotation)
         mujoco.mj_forward(env.model, env.data)
-        np.testing.assert_allclose(env.tool()[:3, 3], position, atol=1e-3)
-        np.testing.assert_allclose(env.tool()[:3, :3], rotation, atol=5e-3)
+        np.testing.assert_allclose(env.tool_pose()[:3, 3], position, atol=1e-3)
+        np.testing.assert_allclose(env.tool_pose()[:3, :3], rotation, atol=5e-3)
     with pytest.raises(UserError, match="cannot reach"):
         env.ik(np.array([2.0, 0, 0.3]), rotation)
 
 
-# --------------------------------------------------------------------------------------------------------- bad input
+# ---------------------------------------------------------------------------------------- bad input
 def test_a_task_that_does_not_exist():
     with pytest.raises(UserError, match="no task 'make_coffee'"):
         PandaEnv("make_coffee")
@@ -314,7 +427,7 @@ def test_bad_actions(change, message):
     env.step(hold)
 
 
-# ------------------------------------------------------------------------------------------------------ perturbations
+# ------------------------------------------------------------------------------------ perturbations
 @pytest.mark.parametrize("kind", PERTURBATIONS)
 @pytest.mark.parametrize("task", ["push_button", "pick_and_lift"])
 def test_a_perturbation_changes_the_pictures_and_nothing_else(kind, task):
@@ -338,7 +451,7 @@ def test_a_perturbation_changes_the_pictures_and_nothing_else(kind, task):
         for action, _ in zip(expert_actions(plain), range(15)):
             usual, seen = plain.step(action)[0], env.step(action)[0]
             np.testing.assert_array_equal(seen["qpos"], usual["qpos"])
-        np.testing.assert_array_equal(env.tool(), plain.tool())
+        np.testing.assert_array_equal(env.tool_pose(), plain.tool_pose())
     assert not np.array_equal(before[0], before[1])
 
 
@@ -350,7 +463,7 @@ def test_cameras_tell_where_they_were_moved_to():
     for seed in range(3):
         plain.reset(seed=seed), env.reset(seed=seed)
         for camera in CAMERAS:
-            (_, usual), (_, moved) = plain.camera(camera), env.camera(camera)
+            (_, usual), (_, moved) = plain.camera_parameters(camera), env.camera_parameters(camera)
             turn = np.degrees(np.arccos((np.trace(usual[:3, :3].T @ moved[:3, :3]) - 1) / 2))
             assert (
                 0 < np.abs(usual[:3, 3] - moved[:3, 3]).max() <= 0.03 * 3**0.5

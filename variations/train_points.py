@@ -95,7 +95,7 @@ class PointSamples(Samples):
 
     def true_numbers(self, episode, target):
         """Joints (D+1,) -> (P,): as the painter would draw the spheres, but in the world's frame."""
-        poses = episode.chain.joint_poses(target[:-1])[[*JOINTS, -1]]  # (S, 4, 4)
+        poses = episode.chain.forward_kinematics(target[:-1])[[*JOINTS, -1]]  # (S, 4, 4)
         return (
             np.concatenate([poses[:, :3, 3], poses[:, :3, 0]], 1) - self.config["numbers_mean"]
         ) / UNIT  # (S, 6)
