@@ -158,6 +158,15 @@ class ArmEnv(gymnasium.Env):
             **seen,
         }
 
+    def render_camera(self, camera, height, width):
+        return self.picture(camera, height, width)
+
+    def tool_pose(self):
+        return self.tool()
+
+    def camera_parameters(self, name):
+        return self.camera(name)
+
     def render(self):
         return self.picture("front", self.height, self.width)
 
