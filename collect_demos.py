@@ -170,7 +170,7 @@ def collect(settings):
         "A process died twice at an episode: run the same command again.",
     )
     for (_, target, *_), result in run_in_parallel(
-        jobs, settings.workers, "episodes", "episode", "spawn" if rlbench else None
+        jobs, settings.workers, "episodes", "episode", start="spawn" if rlbench else None
     ):
         attempts[target] += [crash] if result is None else result
     for target, results in attempts.items():
