@@ -326,20 +326,25 @@ def run_jobs(checkpoints, finished: FinishedJobs) -> tuple[dict, list]:
     return episodes, language
 
 
-def main():
-    settings = tyro.cli(Settings, description=__doc__)
-    checkpoints = resolve_settings(settings)
+def evaluate(checkpoints: list[Settings]):
+    """Drive everything, write and print the results. checkpoints: from resolve_settings."""
+    settings = checkpoints[0]
     name = results_name(settings)
     finished = FinishedJobs(settings.out / name, checkpoints)
     episodes, language = run_jobs(checkpoints, finished)
-    fps = HZ if settings.sim == "rlbench" else CONTROL_HZ
     report = make_report(checkpoints, episodes, language)
+    fps = HZ if settings.sim == "rlbench" else CONTROL_HZ
     write_results(settings, name, report, episodes, fps)
     finished.remove()
     print_table(report)
     if settings.protocol:
         print(PAPER)
     print(f"Everything is in {settings.out}.")
+
+
+def main():
+    settings = tyro.cli(Settings, description=__doc__)
+    evaluate(resolve_settings(settings))
 
 
 if __name__ == "__main__":
