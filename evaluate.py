@@ -55,9 +55,8 @@ ATTEMPTS = 10  # RLBench: scenes to try for an episode, as not every scene has r
 LEAST = {"episodes": 1, "execution_horizon": 1, "workers": 1, "checkpoints": 1}
 LEAST |= {"seed": 0, "language": 0, "videos": 0}
 MAKE_ONE = "`make demo` trains one in runs/demo, `make try` runs the one in checkpoints/demo."
-PAPER = """The paper (arXiv 2407.07875): GENIMA is better than ACT on 16 of 25 tasks and than
-Diffusion Policy on all 25, and succeeds in 64 % of the episodes of 9 tasks of a real robot. Its 25
-tasks may not all be these."""
+PAPER = """The paper (arXiv 2407.07875): better than ACT on 16 of 25 tasks and than Diffusion Policy
+on all 25, 64 % of the episodes of 9 tasks of a real robot. Its 25 tasks may not all be these."""
 
 
 @dataclass

@@ -196,14 +196,16 @@ class FinishedJobs:
     """
 
     def __init__(self, path: Path, checkpoints: list):
-        """The identity is made of all settings and weights: other results are not taken over."""
+        """Made of all settings and weights: results of other ones are not taken over."""
         files = []
         for one in checkpoints:
             for folder in (one.run, one.controller, one.painter):
                 files += sorted(folder.rglob("*.safetensors"))
-        weights = [(str(file), file.stat().st_mtime_ns) for file in files]
+            if ":" in one.policy:
+                files.append(Path(one.policy.rpartition(":")[0]))
+        versions = [(str(file), file.stat().st_mtime_ns) for file in files]
         settings = [replace(one, workers=1) for one in checkpoints]
-        identity = zlib.crc32(repr((settings, weights)).encode())
+        identity = zlib.crc32(repr((settings, versions)).encode())
         self.path = path.with_name(f"{path.name}.{identity:08x}.partial.jsonl")
         self.results = {}
         try:
