@@ -1,6 +1,10 @@
-"""Films and figures: what a closed loop, a robot's run and a preview have to show. Pictures are (..., H, W, 3) uint8."""
+"""Films and figures: what an evaluation, a robot's run, a preview and a training have to show.
+
+Every file is written whole or not at all. Images are (..., H, W, 3) uint8 unless stated otherwise.
+"""
 
 import csv
+from pathlib import Path
 
 import imageio.v2 as imageio
 import numpy as np
@@ -9,133 +13,180 @@ from PIL import Image, ImageDraw, ImageFont
 
 from genima.files import write_whole
 
-PANEL = 256  # height and width of a film's three panels, pixels
+PANEL = 256  # height and width of each of a film's three panels, pixels
+TITLE_HEIGHT = 28  # of the strip above the panels, which holds the instruction
+NAMES_HEIGHT = 20  # of the strip below them, which holds their names
+SMOOTHING = 50  # training losses are shown as the mean of this many steps
+
+# What a column of losses.csv is called in losses.png
+LABELS = {
+    "loss": "training loss",
+    "first_frame_iou": "overlap with true spheres (first frames)",
+    "joints": "joint positions (L1, normalised)",
+    "gripper": "gripper (cross-entropy)",
+    "kl": "KL divergence of the CVAE",
+    "error": "whole chunk",
+    "error_last": "last step of the chunk",
+    "error_without_state": "whole chunk, joint state hidden",
+}
 
 
-def two_columns(pictures):
-    """A list of pictures as one, two in a row; an odd one's neighbour is black."""
-    pictures = pictures + [np.zeros_like(pictures[0])] * (
-        len(pictures) % 2 if len(pictures) > 1 else 0
-    )
-    return np.concatenate(
-        [np.concatenate(pictures[i : i + 2], axis=-2) for i in range(0, len(pictures), 2)], axis=-3
-    )
+# ------------------------------------------------------------------------------------------- films
+def two_columns(images: list[np.ndarray]) -> np.ndarray:
+    """Several images as one, two in a row; the last place stays black if their number is odd."""
+    images = list(images)
+    if len(images) > 1 and len(images) % 2:
+        images.append(np.zeros_like(images[0]))
+    rows = []
+    for i in range(0, len(images), 2):
+        rows.append(np.concatenate(images[i : i + 2], axis=-2))
+    return np.concatenate(rows, axis=-3)
 
 
-def tile(images):
-    """Pictures {camera: (H, W, 3)} as the painter sees them, enlarged to a panel with the pixels left visible."""
-    return np.array(
-        Image.fromarray(two_columns(list(images.values()))).resize((PANEL, PANEL), Image.NEAREST)
-    )
+def painted_panel(images: dict[str, np.ndarray]) -> np.ndarray:
+    """All views {camera: (H, W, 3)} as one panel (PANEL, PANEL, 3) that keeps their pixels visible.
+
+    They lie as in the painter's tiled image.
+    """
+    tiled = Image.fromarray(two_columns(list(images.values())))
+    return np.array(tiled.resize((PANEL, PANEL), Image.NEAREST))
 
 
-def write_video(path, frames, fps):
+def write_video(path: Path, frames: list[np.ndarray], fps: float):
+    """An H.264 film of frames (H, W, 3)."""
     with write_whole(path) as temporary:
         imageio.mimwrite(temporary, frames, fps=fps, codec="libx264", macro_block_size=2)
 
 
-def caption(frame, text, what):
-    """A frame (H, 3 W, 3) with the instruction above it and the panels' names below."""
+def add_caption(frame: np.ndarray, title: str, painted_name: str) -> np.ndarray:
+    """A frame of three panels (PANEL, 3 PANEL, 3), a title above it, their names below."""
     height, width, _ = frame.shape
-    sheet = Image.new("RGB", (width, height + 48), "white")
-    sheet.paste(Image.fromarray(frame), (0, 28))
-    draw, names = ImageDraw.Draw(sheet), ("observation", what, "motion")
-    for name, x, y, size in [(text, width // 2, 14, 16)] + [
-        (names[i], (2 * i + 1) * PANEL // 2, height + 38, 13) for i in range(3)
-    ]:
-        draw.text((x, y), name, "black", ImageFont.load_default(size), anchor="mm")
+    sheet = Image.new("RGB", (width, TITLE_HEIGHT + height + NAMES_HEIGHT), "white")
+    sheet.paste(Image.fromarray(frame), (0, TITLE_HEIGHT))
+    draw = ImageDraw.Draw(sheet)
+
+    def write_centred(text, x, y, size):
+        draw.text((x, y), text, "black", ImageFont.load_default(size), anchor="mm")
+
+    write_centred(title, width // 2, TITLE_HEIGHT // 2, 16)
+    for i, name in enumerate(["observation", painted_name, "motion"]):
+        middle = (2 * i + 1) * PANEL // 2
+        write_centred(name, middle, TITLE_HEIGHT + height + NAMES_HEIGHT // 2, 13)
     return np.array(sheet)
 
 
-def write_film(out, name, films, what, fps=10):
-    """<name>.mp4 of (outcome, frames) pairs one after the other, and <name>.png: how the first successful one began and ended."""
-    outcome, frames = next((film for film in films if film[0]["success"]), films[0])
+def write_film(
+    out: Path, name: str, films: list[tuple], painted_name: str = "painted target", fps: float = 10
+):
+    """Episodes one after the other as <name>.mp4, and the first success as <name>.png.
+
+    films: (outcome, frames) of each episode; an outcome says "instruction" and "success", a frame
+    is observation, painted target and motion side by side. The still image shows what the first
+    frame observed and painted, and where the robot was in the last.
+    """
+    outcome, frames = films[0]
+    for film in reversed(films):
+        if film[0]["success"]:
+            outcome, frames = film
     still = np.concatenate([frames[0][:, : 2 * PANEL], frames[-1][:, 2 * PANEL :]], axis=1)
     with write_whole(out / f"{name}.png") as path:
-        Image.fromarray(caption(still, outcome["instruction"], what)).save(path)
+        captioned = add_caption(still, outcome["instruction"], painted_name)
+        Image.fromarray(captioned).save(path)
+
     shown = []
     for outcome, frames in films:
-        shown += [caption(frame, outcome["instruction"], what) for frame in frames]
-        verdict = f"{outcome['instruction']}: {'done' if outcome['success'] else 'not done'}"
-        shown += [caption(frames[-1], verdict, what)] * fps  # a second to read it
+        for frame in frames:
+            shown.append(add_caption(frame, outcome["instruction"], painted_name))
+        verdict = "done" if outcome["success"] else "not done"
+        last = add_caption(frames[-1], f"{outcome['instruction']}: {verdict}", painted_name)
+        shown += [last] * round(fps)  # a second to read it
     write_video(out / f"{name}.mp4", shown, fps)
 
 
-def write_grid(path, columns, captions):
-    """Pictures (N, 3, H, W), 0..1, under each column's title, side by side; the first column has a caption for each row instead."""
+# ----------------------------------------------------------------------------------------- figures
+def save_figure(figure: Figure, path: Path, dpi: int):
+    with write_whole(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=dpi)
+
+
+def write_grid(path: Path, columns: dict, captions: list[str]):
+    """Columns of pictures {title: (N, 3, H, W) tensor, 0..1}; captions: a sentence for each row.
+
+    The captions stand above the pictures of the first column, whose title is left out.
+    """
     rows = len(captions)
-    axes = (figure := Figure((9, 3.3 * rows), layout="tight")).subplots(
-        rows, len(columns), squeeze=False
-    )
+    figure = Figure((9, 3.3 * rows), layout="tight")
+    axes = figure.subplots(rows, len(columns), squeeze=False)
     for column, (title, pictures) in enumerate(columns.items()):
         for row in range(rows):
-            axes[row, column].imshow(
-                pictures[row].permute(1, 2, 0).numpy(), interpolation="nearest"
-            )
-            axes[row, column].axis("off")
-            axes[row, column].set_title(title if column else captions[row], fontsize=9)
-    with write_whole(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=70)
+            cell = axes[row, column]
+            picture = pictures[row].permute(1, 2, 0).numpy()  # (H, W, 3)
+            cell.imshow(picture, interpolation="nearest")
+            cell.axis("off")
+            cell.set_title(title if column else captions[row], fontsize=9)
+    save_figure(figure, path, dpi=70)
 
 
-def write_bars(path, report):
-    """Success per task with its interval, as a picture."""
+def write_bars(path: Path, report: dict):
+    """Success per task with its 95 % interval, from the content of evaluation.json."""
     tasks = report["tasks"]
-    rates, ends = (
-        np.array([100 * task["rate"] for task in tasks.values()]),
-        np.array([task["wilson_95"] for task in tasks.values()]),
-    )
-    whiskers = np.maximum([rates - 100 * ends[:, 0], 100 * ends[:, 1] - rates], 0)  # (2, tasks)
+    rates = np.array([100 * task["rate"] for task in tasks.values()])
+    ends = np.array([task["wilson_95"] for task in tasks.values()]) * 100  # (tasks, 2)
+    whiskers = np.maximum([rates - ends[:, 0], ends[:, 1] - rates], 0)  # (2, tasks)
+    names = [name.replace("_", "\n") for name in tasks]
+
     figure = Figure(figsize=(2 + 1.4 * len(tasks), 4), layout="constrained")
     axes = figure.subplots()
-    axes.bar(
-        [name.replace("_", "\n") for name in tasks],
-        rates,
-        0.6,
-        color="#4c78a8",
-        yerr=whiskers,
-        capsize=6,
-    )
+    axes.bar(names, rates, 0.6, color="#4c78a8", yerr=whiskers, capsize=6)
     for i, task in enumerate(tasks.values()):
-        axes.text(
-            i,
-            3,
-            f"{task['successes']} of {task['episodes']}",
-            ha="center",
-            color="white" if rates[i] > 10 else "black",
-        )
-    axes.set(
-        ylim=(0, 102),
-        ylabel="success in unseen scenes, %",
-        title=f"policy: {report['policy']} (whiskers: 95 % interval)",
-    )
+        words = f"{task['successes']} of {task['episodes']}"
+        axes.text(i, 3, words, ha="center", color="white" if rates[i] > 10 else "black")
+    axes.set_ylim(0, 102)
+    axes.set_ylabel("success in unseen scenes, %")
+    axes.set_title(f"policy: {report['policy']} (whiskers: 95 % interval)")
     axes.spines[["top", "right"]].set_visible(False)
-    with write_whole(path) as temporary:
-        figure.savefig(temporary, dpi=150)
+    save_figure(figure, path, dpi=150)
 
 
-def write_losses(folder, columns, rows, training, held_out, measured):
-    """losses.csv, a row a step, the step first ("" or nothing where a column was not measured); and losses.png: the columns `training`,
-    each the mean of 50 steps, beside the columns `held_out`; `measured` says what those are."""
-    with write_whole(folder / "losses.csv") as path, open(path, "w", newline="") as file:
-        csv.writer(file).writerows([columns, *rows])
-    left, right = (figure := Figure((11, 4), layout="constrained")).subplots(1, 2)
-    window = np.ones(min(50, len(rows))) / min(50, len(rows))
+def write_losses(
+    folder: Path,
+    columns: list[str],
+    rows: list[list],
+    training: list[str],
+    held_out: list[str],
+    measured: str,
+):
+    """Write losses.csv, a row a step, and losses.png: training at the left, held-out at the right.
+
+    columns: names, the first one is the step. rows: their values; "" or nothing where a column was
+    not measured. training, held_out: which columns to show where. measured: what held_out are, for
+    the axis.
+    """
+    with write_whole(folder / "losses.csv") as path:
+        with open(path, "w", newline="") as file:
+            csv.writer(file).writerows([columns, *rows])
+
+    figure = Figure((11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    width = min(SMOOTHING, len(rows))
+    steps = [row[0] for row in rows[width - 1 :]]
     for name in training:
-        values = [row[columns.index(name)] for row in rows]
-        left.semilogy(
-            [row[0] for row in rows[len(window) - 1 :]],
-            np.convolve(values, window, "valid"),
-            label=name.replace("_", " "),
-        )
+        i = columns.index(name)
+        values = [row[i] for row in rows]
+        means = np.convolve(values, np.ones(width) / width, "valid")
+        left.semilogy(steps, means, label=label_of(name))
     for name in held_out:
         i = columns.index(name)
         points = [(row[0], row[i]) for row in rows if len(row) > i and row[i] != ""]
-        right.plot(*np.array(points).reshape(-1, 2).T, ".-", label=name.replace("_", " "))
-    left.set(title="training (mean of 50 steps)", xlabel="step", ylabel="loss")
+        right.plot(*np.array(points).reshape(-1, 2).T, ".-", label=label_of(name))
+    left.set(title=f"training (mean of {SMOOTHING} steps)", xlabel="step", ylabel="loss")
     right.set(title="held-out scenes", xlabel="step", ylabel=measured, ylim=(0, None))
     for axes in (left, right):
         axes.legend()
         axes.grid(alpha=0.3)
-    with write_whole(folder / "losses.png") as path:
-        figure.savefig(path, format="png", dpi=100)
+    save_figure(figure, folder / "losses.png", dpi=100)
+
+
+def label_of(column: str) -> str:
+    """A column's name in words."""
+    return LABELS.get(column, column.replace("_", " "))

@@ -306,19 +306,19 @@ class History:
 # --------------------------------------------------------------------------------------------------------------- the policy
 def trained(run, device):
     """A run's painter and controller -> what they need; pictures, joints, instruction, steps done -> painted pictures, chunk (K, 8)."""
-    from evaluate import networks  # in this process alone: it takes seconds
+    import torch  # in this process alone: it takes seconds
 
-    painter, controller = networks("genima", run, run / "controlnet", run / "act", device)
+    from genima.checkpoints import load_policy
+
+    torch.set_num_threads(1)
+    trained = load_policy(run / "controlnet", run / "act", device)
 
     def policy(pictures, qpos, instruction, step):
-        painted = painter.paint(
-            {camera: picture[None] for camera, picture in pictures.items()}, [instruction]
-        )
-        return {camera: picture[0] for camera, picture in painted.items()}, controller(
-            painted, qpos[None], [instruction]
-        )[0]
+        chunk, painted = trained.act(pictures, qpos, instruction)
+        return painted, chunk
 
-    return {name: controller.config[name] for name in ("cameras", "image_size", "horizon")}, policy
+    config = trained.controller.config
+    return {name: config[name] for name in ("cameras", "image_size", "horizon")}, policy
 
 
 def think(load, pipe):

@@ -17,7 +17,7 @@ from PIL import Image
 from genima.episodes import Episode, read_episode, write_episode
 from genima.files import UserError, write_whole
 from genima.kinematics import franka_chain
-from genima.plots import PANEL, tile, write_film
+from genima.plots import PANEL, painted_panel, write_film
 from robot.arm import HZ, Fault
 
 FILES = ("about.json", "events.jsonl", "frames.bin")  # of a recording that is not finished
@@ -226,7 +226,7 @@ def replay(settings):
         ]
         frames.append(
             np.concatenate(
-                [large[0], tile({camera: painted[camera][t] for camera in painted}), large[1]],
+                [large[0], painted_panel({camera: painted[camera][t] for camera in painted}), large[1]],
                 axis=1,
             )
         )

@@ -230,12 +230,12 @@ class Bench:
 
 def demonstrator(task, seed, variation, size=64, horizon=8):
     """A policy as `trained` in robot_io.py makes one, without networks: a scripted demonstration. For trying out everything else."""
-    from genima.policy import Oracle
+    from genima.policy import OraclePainter
     from sims import make_env
     from sims.demonstrator import record_oracle
 
     oracle, env = (
-        Oracle(record_oracle(task, seed, variation), horizon),
+        OraclePainter(record_oracle(task, seed, variation), horizon),
         make_env(task, (size, size), CAMERAS),
     )
 

@@ -188,6 +188,15 @@ class ArmEnv(gymnasium.Env):
             observation["images"] = render_cameras(self)
         return observation
 
+    def render_camera(self, camera, height, width):
+        return self.picture(camera, height, width)
+
+    def tool_pose(self):
+        return self.tool()
+
+    def camera_parameters(self, name):
+        return self.camera(name)
+
     def render(self):
         return self.render_camera("front", self.height, self.width)
 

@@ -1,8 +1,9 @@
-"""Stage 4: the arithmetic, the oracle, the language check, and the whole command with untrained networks."""
+"""Stage 4: arithmetic, oracle, rollout, language check, and the whole command, untrained."""
 
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import imageio.v2 as imageio
@@ -13,12 +14,28 @@ from conftest import ROOT
 from safetensors.torch import save_file
 
 import evaluate
+import genima.checkpoints
+import genima.policy
 from genima.act import ACT
+from genima.checkpoints import load_controller, load_function, load_networks, load_policy
 from genima.episodes import CAMERAS
 from genima.files import UserError
+from genima.language import check_language
+from genima.policy import GenimaPolicy, OraclePainter, rollout
+from genima.report import FinishedJobs, summarise, wilson_interval
 
-CONFIG = dict(size="tiny", observation="spheres", horizon=8, joints=7, cameras=list(CAMERAS), image_size=[64, 64], vocabulary=[],
-              state_mean=[0.0] * 8, state_std=[1.0] * 8, action_std=[0.01] * 7)  # fmt: skip
+CONFIG = {
+    "size": "tiny",
+    "observation": "spheres",
+    "horizon": 8,
+    "joints": 7,
+    "cameras": list(CAMERAS),
+    "image_size": [64, 64],
+    "vocabulary": [],
+    "state_mean": [0.0] * 8,
+    "state_std": [1.0] * 8,
+    "action_std": [0.01] * 7,
+}
 
 
 def untrained(folder, **changes):
@@ -34,35 +51,39 @@ def untrained(folder, **changes):
 
 
 def settings(run, **changes):
-    return evaluate.Settings(
-        **{
-            "run": run,
-            "tasks": ("reach_target",),
-            "episodes": 2,
-            "videos": 0,
-            "policy": "oracle",
-            **changes,
-        }
-    )
+    values = {"tasks": ("reach_target",), "episodes": 2, "videos": 0, "policy": "oracle"}
+    return evaluate.Settings(run=run, **(values | {"sim": "mujoco"} | changes))
 
 
-# ------------------------------------------------------------------------------------------------------------ arithmetic
+def workspace_of(networks, one):
+    """A process's workspace that has loaded these networks for its only checkpoint."""
+    workspace = evaluate.Workspace([one])
+    workspace.networks = {0: networks}
+    return workspace
+
+
+def drive(networks, task, seed, one):
+    return evaluate.run_episode(workspace_of(networks, one), 0, task, seed)
+
+
+# --------------------------------------------------------------------------------------- arithmetic
 @pytest.mark.parametrize(
     "successes, episodes, low, high",
     [(8, 10, 0.4902, 0.9433), (0, 10, 0, 0.2775), (50, 50, 0.9287, 1), (81, 263, 0.2553, 0.3662)],
 )
 def test_interval_is_wilsons(successes, episodes, low, high):
-    report = evaluate.rate(successes, episodes)
+    assert wilson_interval(successes, episodes) == pytest.approx([low, high], abs=1e-4)
+    outcomes = [{"success": i < successes, "steps": 1} for i in range(episodes)]
+    report = summarise(outcomes, [{"paint": [0.1], "control": [0.2]}] * episodes)
     assert report["rate"] == successes / episodes
     assert report["wilson_95"] == pytest.approx([low, high], abs=1e-4)
+    assert report["paint_ms"] == 100 and report["control_ms"] == 200
 
 
 def oracle_of(positions, horizon=4):
     """An oracle of a one-jointed arm that was at these positions, one a frame."""
-    oracle = evaluate.Oracle.__new__(evaluate.Oracle)
     qpos = np.array([[position, 1] for position in positions], float)
-    oracle.demo, oracle.horizon, oracle.frame = SimpleNamespace(qpos=qpos), horizon, -1
-    return oracle
+    return OraclePainter(SimpleNamespace(qpos=qpos), horizon)
 
 
 def test_oracle_follows_progress():
@@ -74,9 +95,12 @@ def test_oracle_follows_progress():
     assert [oracle.progress([0]) for _ in range(2)] == [10, 10]  # and it waits at the end
 
 
-# ----------------------------------------------------------------------------------------------------------- closed loop
+# -------------------------------------------------------------------------------------- closed loop
 class Follower:
-    """A controller that is told the demonstration, and does what training asks of one: end there, whatever it starts from."""
+    """A controller that is told the demonstration, and does what training asks of one.
+
+    It ends there, whatever it starts from.
+    """
 
     config = CONFIG
 
@@ -88,7 +112,7 @@ class Follower:
 
 
 class Stayer:
-    """A controller that stays where it is, and overshoots the gripper's range and a joint's limit."""
+    """A controller that stays where it is, and overshoots the gripper and a joint's limit."""
 
     config = CONFIG
 
@@ -98,75 +122,154 @@ class Stayer:
         return chunk
 
 
-class Shared(evaluate.Oracle):
+class Shared(OraclePainter):
     def __init__(self, *arguments):
         super().__init__(*arguments)
         Shared.last = self
 
 
 def test_a_good_controller_succeeds_and_an_idle_one_fails(monkeypatch, tmp_path):
-    monkeypatch.setattr(evaluate, "Oracle", Shared)
-    monkeypatch.setattr(evaluate, "networks", lambda *_: (None, Follower()))
+    monkeypatch.setattr(genima.policy, "OraclePainter", Shared)
+    workspace = workspace_of(Follower(), settings(tmp_path))
     for seed in range(3):
-        outcome, log = evaluate.drive("reach_target", seed, settings(tmp_path))
+        outcome, log = evaluate.run_episode(workspace, 0, "reach_target", seed)
         assert outcome["success"] and outcome["steps"] == len(log["trace"]) < 60
         tool, ball = np.array(log["trace"][-1][1:4]), np.array(log["trace"][-1][4:7])
         assert np.linalg.norm(tool - ball) < 0.08 and not log["frames"]
-    monkeypatch.setattr(evaluate, "networks", lambda *_: (None, Stayer()))
-    outcome, log = evaluate.drive("reach_target", 0, settings(tmp_path, execute=8))
-    assert (
-        not outcome["success"]
-        and outcome["steps"] == len(log["trace"]) == 100
-        and len(log["paint"]) == 13
-    )
+    outcome, log = drive(Stayer(), "reach_target", 0, settings(tmp_path, execution_horizon=8))
+    assert not outcome["success"]
+    assert outcome["steps"] == len(log["trace"]) == 100 and len(log["paint"]) == 13
 
 
+class Puppet:
+    """A policy of somebody else: the least that one must have."""
+
+    cameras = ("front",)
+    image_size = (16, 24)
+
+    def act(self, images, qpos, instruction):
+        assert {name: image.shape for name, image in images.items()} == {"front": (16, 24, 3)}
+        return np.repeat(qpos[None], 5, axis=0), images
+
+
+def test_any_object_that_acts_is_a_policy(tmp_path):
+    outcome, log = drive(Puppet(), "reach_target", 0, settings(tmp_path, videos=1, policy="a:b"))
+    assert outcome["steps"] == 100 and not outcome["success"] and "error" not in outcome
+    assert len(log["frames"]) == 101 and log["frames"][0].shape == (256, 768, 3)
+    assert len(log["control"]) == 20 and log["paint"] == [0.0] * 20  # a chunk has 5 steps
+
+
+class Failing:
+    """An environment whose call number `count` of one method fails, the rest is real."""
+
+    def __init__(self, env, method, count, error):
+        self.env, self.method, self.count, self.error = env, method, count, error
+
+    def __getattr__(self, name):
+        value = getattr(self.env, name)
+        if name != self.method:
+            return value
+        self.count -= 1
+        if self.count == 0:
+            raise self.error
+        return value
+
+
+@pytest.mark.parametrize(
+    "method, count, steps",
+    [("reset", 1, 0), ("step", 12, 11), ("render_camera", 3, 10), ("tool_pose", 1, 0)],
+)
+def test_a_failing_simulator_costs_one_episode(tmp_path, method, count, steps):
+    workspace = workspace_of(Puppet(), settings(tmp_path, policy="a:b"))
+    key = ("reach_target", (16, 24), ("front",), "mujoco")
+    env = workspace.environment(*key)
+    good, _ = evaluate.run_episode(workspace, 0, "reach_target", 0)
+    error = RuntimeError("The call failed\non the V-REP side.")
+    workspace.environments[key] = Failing(env, method, count, error)
+    bad, log = evaluate.run_episode(workspace, 0, "reach_target", 0)
+    assert bad["error"] == "RuntimeError: The call failed on the V-REP side."
+    assert not bad["success"] and bad["steps"] == steps
+    workspace.environments[key] = env
+    assert evaluate.run_episode(workspace, 0, "reach_target", 0)[0] == good
+
+    report = summarise([good, bad], [log, log])
+    assert report["errors"] == {"RuntimeError": 1} and report["episodes_with_errors"] == 1
+    for fatal in (UserError("a sentence"), MemoryError(), KeyboardInterrupt()):
+        with pytest.raises(type(fatal)):
+            rollout(Failing(env, method, count, fatal), Puppet(), 0)
+
+
+def test_a_failing_policy_ends_everything(tmp_path):
+    def act(images, qpos, instruction):
+        raise RuntimeError("CUDA is out of memory")
+
+    policy = Puppet()
+    policy.act = act
+    with pytest.raises(RuntimeError, match="out of memory"):
+        drive(policy, "reach_target", 0, settings(tmp_path, policy="a:b"))
+    policy.act = lambda images, qpos, instruction: (np.zeros((5, 7)), images)
+    with pytest.raises(UserError, match=r"the shape \(K, 8\), not \(5, 7\)"):
+        drive(policy, "reach_target", 0, settings(tmp_path, policy="a:b"))
+
+
+# ---------------------------------------------------------------------------- does language matter?
 class KnowingPainter:
-    """Paints the true spheres of the object that the instruction names, or always of the first object."""
+    """Paints the true spheres of the object that the instruction names, or always of the first."""
 
-    def __init__(self, task, seed, deaf):
-        self.task, self.seed, self.deaf = task, seed, deaf
+    def __init__(self, workspace, task, seed, deaf):
+        self.workspace, self.task, self.seed, self.deaf = workspace, task, seed, deaf
 
     def paint(self, images, instructions):
-        env = evaluate.environment(self.task, (64, 64), CAMERAS)
+        env = self.workspace.environment(self.task, (64, 64), CAMERAS, "mujoco")
+        names = [env.task.names[v] for v in range(env.task.candidates)]
         painted = []
         for i, instruction in enumerate(instructions):
-            named = [env.task.names[v] in instruction for v in range(env.task.candidates)].index(
-                True
-            )
-            oracle = evaluate.Oracle(self.task, self.seed, 0 if self.deaf else named, 8)
-            painted.append(
-                oracle.paint(env, {camera: image[i] for camera, image in images.items()}, 0)
-            )
-        return {camera: np.stack([picture[camera] for picture in painted]) for camera in images}
+            named = [name in instruction for name in names].index(True)
+            env.variation = 0 if self.deaf else named
+            oracle = OraclePainter(self.workspace.demonstrate(self.task, env), 8)
+            views = {camera: image[i] for camera, image in images.items()}
+            painted.append(oracle.paint(env, views, 0))
+        return {camera: np.stack([views[camera] for views in painted]) for camera in images}
 
 
 @pytest.mark.parametrize("task", evaluate.LANGUAGE_TASKS)
-def test_language_check_tells_a_deaf_painter(task, monkeypatch, tmp_path):
+def test_language_check_tells_a_deaf_painter(task, tmp_path):
     for deaf, expected in ((False, [True, True, True]), (True, [True, False, False])):
-        monkeypatch.setattr(
-            evaluate, "networks", lambda *_: (KnowingPainter(task, 3, deaf), Follower())
-        )
-        assert evaluate.listen(task, 3, settings(tmp_path, policy="genima")) == expected
+        workspace = workspace_of(None, settings(tmp_path, policy="genima"))
+        painter = KnowingPainter(workspace, task, 3, deaf)
+        workspace.networks = {0: GenimaPolicy(painter, Follower())}
+        assert evaluate.run_language_check(workspace, 0, task, 3) == expected
 
 
-def test_language_check_needs_a_sphere(monkeypatch, tmp_path):
+def test_language_check_needs_a_sphere(tmp_path):
+    workspace = workspace_of(None, settings(tmp_path, policy="genima"))
     nothing = SimpleNamespace(paint=lambda images, instructions: images)
-    monkeypatch.setattr(evaluate, "networks", lambda *_: (nothing, Follower()))
-    assert evaluate.listen("push_button", 3, settings(tmp_path, policy="genima")) == [
-        False,
-        False,
-        False,
-    ]
+    workspace.networks = {0: GenimaPolicy(nothing, Follower())}
+    answer = evaluate.run_language_check(workspace, 0, "push_button", 3)
+    assert answer == [False, False, False]
 
 
-# ----------------------------------------------------------------------------------------------------- the whole command
+def test_language_check_without_a_demonstration_says_nothing(tmp_path):
+    workspace = workspace_of(None, settings(tmp_path, policy="genima"))
+    env = workspace.environment("push_button", (64, 64), CAMERAS, "mujoco")
+
+    def out_of_reach(env):
+        raise UserError("The arm cannot reach it.")
+
+    assert check_language(env, None, out_of_reach, 8, 3) == []
+
+
+# -------------------------------------------------------------------------------- the whole command
 PROGRAM = """
 import sys, evaluate
 run = sys.argv[1]
-for out, *arguments in (["one", "--policy", "oracle", "--workers", "1"], ["two", "--policy", "oracle", "--workers", "2", "--trace"],
-                        ["rgb", "--policy", "act", "--episodes", "1", "--drop-state", "--perturb", "light"]):
-    sys.argv = ["evaluate.py", "--run", run, "--tasks", "reach_target", "--episodes", "2", "--out", f"{run}/{out}", *arguments]
+for out, *arguments in (
+    ["one", "--policy", "oracle", "--workers", "1"],
+    ["two", "--policy", "oracle", "--workers", "2", "--trace"],
+    ["rgb", "--policy", "act", "--episodes", "1", "--drop-state", "--perturb", "light"],
+):
+    common = ["--run", run, "--tasks", "reach_target", "--episodes", "2", "--out", f"{run}/{out}"]
+    sys.argv = ["evaluate.py", *common, *arguments]
     evaluate.run_stage(evaluate.main)
 """
 
@@ -228,9 +331,79 @@ def test_command_writes_the_same_for_any_number_of_workers(tmp_path):
     )
     assert np.abs(plain.astype(int) - lit).mean() > 5
     assert not list(tmp_path.glob("*/.*"))  # nothing half-written
+    assert not list(tmp_path.glob("*/*.partial*"))
 
 
-# -------------------------------------------------------------------------------------------------------------- bad input
+MINE = """
+from pathlib import Path
+
+class Idle:
+    cameras = ("front",)
+    image_size = (16, 16)
+
+    def __init__(self, run):
+        self.starts = run / "starts"
+
+    def reset(self, env):
+        with self.starts.open("a") as file:
+            file.write(f"{env.seed} ")
+        if env.seed in (0, 3) and not (self.starts.parent / "finish").exists():
+            raise OSError(28, "No space left on device")
+
+    def act(self, images, qpos, instruction):
+        return qpos[None].repeat(50, 0), images
+
+def policy(run, device):
+    return Idle(run)
+"""
+
+
+def test_somebodys_policy_and_the_same_command_resumes(tmp_path):
+    (tmp_path / "train_mine.py").write_text(MINE)
+    policy = f"{tmp_path / 'train_mine.py'}:policy"
+    command = [sys.executable, "evaluate.py", "--run", tmp_path, "--policy", policy]
+    command += ["--tasks", "reach_target", "--episodes", "4", "--videos", "0", "--workers", "1"]
+    out = tmp_path / "evaluation"
+
+    def run():
+        (tmp_path / "starts").write_text("")
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        return done, (tmp_path / "starts").read_text().split()
+
+    done, starts = run()  # the disk is full in the first episode
+    assert done.returncode == 2 and "disk is full" in done.stderr and starts == ["0"], done.stderr
+    (tmp_path / "train_mine.py").write_text(MINE.replace("(0, 3)", "(3,)"))
+    done, starts = run()
+    assert done.returncode == 2 and starts == ["0", "1", "2", "3"], done.stderr
+    (kept,) = out.glob("evaluation_mine.*.partial.jsonl")
+    with kept.open("a") as file:
+        file.write('\n[["run_episode", 0, "reach_t')  # killed in the middle of a line
+    (tmp_path / "finish").touch()
+    done, starts = run()
+    assert done.returncode == 0 and starts == ["3"], done.stderr
+    report = json.loads((out / "evaluation_mine.json").read_text())
+    outcomes = report["tasks"]["reach_target"]["outcomes"]
+    assert report["policy"] == "mine" and [one["seed"] for one in outcomes] == [0, 1, 2, 3]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "evaluation_mine.json",
+        "success_mine.png",
+    ]
+    assert run()[1] == ["0", "1", "2", "3"]  # a finished evaluation runs again
+
+
+def test_results_of_other_settings_or_weights_are_not_taken_over(tmp_path):
+    untrained(tmp_path / "act")
+    one = settings(tmp_path, controller=tmp_path / "act", painter=tmp_path / "controlnet")
+    job = (drive, 0, "reach_target", 0)
+    FinishedJobs(tmp_path / "out/evaluation", [one]).add(job, [1], keep=True)
+    assert job in FinishedJobs(tmp_path / "out/evaluation", [replace(one, workers=7)])
+    assert job not in FinishedJobs(tmp_path / "out/evaluation", [replace(one, seed=7)])
+    untrained(tmp_path / "again")
+    (tmp_path / "again/model.safetensors").replace(tmp_path / "act/model.safetensors")
+    assert job not in FinishedJobs(tmp_path / "out/evaluation", [one])
+
+
+# ---------------------------------------------------------------------------------------- bad input
 @pytest.mark.parametrize(
     "changes, sentence",
     [
@@ -242,38 +415,77 @@ def test_command_writes_the_same_for_any_number_of_workers(tmp_path):
             {"tasks": ("pick_and_lift",), "seed": 0},
             "Seed 0 was recorded in",
         ),  # conftest's run holds seeds 0 and 1
-        ({"seed": 10}, "There is no checkpoint"),
+        ({"seed": 10}, "There is no checkpoint .*`make demo` .*`make try`"),
+        ({"seed": 10**12}, "--seed must be 0 or more, up to"),
+        ({"episodes": 10**18}, "--episodes must be 1 or more, up to"),
+        ({"execution_horizon": 0}, "--execution-horizon must be 1 or more"),
+        ({"policy": "genimo"}, "There is no policy 'genimo'"),
+        ({"policy": "nowhere.py:policy", "seed": 10}, "There is no file nowhere.py"),
+        ({"policy": "evaluate.py:fly", "seed": 10}, "evaluate.py has no function 'fly'"),
+        ({"device": "cuda", "seed": 10}, "--device cuda: PyTorch finds no such GPU"),
     ],
 )
-def test_bad_settings_are_one_sentence(run, changes, sentence):
+def test_bad_settings_are_one_sentence(run, changes, sentence, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.chdir(ROOT)
     with pytest.raises(UserError, match=sentence.replace("?", r"\?")):
-        evaluate.check_settings(settings(run, **changes))
+        evaluate.resolve_settings(settings(run, **changes))
+
+
+def test_a_task_that_was_never_recorded_is_said(run, capsys):
+    (run / "act").mkdir()
+    evaluate.resolve_settings(settings(run, seed=10))
+    assert "episodes has no reach_target" in capsys.readouterr().out
+    evaluate.resolve_settings(settings(run, seed=10, tasks=("pick_and_lift",)))
+    assert not capsys.readouterr().out
 
 
 def test_bad_checkpoints_are_one_sentence(tmp_path, monkeypatch):
     untrained(tmp_path / "act")
+    painter, controller = tmp_path / "controlnet", tmp_path / "act"
     with pytest.raises(UserError, match="was not trained with --observation rgb"):
-        evaluate.networks("act", tmp_path, tmp_path, tmp_path / "act", "cpu")
+        load_controller(controller, "rgb")
+    usual = {"horizon": 8, "image_size": 64, "cameras": list(CAMERAS), "size": "tiny"}
     for what, value in (("horizon", 20), ("image_size", 128), ("cameras", ["front"])):
-        painter = SimpleNamespace(
-            config={"horizon": 8, "image_size": 64, "cameras": list(CAMERAS)} | {what: value}
-        )
-        monkeypatch.setattr(evaluate, "load_painter", lambda *_: painter)
+        loaded = SimpleNamespace(config=usual | {what: value})
+        monkeypatch.setattr(genima.checkpoints.Painter, "load", lambda *_, it=loaded: it)
         with pytest.raises(UserError, match=f"controlnet was trained with {what} "):
-            evaluate.networks("genima", tmp_path, tmp_path / "controlnet", tmp_path / "act", "cpu")
+            load_policy(painter, controller)
+    loaded = SimpleNamespace(config=usual)
+    monkeypatch.setattr(genima.checkpoints.Painter, "load", lambda *_: loaded)
+    assert load_policy(painter, controller, size="tiny").painter is loaded
+    with pytest.raises(UserError, match="controlnet was trained with --size tiny, not sd-turbo"):
+        load_policy(painter, controller, size="sd-turbo")
     (tmp_path / "act/model.safetensors").write_bytes(b"half")
-    evaluate.networks.cache_clear()
     with pytest.raises(UserError, match="holds no trained controller"):
-        evaluate.networks("oracle", tmp_path, tmp_path, tmp_path / "act", "cpu")
+        load_controller(controller, "spheres")
+
+
+def test_bad_policy_functions_are_one_sentence(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("def policy(run, device):\n    return None\n")
+    assert load_function(f"{file}:policy")(None, "cpu") is None
+    one = settings(tmp_path, policy=f"{file}:policy", device="cpu")
+    with pytest.raises(UserError, match="mine.py:policy returns no policy: it has no 'cameras'"):
+        load_networks(one)
 
 
 def test_command_says_what_is_wrong(tmp_path):
-    answer = subprocess.run(
-        [sys.executable, "evaluate.py", "--run", tmp_path], cwd=ROOT, capture_output=True, text=True
-    )
-    assert (
-        answer.returncode == 2
-        and len(answer.stderr.splitlines()) == 1
-        and "Traceback" not in answer.stderr
-    )
-    assert "There is no HDF5 file" in answer.stderr
+    (tmp_path / "episodes").mkdir()
+    (tmp_path / "file").touch()
+    for words, sentence in (
+        ([tmp_path], "There is no HDF5 file"),
+        ([tmp_path / "nowhere"], "`make demo`"),
+        ([tmp_path / "nowhere"], "`make try`"),
+    ):
+        answer = subprocess.run(
+            [sys.executable, "evaluate.py", "--run", *words],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+        assert answer.returncode == 2 and len(answer.stderr.splitlines()) == 1
+        assert "Traceback" not in answer.stderr and sentence in answer.stderr
+    with pytest.raises(UserError, match="cannot hold the results .*give another --out"):
+        one = settings(tmp_path, controller=tmp_path, painter=tmp_path)
+        FinishedJobs(tmp_path / "file/evaluation", [one])

@@ -241,10 +241,10 @@ def load(network_class, folder, device):
 
 
 def drive(policy, settings, folder):
-    """evaluate.py with another policy: policy(run, device) -> painter or None, controller. Writes evaluation_<name>.json and films."""
+    """evaluate.py with another policy: policy(run, device) -> a policy of genima/policy.py. Writes evaluation_<name>.json and films."""
     closed = closed_loop.Settings(
         run=settings.run,
-        policy=policy,
+        policy=f"{policy.__globals__['__file__']}:{policy.__name__}",
         episodes=settings.scenes,
         seed=settings.first_scene,
         language=0,
@@ -252,5 +252,4 @@ def drive(policy, settings, folder):
         out=folder,
         device=settings.device,
     )
-    closed_loop.check_settings(closed)
-    closed_loop.write_report(closed)
+    closed_loop.evaluate(closed_loop.resolve_settings(closed))

@@ -31,6 +31,7 @@ import loop  # noqa: E402
 
 from genima.act import ACT, Controller  # noqa: E402
 from genima.files import run_stage  # noqa: E402
+from genima.policy import ActPolicy  # noqa: E402
 
 LEVELS, DENOISE = (
     100,
@@ -112,8 +113,8 @@ def loss_of(network, batch):
 
 
 def diffusion_policy(run, device):
-    """For evaluate.py: no painter, and the controller."""
-    return None, Controller(*loop.load(DiffusionPolicy, run / "diffusion_policy", device), device)
+    """For evaluate.py: the controller alone."""
+    return ActPolicy(Controller(*loop.load(DiffusionPolicy, run / "diffusion_policy", device), device))
 
 
 def main():

@@ -33,6 +33,7 @@ from genima.episodes import CAMERAS  # noqa: E402
 from genima.files import run_stage  # noqa: E402
 from genima.painter import PROMPT, Painter, build_tiny, composite, tile  # noqa: E402
 from genima.plots import write_grid  # noqa: E402
+from genima.policy import GenimaPolicy  # noqa: E402
 from train_act import Samples, crop, losses_of  # noqa: E402
 from train_controlnet import Batches, colour_jitter, find_frames, painting_loss  # noqa: E402
 
@@ -172,7 +173,7 @@ def future_frame(run, device):
     following = Following(
         Painter.load(folder / "painter", device), Controller.load(folder / "controller", device)
     )
-    return following, following
+    return GenimaPolicy(following, following)
 
 
 def main():

@@ -31,6 +31,7 @@ import loop  # noqa: E402
 
 from genima.act import ACT, Controller  # noqa: E402
 from genima.files import run_stage  # noqa: E402
+from genima.policy import ActPolicy  # noqa: E402
 from genima.spheres import JOINTS  # noqa: E402
 from train_act import GRIPPER_WEIGHT, STATE_DROPOUT, Samples  # noqa: E402
 
@@ -161,8 +162,8 @@ def loss_of(network, batch):
 
 
 def points(run, device):
-    """For evaluate.py: no painter, and the controller."""
-    return None, Controller(*loop.load(Points, run / "points", device), device)
+    """For evaluate.py: the controller alone."""
+    return ActPolicy(Controller(*loop.load(Points, run / "points", device), device))
 
 
 def main():
