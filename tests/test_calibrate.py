@@ -1,9 +1,8 @@
-"""calibrate.py: cameras are found where they are, files are kept, and what a person can get wrong is one sentence."""
+"""real_robot.py calibrate: cameras are found where they are, files are kept, and what a person can get wrong is one sentence."""
 
 import csv
 import re
 
-from robot import calibrate
 import cv2
 import numpy as np
 import pytest
@@ -12,11 +11,14 @@ from conftest import look_at, make_episode
 from PIL import Image
 from test_episodes import stage
 
+import real_robot
 from genima.calibration import load_calibration
 from genima.episodes import write_episode
 from genima.files import UserError
 from genima.kinematics import franka_chain
-from robot.calibrate import Settings, find_corners, fit_camera, make_board
+from robot import board as printed_board
+from robot.board import find_corners, make_board
+from robot.calibrate import fit_camera, pose_from_vector
 
 INTRINSICS = np.array([[615.0, 0, 322], [0, 613, 237], [0, 0, 1]])
 SIZE = (480, 640)
@@ -33,23 +35,23 @@ def scene(random, on_arm, views=20):
     middle = POINTS.mean(0)
     rest = CHAIN.joint_poses(REST)[-2]
     if on_arm:  # beside the hand, looking along it; the board lies on the table
-        camera = look_at((0.08, 0.02, 0.03), (0.03, 0, 0.6)) @ calibrate.pose_of(
+        camera = look_at((0.08, 0.02, 0.03), (0.03, 0, 0.6)) @ pose_from_vector(
             random.normal(0, 0.1, 6) * [1, 1, 1, 0.1, 0.1, 0.1]
         )
-        board = calibrate.pose_of(
+        board = pose_from_vector(
             np.append([np.pi, 0, 0], rest[:3, 3] * [1, 1, 0])
         )  # its z axis points down
-        board = board @ calibrate.pose_of(np.append(random.normal(0, 0.1, 3), -middle))
+        board = board @ pose_from_vector(np.append(random.normal(0, 0.1, 3), -middle))
     else:  # in front of the arm; the gripper holds the board towards it
-        camera = look_at(random.normal((1.1, 0, 0.6), 0.05), rest[:3, 3]) @ calibrate.pose_of(
+        camera = look_at(random.normal((1.1, 0, 0.6), 0.05), rest[:3, 3]) @ pose_from_vector(
             [*random.normal(0, 0.1, 3), 0, 0, 0]
         )
         board = (
             np.linalg.inv(rest)
             @ camera
-            @ calibrate.pose_of(np.append(random.normal(0, 0.1, 3), [0, 0, 0.45]))
+            @ pose_from_vector(np.append(random.normal(0, 0.1, 3), [0, 0, 0.45]))
         )
-        board = board @ calibrate.pose_of(np.append([0, 0, 0], -middle))
+        board = board @ pose_from_vector(np.append([0, 0, 0], -middle))
     kept = []
     while len(kept) < views:
         q = REST + random.uniform(-0.5, 0.5, 7)
@@ -91,8 +93,8 @@ def test_the_arm_is_the_data_sheets():
                                        (0, right, 0), (0.088, right, 0)]):  # fmt: skip
         pose = (
             pose
-            @ calibrate.pose_of([alpha, 0, 0, a, 0, 0])
-            @ calibrate.pose_of([0, 0, q[i], 0, 0, d])
+            @ pose_from_vector([alpha, 0, 0, a, 0, 0])
+            @ pose_from_vector([0, 0, q[i], 0, 0, d])
         )
         np.testing.assert_allclose(CHAIN.joint_poses(q)[i], pose, atol=1e-5)
     np.testing.assert_allclose(
@@ -115,12 +117,12 @@ def test_within_a_millimetre_with_noise_of_a_third_of_a_pixel(on_arm, seed):
     assert (
         0.35 < fit.lens_error < 0.45 and 0.35 < fit.arm_error < 0.45
     )  # 0.3 in x and in y, less what the fit takes up
-    assert metres < 4 * fit.unsure[0] < 4e-3 and np.radians(degrees) < 4 * fit.unsure[1]
+    assert metres < 4 * fit.uncertainty[0] < 4e-3 and np.radians(degrees) < 4 * fit.uncertainty[1]
 
 
 def photograph(random, to_camera, noise=3):
     """A picture (480, 640, 3) of the board on a table, slightly blurred and noisy."""
-    across, down = calibrate.SQUARES
+    across, down = printed_board.SQUARES
     dots = 60  # of a square
     printed = make_board(0.03).generateImage((across * dots, down * dots))
     printed = cv2.copyMakeBorder(
@@ -158,7 +160,7 @@ def taken():
 
 
 def lay_out(folder, taken, mend=lambda picture: picture, count=20):
-    """The folder of pictures that calibrate.py reads; the wrist's are numbered from 100."""
+    """The folder of pictures that `real_robot.py calibrate` reads; the wrist's are numbered from 100."""
     lines = [["picture", *(f"q{i}" for i in range(1, 8))]]
     for name, first in (("front", 0), ("wrist", 100)):
         (folder / name).mkdir(parents=True)
@@ -180,7 +182,7 @@ def pictures(tmp_path_factory, taken):
 
 def test_corners_are_found_where_they_are(taken):
     _, _, pictures, to_camera = taken["front"]
-    found = find_corners(make_board(0.03), pictures, Settings())
+    found = find_corners(pictures, 0.03, "pictures", "front")
     off = np.concatenate(
         [pixels - project(to_camera[t], POINTS)[numbers] for t, (numbers, pixels) in found.items()]
     )
@@ -196,7 +198,8 @@ def test_both_cameras_from_pictures(taken, pictures, tmp_path, monkeypatch, caps
         code, out, _ = stage(
             monkeypatch,
             capsys,
-            calibrate.main,
+            real_robot.main,
+            "calibrate",
             "--images",
             pictures,
             "--camera",
@@ -239,7 +242,7 @@ def test_frames_of_an_episode_at_rest(taken, tmp_path, monkeypatch, capsys):
     )
     episode.action = episode.qpos
     write_episode(tmp_path / "000.hdf5", episode)
-    code, out, _ = stage(monkeypatch, capsys, calibrate.main, "--images", tmp_path / "000.hdf5", "--camera", "wrist",
+    code, out, _ = stage(monkeypatch, capsys, real_robot.main, "calibrate", "--images", tmp_path / "000.hdf5", "--camera", "wrist",
                          "--calibration", tmp_path / "cams.yaml")  # fmt: skip
     metres, degrees = apart(
         camera, load_calibration(tmp_path / "cams.yaml")["wrist"]["last_joint_from_camera"]
@@ -250,7 +253,7 @@ def test_frames_of_an_episode_at_rest(taken, tmp_path, monkeypatch, capsys):
 def refused(folder, monkeypatch, capsys, *arguments, camera="front"):
     """The calibration has to fail in one sentence and to write nothing. Returns the sentence."""
     path = folder.parent / "unwritten.yaml"
-    code, out, sentence = stage(monkeypatch, capsys, calibrate.main, "--images", folder, "--camera", camera,
+    code, out, sentence = stage(monkeypatch, capsys, real_robot.main, "calibrate", "--images", folder, "--camera", camera,
                                 "--calibration", path, *arguments)  # fmt: skip
     assert (
         code == 2
@@ -290,7 +293,7 @@ def test_mirrored_boards_and_other_boards(taken, pictures, tmp_path, monkeypatch
     )  # millimetres
     for name, other in (("DICTIONARY", cv2.aruco.DICT_4X4_50), ("SQUARES", (6, 7))):
         with monkeypatch.context() as patch:
-            patch.setattr(calibrate, name, other)
+            patch.setattr(printed_board, name, other)
             assert "0 of 20 pictures of front show the board" in refused(pictures, patch, capsys)
 
 
@@ -306,7 +309,7 @@ def test_hands_that_did_not_turn_and_joints_of_other_pictures():
         with pytest.raises(UserError, match="joint positions"):
             fit_camera(found, POINTS, last, SIZE, not on_arm, 0.03, names)
         turned = last[0] @ np.array(
-            [calibrate.pose_of([0, 0, angle, 0, 0, 0]) for angle in np.linspace(-0.5, 0.5, 20)]
+            [pose_from_vector([0, 0, angle, 0, 0, 0]) for angle in np.linspace(-0.5, 0.5, 20)]
         )
         seen = (
             np.linalg.inv(turned @ camera) @ board
@@ -364,7 +367,8 @@ def test_a_broken_calibration_file_stays(pictures, tmp_path, monkeypatch, capsys
     code, _, sentence = stage(
         monkeypatch,
         capsys,
-        calibrate.main,
+        real_robot.main,
+        "calibrate",
         "--images",
         pictures,
         "--calibration",
@@ -378,7 +382,12 @@ def test_a_broken_calibration_file_stays(pictures, tmp_path, monkeypatch, capsys
 
 def test_the_printed_board_has_its_true_size(tmp_path, monkeypatch, capsys):
     for name in ("board.png", "board.pdf"):
-        assert stage(monkeypatch, capsys, calibrate.main, "--print-board", tmp_path / name)[0] == 0
+        assert (
+            stage(
+                monkeypatch, capsys, real_robot.main, "calibrate", "--print-board", tmp_path / name
+            )[0]
+            == 0
+        )
     sheet = Image.open(tmp_path / "board.png")
     assert np.allclose(sheet.info["dpi"], 609.6, atol=0.1)
     grey = np.array(sheet.convert("L"))
@@ -395,5 +404,13 @@ def test_the_printed_board_has_its_true_size(tmp_path, monkeypatch, capsys):
         [float(page[1]) / 72 * 25.4, float(page[2]) / 72 * 25.4], (210, 297), atol=0.1
     )
     assert (
-        stage(monkeypatch, capsys, calibrate.main, "--print-board", tmp_path / "board.doc")[0] == 2
+        stage(
+            monkeypatch,
+            capsys,
+            real_robot.main,
+            "calibrate",
+            "--print-board",
+            tmp_path / "board.doc",
+        )[0]
+        == 2
     )
