@@ -139,6 +139,8 @@ def fit_camera(found, points, world_from_last, size, on_arm, square, names) -> C
         boards[:, :3, 3],
         method=cv2.CALIB_HAND_EYE_PARK,
     )
+    if not np.isfinite(np.append(rotation, position)).all():  # the hand never turned
+        check_uncertainty(np.inf, np.inf)
     camera = pose_from_vector(np.append(cv2.Rodrigues(rotation)[0], position))
     board = carrier[0] @ camera @ boards[0]
 

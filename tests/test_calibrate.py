@@ -1,13 +1,17 @@
-"""real_robot.py calibrate: cameras are found where they are, files are kept, and what a person can get wrong is one sentence."""
+"""real_robot.py calibrate: cameras are found where they are, files are kept, and what a person can
+get wrong is one sentence."""
 
 import csv
+import os
 import re
+import subprocess
+import sys
 
 import cv2
 import numpy as np
 import pytest
 import yaml
-from conftest import look_at, make_episode
+from conftest import ROOT, look_at, make_episode
 from PIL import Image
 from test_episodes import stage
 
@@ -28,7 +32,9 @@ POINTS = make_board(0.03).getChessboardCorners().astype(float)  # (M, 3)
 
 
 def scene(random, on_arm, views=20):
-    """Random arm positions in which the whole board is in view -> q (T, 7), world_from_last (T, 4, 4), camera, board, to_camera.
+    """Random arm positions in which the whole board is in view.
+
+    -> q (T, 7), world_from_last (T, 4, 4), camera, board, to_camera.
 
     camera and board as in `fit_camera`; to_camera (T, 4, 4) is camera from board.
     """
@@ -87,10 +93,18 @@ def apart(pose, other):
 
 
 def test_the_arm_is_the_data_sheets():
-    """Franka's published Denavit-Hartenberg parameters (Craig's convention): a, alpha, d of each joint."""
+    """Franka's published Denavit-Hartenberg parameters (Craig's convention)."""
     q, pose, right = np.random.default_rng(0).uniform(-1, 1, 7), np.eye(4), np.pi / 2
-    for i, (a, alpha, d) in enumerate([(0, 0, 0.333), (0, -right, 0), (0, right, 0.316), (0.0825, right, 0), (-0.0825, -right, 0.384),
-                                       (0, right, 0), (0.088, right, 0)]):  # fmt: skip
+    parameters = [  # a, alpha, d of each joint
+        (0, 0, 0.333),
+        (0, -right, 0),
+        (0, right, 0.316),
+        (0.0825, right, 0),
+        (-0.0825, -right, 0.384),
+        (0, right, 0),
+        (0.088, right, 0),
+    ]
+    for i, (a, alpha, d) in enumerate(parameters):
         pose = (
             pose
             @ pose_from_vector([alpha, 0, 0, a, 0, 0])
@@ -120,11 +134,11 @@ def test_within_a_millimetre_with_noise_of_a_third_of_a_pixel(on_arm, seed):
     assert metres < 4 * fit.uncertainty[0] < 4e-3 and np.radians(degrees) < 4 * fit.uncertainty[1]
 
 
-def photograph(random, to_camera, noise=3):
+def photograph(random, to_camera, noise=3, legacy=False):
     """A picture (480, 640, 3) of the board on a table, slightly blurred and noisy."""
     across, down = printed_board.SQUARES
     dots = 60  # of a square
-    printed = make_board(0.03).generateImage((across * dots, down * dots))
+    printed = make_board(0.03, legacy).generateImage((across * dots, down * dots))
     printed = cv2.copyMakeBorder(
         printed, dots // 2, dots // 2, dots // 2, dots // 2, cv2.BORDER_CONSTANT, value=255
     )
@@ -160,7 +174,7 @@ def taken():
 
 
 def lay_out(folder, taken, mend=lambda picture: picture, count=20):
-    """The folder of pictures that `real_robot.py calibrate` reads; the wrist's are numbered from 100."""
+    """The folder of pictures that the calibration reads; the wrist's are numbered from 100."""
     lines = [["picture", *(f"q{i}" for i in range(1, 8))]]
     for name, first in (("front", 0), ("wrist", 100)):
         (folder / name).mkdir(parents=True)
@@ -242,8 +256,9 @@ def test_frames_of_an_episode_at_rest(taken, tmp_path, monkeypatch, capsys):
     )
     episode.action = episode.qpos
     write_episode(tmp_path / "000.hdf5", episode)
-    code, out, _ = stage(monkeypatch, capsys, real_robot.main, "calibrate", "--images", tmp_path / "000.hdf5", "--camera", "wrist",
-                         "--calibration", tmp_path / "cams.yaml")  # fmt: skip
+    options = ("--images", tmp_path / "000.hdf5", "--camera", "wrist")
+    options += ("--calibration", tmp_path / "cams.yaml")
+    code, out, _ = stage(monkeypatch, capsys, real_robot.main, "calibrate", *options)
     metres, degrees = apart(
         camera, load_calibration(tmp_path / "cams.yaml")["wrist"]["last_joint_from_camera"]
     )
@@ -253,8 +268,8 @@ def test_frames_of_an_episode_at_rest(taken, tmp_path, monkeypatch, capsys):
 def refused(folder, monkeypatch, capsys, *arguments, camera="front"):
     """The calibration has to fail in one sentence and to write nothing. Returns the sentence."""
     path = folder.parent / "unwritten.yaml"
-    code, out, sentence = stage(monkeypatch, capsys, real_robot.main, "calibrate", "--images", folder, "--camera", camera,
-                                "--calibration", path, *arguments)  # fmt: skip
+    options = ("--images", folder, "--camera", camera, "--calibration", path, *arguments)
+    code, out, sentence = stage(monkeypatch, capsys, real_robot.main, "calibrate", *options)
     assert (
         code == 2
         and out == ""
@@ -295,6 +310,57 @@ def test_mirrored_boards_and_other_boards(taken, pictures, tmp_path, monkeypatch
         with monkeypatch.context() as patch:
             patch.setattr(printed_board, name, other)
             assert "0 of 20 pictures of front show the board" in refused(pictures, patch, capsys)
+
+
+def test_boards_printed_by_an_older_opencv(monkeypatch, capsys):
+    """Before version 4.6, a board with an even number of rows began with a white square."""
+    monkeypatch.setattr(printed_board, "SQUARES", (5, 6))
+    points = make_board(0.03).getChessboardCorners().astype(float)
+    random = np.random.default_rng(0)
+    to_camera = scene(random, False, views=8)[-1]
+    pictures = [photograph(random, pose, legacy=True) for pose in to_camera]
+    found = find_corners(pictures, 0.03, "pictures", "front")
+    assert len(found) == 8 and "legacy pattern" in capsys.readouterr().out
+    for t, (numbers, pixels) in found.items():
+        assert np.abs(pixels - project(to_camera[t], points)[numbers]).max() < 1.5
+    pictures = [photograph(random, pose) for pose in to_camera]
+    assert len(find_corners(pictures, 0.03, "pictures", "front")) == 8
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("mujoco", ["wrong MUJOCO_GL", "absent"])
+@pytest.mark.parametrize("command", [["--help"], ["calibrate", "--print-board", "board.png"]])
+def test_calibration_needs_no_mujoco(mujoco, command, tmp_path):
+    environment = os.environ | {"MUJOCO_GL": "cgl"}
+    if mujoco == "absent":
+        (tmp_path / "mujoco.py").write_text("raise ImportError('no MuJoCo here')")
+        environment["PYTHONPATH"] = str(tmp_path)
+    result = subprocess.run(
+        [sys.executable, ROOT / "real_robot.py", *command],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_real_robot_needs_no_mujoco(tmp_path):
+    """It gets as far as the connection, and says so."""
+    (tmp_path / "mujoco.py").write_text("raise ImportError('no MuJoCo here')")
+    text = (
+        "import real_robot, robot.board, robot.calibrate\n"
+        "from robot.arm import Franka; from robot.safety import Safety\n"
+        "Franka('127.0.0.99', Safety())\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", text],
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}", "MUJOCO_GL": "cgl"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert "UserError: No connection to the robot at 127.0.0.99" in result.stderr
 
 
 def test_hands_that_did_not_turn_and_joints_of_other_pictures():
@@ -350,10 +416,19 @@ def test_a_lens_that_bends_lines():
         )
 
 
-@pytest.mark.parametrize("text, word", [
-    (None, "joints.csv"), ("", "joints.csv"), ("1,0,0,0,0,0,0,0\n", "no line in"), ("0,1,2\n", "picture 0"),
-    ("0,a,b,c,d,e,f,g\n", "joints.csv"), ("0,nan,0,0,0,0,0,0\n", "picture 0"), ("0,0,-17,0,-126,0,108,45\n", "radians"), ("0,0,0,0,0,0,0,0\n", "000.png cannot be read"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, word",
+    [
+        (None, "joints.csv"),
+        ("", "joints.csv"),
+        ("1,0,0,0,0,0,0,0\n", "no line in"),
+        ("0,1,2\n", "picture 0"),
+        ("0,a,b,c,d,e,f,g\n", "joints.csv"),
+        ("0,nan,0,0,0,0,0,0\n", "picture 0"),
+        ("0,0,-17,0,-126,0,108,45\n", "radians"),
+        ("0,0,0,0,0,0,0,0\n", "000.png cannot be read"),
+    ],
+)
 def test_bad_folders(tmp_path, monkeypatch, capsys, text, word):
     (tmp_path / "pictures/front").mkdir(parents=True)
     (tmp_path / "pictures/front/000.png").write_bytes(b"no picture")

@@ -691,8 +691,8 @@ def test_bad_input_is_one_sentence(tmp_path, monkeypatch):
 
 # ------------------------------------------------------------------ over the robot's own protocol
 class Sweep:
-    """Policy for tests: swings joint 1 by 0.4 rad and back in three seconds; what goes wrong does so
-    after a second."""
+    """Policy for tests: swings joint 1 by 0.4 rad and back in three seconds; what goes wrong
+    does so after a second."""
 
     def __init__(self, fault, size):
         self.fault, self.size, self.first, self.begun = fault, size, None, None
