@@ -189,17 +189,17 @@ def drive(robot, workcell, policy, safety, log, settings, instruction, steps, is
     log.event("the first target was confirmed")
     observer.wait_for_frames(CAMERA_PAUSE)
     lateness = []
-    while len(lateness) < steps and not is_over():
-        follower.ask_at_rest(observer)  # a person may have taken her time
+    while True:
+        follower.ask_at_rest(observer)  # again: a person may have taken her time
         try:
             control_loop(
                 robot, observer, follower, safety, log, settings.dry_run, steps, is_over, lateness
             )
+            return lateness
         except StaleFrames as fault:
             robot.brake()
             log.event(f"paused: {fault}")
             observer.wait_for_frames(CAMERA_PAUSE)  # raises the same if it does not come back
-    return lateness
 
 
 # -------------------------------------------------------------------------------------------- run

@@ -55,8 +55,8 @@ class Workcell(Cameras):
             sources[name] = source
         if not sources or not all(sources.values()) or set(sources) - set(calibration):
             raise UserError(
-                "A robot needs --cameras name=serial ... and a --calibration file with these "
-                "names (real_robot.py calibrate)."
+                "A robot needs --cameras name=serial or name=opencv:0 ..., and a --calibration "
+                "file with these names (real_robot.py calibrate)."
             )
         self.instruction = settings.instruction
         if not self.instruction:

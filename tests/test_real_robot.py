@@ -373,12 +373,13 @@ class Log:
         self.events.append(text)
 
 
-def loop(tmp_path, policy, safety=None, steps=30, eyes=None, log=None, **settings):
+def loop(tmp_path, policy, safety=None, steps=30, eyes=None, log=None, is_over=None, **settings):
     arm = Arm()
     log = log or Log(tmp_path / "log.hdf5")
     safety = safety or Safety(speed=1.0)
     eyes = eyes or Eyes()
-    real_robot.drive(arm, eyes, policy, safety, log, Run(**settings), "", steps, real_robot.never)
+    is_over = is_over or real_robot.never
+    real_robot.drive(arm, eyes, policy, safety, log, Run(**settings), "", steps, is_over)
     return arm
 
 
@@ -472,6 +473,13 @@ def test_a_camera_that_does_not_come_back_ends_the_run(tmp_path, monkeypatch):
     log = Log(tmp_path / "log.hdf5")
     with pytest.raises(Fault, match="'front' has sent no picture"):
         loop(tmp_path, Ramp(0.03), eyes=PausingEyes(log, 60), log=log)
+
+
+def test_enter_ends_a_run(tmp_path):
+    """It is pressed once, and read once."""
+    typed = iter([False] * 5 + [True])
+    arm = loop(tmp_path, Ramp(0.03), is_over=lambda: next(typed, False))
+    assert len(arm.sent) == 5
 
 
 def test_dry_run_sends_nothing(tmp_path):
