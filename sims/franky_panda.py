@@ -1,50 +1,60 @@
-"""The simulated arm behind the robot's own network protocol: what real_robot.py drives where there is no robot.
+"""The simulated arm behind the robot's own network protocol: for real_robot.py without a robot.
 
-    bench = Bench("pick_and_lift", seed=0);  franky.Robot(bench.host);  bench.read();  bench.close()
+    workcell = SimulatedWorkcell("pick_and_lift", seed=0)
+    franky.Robot(workcell.host)                    as a real one
+    stamps, images = workcell.read_frames()        {camera: s}, {camera: (H, W, 3)}
+    workcell.close()
 
-Two processes share the scene of sims/mujoco_panda.py (same task, same seed: same objects, same physics, same servo):
-  the arm      a `franky-sim` server on a loopback address; MuJoCo steps behind it, 1,000 times a second, in real time;
-  the cameras  draw what is there, at their own pace, and stamp each round of pictures with time.monotonic().
+Two processes share the scene of sims/mujoco_panda.py (same task, same seed: same objects, same
+physics, same servo):
+  the arm      a `franky-sim` server on a loopback address; MuJoCo steps behind it, 1,000 times a
+               second, in real time;
+  the cameras  draw what is there, at their own pace, and stamp each round of pictures with
+               time.monotonic().
 """
 
 import ctypes
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from contextlib import suppress
 from functools import partial
 
-import franky_sim
-import mujoco
 import numpy as np
-from franky_sim.constants import FRANKA_HAND_MAX_WIDTH
-from franky_sim.mujoco_simulator import FrankaMujocoRobot
 
 from genima.episodes import CAMERAS
 from genima.files import UserError
 from sims.demonstrator import expert_actions
-from sims.mujoco_panda import PandaEnv
+from sims.mujoco_panda import PandaEnv, mujoco  # before franky_sim: it chooses how MuJoCo draws
+
+# isort: split
+import franky_sim
+from franky_sim.constants import FRANKA_HAND_MAX_WIDTH
+from franky_sim.mujoco_simulator import FrankaMujocoRobot
 
 ROUNDS = 4  # rounds of pictures kept, so that a reader has time to copy one
+TICK = 0.001  # seconds of the protocol's control cycle
 
 
-class State(ctypes.Structure):
-    """What the arm's process says in shared memory: the task's success and failure, how fast the fastest joint is (rad/s), whether the
-    demonstrator guides the arm (asked for by the main program), and seconds that the simulated clock has lost."""
+class SharedState(ctypes.Structure):
+    """What the arm's process reports in shared memory."""
 
     _fields_ = [
-        (name, ctypes.c_double) for name in ("success", "failed", "speed", "guided", "lost")
+        ("success", ctypes.c_double),  # of the task, so far
+        ("failed", ctypes.c_double),
+        ("speed", ctypes.c_double),  # rad/s of the fastest joint
+        ("guided", ctypes.c_double),  # whether the demonstrator moves the arm; set by the program
+        ("lost", ctypes.c_double),  # seconds that the simulated clock has lost
     ]
 
 
-class Arm(FrankaMujocoRobot):
-    """The protocol's robot, moved by the servos of sims/mujoco_panda.py instead of franky-sim's own."""
+class ProtocolArm(FrankaMujocoRobot):
+    """The protocol's robot, moved by the servos of sims/mujoco_panda.py, not franky-sim's own."""
 
     def _joint_position_control(self, target):
-        self.torque_control(
-            np.zeros(7)
-        )  # the protocol reports a torque; the servos make the real one
+        self.torque_control(np.zeros(7))  # the protocol reports a torque; the servos make it
         self._data.ctrl[:7] = target
 
     def _torque_control(self, torques):
@@ -54,172 +64,195 @@ class Arm(FrankaMujocoRobot):
         self._data.ctrl[7] = 255 * np.clip(width / FRANKA_HAND_MAX_WIDTH, 0, 1)
 
 
-def begin(bench):
-    """How both processes begin -> the scene, and a function that says whether the main program is still there."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a robot does not hear Ctrl-C
+# ------------------------------------------------------------------------------ the two processes
+def end_with_parent():
+    """End this process when the one that started it is gone, however it ended."""
+
+    def watch():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def start_process():
+    """What both processes do first."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a robot hears no signals
+        signal.signal(number, signal.SIG_IGN)
+    end_with_parent()
     with suppress(OSError):
-        os.nice(
-            -10
-        )  # root may ask that others on this machine do not slow the arm and its cameras down
-    parent = os.getppid()
-    return bench.scene(), lambda: os.getppid() == parent
+        os.nice(-10)  # root may ask that other programs do not slow down the arm and its cameras
 
 
-def serve(bench, prepare, pipe):
-    """The arm's process."""
-    env, needed = begin(bench)
-    data, state, qpos = env.data, bench.state, np.frombuffer(bench.qpos)
-    env.model.opt.timestep = 0.001  # the protocol's tick
-    arm = Arm(initial_q=data.qpos[:7])
+def serve_arm(workcell, prepare, pipe):
+    """The arm's process: one step of the physics and of the protocol per millisecond."""
+    start_process()
+    env = workcell.make_scene()
+    data = env.data
+    state = workcell.state
+    shared_qpos = np.frombuffer(workcell.qpos)
+    env.model.opt.timestep = TICK
+    arm = ProtocolArm(initial_q=data.qpos[:7])
     arm._attach_to_scene(env.model, data, "")
     if prepare:
         prepare()
     server = franky_sim.FrankaRobotServer(arm, franky_sim.LocalHostnames())
     server.init()
     pipe.send(arm.hostname)
-    script = action = (
-        None  # of the demonstrator, and where it wants joints and gripper (8,), whatever the network says
-    )
-    tick, start = 0, time.monotonic()
-    while needed():
+    script = None  # the demonstrator's actions
+    action = None  # its present one (8,), which overrides the network's commands
+    tick = 0
+    start = time.monotonic()
+    while True:
         if tick % 100 == 0:  # ten times a second, as in PandaEnv.step
             state.success = max(state.success, env.task.success(env))
             state.failed = max(state.failed, env.task.failed(env))
             if state.guided:
-                script = script or expert_actions(env)
-                wanted = next(script, None)
-                action, state.guided = action if wanted is None else wanted, wanted is not None
+                if script is None:
+                    script = expert_actions(env)
+                following = next(script, None)
+                if following is None:
+                    state.guided = False
+                else:
+                    action = following
         server.process_commands()
         if action is not None:
             data.ctrl[:] = *action[:7], 255 * (action[7] > 0.5)
         mujoco.mj_step(env.model, data)
         arm._post_step()
         server.send_state()
-        qpos[:], state.speed = data.qpos, np.abs(data.qvel[:7]).max()
+        shared_qpos[:] = data.qpos
+        state.speed = np.abs(data.qvel[:7]).max()
         tick += 1
-        ahead = start + tick * 0.001 - time.monotonic()
+        ahead = start + tick * TICK - time.monotonic()
         time.sleep(max(ahead, 0))
-        if (
-            ahead < -0.1
-        ):  # too slow for real time: the robot's clock loses it, rather than hurrying afterwards
+        if ahead < -0.1:  # too slow: the robot's clock loses the time, and does not hurry
             start -= ahead
             state.lost -= ahead
 
 
-def watch(bench, fps):
+def draw_cameras(workcell, fps):
     """The cameras' process: each round of pictures goes into the next of ROUNDS places."""
-    env, needed = begin(bench)
-    stamps, pixels = bench.rounds()
-    for camera in bench.cameras:
-        env.render_camera(camera, *bench.size)  # the first one takes longer
-    count, due = 0, time.monotonic()
-    while needed():
-        stamp, place = time.monotonic(), count % ROUNDS
-        env.data.qpos[:] = bench.qpos
+    start_process()
+    env = workcell.make_scene()
+    stamps, pixels = workcell.shared_rounds()
+    height, width = workcell.size
+    for camera in workcell.cameras:
+        env.render_camera(camera, height, width)  # the first one takes longer
+    count = 0
+    due = time.monotonic()
+    while True:
+        stamp = time.monotonic()
+        place = count % ROUNDS
+        env.data.qpos[:] = workcell.qpos
         mujoco.mj_forward(env.model, env.data)
-        stamps[place] = 0
-        for i, camera in enumerate(bench.cameras):
-            pixels[place, i] = env.render_camera(camera, *bench.size)
+        stamps[place] = 0  # not to be read while it is drawn
+        for i, camera in enumerate(workcell.cameras):
+            pixels[place, i] = env.render_camera(camera, height, width)
         stamps[place] = stamp
         count += 1
-        due = max(
-            due + 1 / fps, time.monotonic() - (ROUNDS - 1) / fps
-        )  # a round that was late is made up for
+        # A round that was late is made up for, up to as many as there are places.
+        due = max(due + 1 / fps, time.monotonic() - (ROUNDS - 1) / fps)
         time.sleep(max(due - time.monotonic(), 0))
 
 
-class Bench:
-    """Starts both processes and waits until the arm listens. size: (height, width) of the pictures; fps: rounds of pictures a second;
-    prepare: called first in the arm's process (tests break things there)."""
+# ----------------------------------------------------------------------------------- the workcell
+class SimulatedWorkcell:
+    """The simulated arm, its cameras and its task; used as robot/workcell.py's Workcell."""
 
-    sim = True
+    simulated = True
 
     def __init__(
         self, task, seed=0, variation=None, size=(64, 64), cameras=CAMERAS, fps=20, prepare=None
     ):
-        if unknown := set(cameras) - set(CAMERAS):
+        """Starts both processes and waits until the arm listens.
+
+        size: (height, width) of the pictures; fps: rounds of pictures a second; prepare: called
+        first in the arm's process (tests break things there).
+        """
+        unknown = set(cameras) - set(CAMERAS)
+        if unknown:
             raise UserError(
-                f"There is no simulated camera '{unknown.pop()}', only {', '.join(CAMERAS)}; a robot's need --robot too."
+                f"There is no simulated camera '{unknown.pop()}', only {', '.join(CAMERAS)}; "
+                "a robot's need --robot too."
             )
-        self.task, self.seed, self.variation, self.size, self.cameras = (
-            task,
-            seed,
-            variation,
-            size,
-            cameras,
-        )
-        env = self.scene()
-        self.variation, self.instruction, self.max_steps = (
-            env.variation,
-            env.instruction,
-            env.task.max_steps,
-        )
-        self.policy, self.calibration = partial(demonstrator, task, seed, self.variation), {}
-        for camera in cameras:
-            intrinsics, pose = env.camera_parameters(camera)
-            mounted = {"last_joint_from_camera": np.linalg.inv(env.joint_poses()[-2]) @ pose}
-            self.calibration[camera] = {"intrinsics": intrinsics} | (
-                mounted if camera == "wrist" else {"world_from_camera": pose}
-            )
+        self.task = task
+        self.seed = seed
+        self.variation = variation
+        self.size = size
+        self.cameras = cameras
+        self.demonstrating = False
+        env = self.make_scene()
+        self.variation = env.variation
+        self.instruction = env.instruction
+        self.max_steps = env.task.max_steps
+        self.load_demonstrator = partial(load_demonstrator, task, seed, env.variation)
+        self.calibration = calibration_of(env)
         context = multiprocessing.get_context("spawn")
-        self.state, self.qpos = (
-            context.RawValue(State),
-            context.RawArray(ctypes.c_double, env.data.qpos.tolist()),
-        )
+        self.state = context.RawValue(SharedState)
+        self.qpos = context.RawArray(ctypes.c_double, env.data.qpos.tolist())
         self.stamps = context.RawArray(ctypes.c_double, ROUNDS)
-        self.pixels = context.RawArray(
-            ctypes.c_uint8, ROUNDS * len(cameras) * size[0] * size[1] * 3
-        )
-        here, there = context.Pipe()
+        bytes_of_round = len(cameras) * size[0] * size[1] * 3
+        self.pixels = context.RawArray(ctypes.c_uint8, ROUNDS * bytes_of_round)
+        pipe, child_pipe = context.Pipe()
         self.processes = []
-        for target, arguments in ((serve, (self, prepare, there)), (watch, (self, fps))):
-            self.processes.append(context.Process(target=target, args=arguments, daemon=True))
-            self.processes[-1].start()
-        there.close()
+        jobs = [(serve_arm, (self, prepare, child_pipe)), (draw_cameras, (self, fps))]
+        for target, arguments in jobs:
+            process = context.Process(target=target, args=arguments, daemon=True)
+            process.start()
+            self.processes.append(process)
+        child_pipe.close()
         try:
-            self.host = here.recv()
+            self.host = pipe.recv()
         except EOFError:
             self.close()
             raise UserError(
                 "The simulated robot did not start: its own message is above."
             ) from None
+        except BaseException:  # Ctrl-C
+            self.close()
+            raise
 
     def __getstate__(self):  # what another process can be given
         return vars(self) | {"processes": []}
 
-    def scene(self):
+    def make_scene(self):
         """The environment at the beginning of the episode."""
         env = PandaEnv(self.task, self.size, self.cameras, images=False)
         env.reset(seed=self.seed, options={"variation": self.variation})
         return env
 
-    def rounds(self):
-        """The shared memory of stamps (ROUNDS,), s of time.monotonic(), and pictures (ROUNDS, cameras, H, W, 3)."""
-        return np.frombuffer(self.stamps), np.frombuffer(self.pixels, np.uint8).reshape(
-            ROUNDS, len(self.cameras), *self.size, 3
-        )
+    def shared_rounds(self):
+        """The shared memory of stamps (ROUNDS,), s, and pictures (ROUNDS, cameras, H, W, 3)."""
+        pixels = np.frombuffer(self.pixels, np.uint8)
+        shape = (ROUNDS, len(self.cameras), *self.size, 3)
+        return np.frombuffer(self.stamps), pixels.reshape(shape)
 
-    def read(self):
-        """The newest whole round of pictures -> {camera: stamp (s, time.monotonic()), 0 before the first}, {camera: (H, W, 3) uint8}."""
-        stamps, pixels = self.rounds()
+    def read_frames(self):
+        """The newest whole round of pictures: {camera: stamp (s of time.monotonic(), 0 before the
+        first)}, {camera: (H, W, 3) uint8}."""
+        stamps, pixels = self.shared_rounds()
         newest = int(stamps.argmax())
-        return dict.fromkeys(self.cameras, float(stamps[newest])), dict(
-            zip(self.cameras, pixels[newest].copy())
-        )
+        images = dict(zip(self.cameras, pixels[newest].copy()))
+        return dict.fromkeys(self.cameras, float(stamps[newest])), images
 
     def get(self, name):
+        """A field of SharedState."""
         return getattr(self.state, name)
 
-    def success(self):
+    def is_successful(self):
         return bool(self.state.success)
 
-    def alpha_composite(self):
-        """Whether there is nothing left to do."""
-        return self.state.success or self.state.failed
+    def is_over(self):
+        """Whether there is nothing left to do, or the demonstration has ended."""
+        if self.demonstrating:
+            return not self.state.guided
+        return bool(self.state.success or self.state.failed)
 
-    def demonstrate(self):
-        """Lets the scripted demonstrator move the arm, until it is done and state.guided is 0."""
-        self.state.guided = 1
+    def start_demonstration(self, settings):
+        """Lets the scripted demonstrator move the arm."""
+        self.demonstrating = True
+        self.state.guided = True
 
     def close(self):
         for process in self.processes:
@@ -228,23 +261,37 @@ class Bench:
             process.join()
 
 
-def demonstrator(task, seed, variation, size=64, horizon=8):
-    """A policy as `trained` in robot_io.py makes one, without networks: a scripted demonstration. For trying out everything else."""
+def calibration_of(env):
+    """Where the cameras are, as a calibration file says it."""
+    calibration = {}
+    for camera in env.cameras:
+        intrinsics, pose = env.camera_parameters(camera)
+        entry = {"intrinsics": intrinsics}
+        if camera == "wrist":
+            entry["last_joint_from_camera"] = np.linalg.inv(env.joint_poses()[-2]) @ pose
+        else:
+            entry["world_from_camera"] = pose
+        calibration[camera] = entry
+    return calibration
+
+
+def load_demonstrator(task, seed, variation, size=64, horizon=8):
+    """A scripted demonstration in the place of a policy, for trying out everything else.
+
+    Returns config and act, as robot/policy_process.py's load_policy.
+    """
     from genima.policy import OraclePainter
     from sims import make_env
     from sims.demonstrator import record_oracle
 
-    oracle, env = (
-        OraclePainter(record_oracle(task, seed, variation), horizon),
-        make_env(task, (size, size), CAMERAS),
-    )
+    oracle = OraclePainter(record_oracle(task, seed, variation), horizon)
+    env = make_env(task, (size, size), CAMERAS)
 
-    def policy(pictures, qpos, instruction, step):
+    def act(images, qpos, instruction, progress):
         env.data.qpos[:7] = qpos[:7]  # the wrist's camera is where the arm is
         mujoco.mj_forward(env.model, env.data)
-        steps = np.minimum(
-            max(round(step) - 1, 0) + np.arange(horizon), len(oracle.demo.action) - 1
-        )
-        return oracle.paint(env, pictures, steps[0]), oracle.demo.action[steps]
+        first = max(round(progress) - 1, 0)
+        frames = np.minimum(first + np.arange(horizon), len(oracle.demo.action) - 1)
+        return oracle.demo.action[frames], oracle.paint(env, images, frames[0])
 
-    return {"cameras": CAMERAS, "image_size": (size, size), "horizon": horizon}, policy
+    return {"cameras": CAMERAS, "image_size": (size, size), "horizon": horizon}, act

@@ -1,22 +1,28 @@
-"""calibrate.py: cameras are found where they are, files are kept, and what a person can get wrong is one sentence."""
+"""real_robot.py calibrate: cameras are found where they are, files are kept, and what a person can
+get wrong is one sentence."""
 
 import csv
+import os
 import re
+import subprocess
+import sys
 
-from robot import calibrate
 import cv2
 import numpy as np
 import pytest
 import yaml
-from conftest import look_at, make_episode
+from conftest import ROOT, look_at, make_episode
 from PIL import Image
 from test_episodes import stage
 
+import real_robot
 from genima.calibration import load_calibration
 from genima.episodes import write_episode
 from genima.files import UserError
 from genima.kinematics import franka_chain
-from robot.calibrate import Settings, find_corners, fit_camera, make_board
+from robot import board as printed_board
+from robot.board import find_corners, make_board
+from robot.calibrate import fit_camera, pose_from_vector
 
 INTRINSICS = np.array([[615.0, 0, 322], [0, 613, 237], [0, 0, 1]])
 SIZE = (480, 640)
@@ -26,30 +32,32 @@ POINTS = make_board(0.03).getChessboardCorners().astype(float)  # (M, 3)
 
 
 def scene(random, on_arm, views=20):
-    """Random arm positions in which the whole board is in view -> q (T, 7), world_from_last (T, 4, 4), camera, board, to_camera.
+    """Random arm positions in which the whole board is in view.
+
+    -> q (T, 7), world_from_last (T, 4, 4), camera, board, to_camera.
 
     camera and board as in `fit_camera`; to_camera (T, 4, 4) is camera from board.
     """
     middle = POINTS.mean(0)
     rest = CHAIN.forward_kinematics(REST)[-2]
     if on_arm:  # beside the hand, looking along it; the board lies on the table
-        camera = look_at((0.08, 0.02, 0.03), (0.03, 0, 0.6)) @ calibrate.pose_of(
+        camera = look_at((0.08, 0.02, 0.03), (0.03, 0, 0.6)) @ pose_from_vector(
             random.normal(0, 0.1, 6) * [1, 1, 1, 0.1, 0.1, 0.1]
         )
-        board = calibrate.pose_of(
+        board = pose_from_vector(
             np.append([np.pi, 0, 0], rest[:3, 3] * [1, 1, 0])
         )  # its z axis points down
-        board = board @ calibrate.pose_of(np.append(random.normal(0, 0.1, 3), -middle))
+        board = board @ pose_from_vector(np.append(random.normal(0, 0.1, 3), -middle))
     else:  # in front of the arm; the gripper holds the board towards it
-        camera = look_at(random.normal((1.1, 0, 0.6), 0.05), rest[:3, 3]) @ calibrate.pose_of(
+        camera = look_at(random.normal((1.1, 0, 0.6), 0.05), rest[:3, 3]) @ pose_from_vector(
             [*random.normal(0, 0.1, 3), 0, 0, 0]
         )
         board = (
             np.linalg.inv(rest)
             @ camera
-            @ calibrate.pose_of(np.append(random.normal(0, 0.1, 3), [0, 0, 0.45]))
+            @ pose_from_vector(np.append(random.normal(0, 0.1, 3), [0, 0, 0.45]))
         )
-        board = board @ calibrate.pose_of(np.append([0, 0, 0], -middle))
+        board = board @ pose_from_vector(np.append([0, 0, 0], -middle))
     kept = []
     while len(kept) < views:
         q = REST + random.uniform(-0.5, 0.5, 7)
@@ -85,14 +93,22 @@ def apart(pose, other):
 
 
 def test_the_arm_is_the_data_sheets():
-    """Franka's published Denavit-Hartenberg parameters (Craig's convention): a, alpha, d of each joint."""
+    """Franka's published Denavit-Hartenberg parameters (Craig's convention)."""
     q, pose, right = np.random.default_rng(0).uniform(-1, 1, 7), np.eye(4), np.pi / 2
-    for i, (a, alpha, d) in enumerate([(0, 0, 0.333), (0, -right, 0), (0, right, 0.316), (0.0825, right, 0), (-0.0825, -right, 0.384),
-                                       (0, right, 0), (0.088, right, 0)]):  # fmt: skip
+    parameters = [  # a, alpha, d of each joint
+        (0, 0, 0.333),
+        (0, -right, 0),
+        (0, right, 0.316),
+        (0.0825, right, 0),
+        (-0.0825, -right, 0.384),
+        (0, right, 0),
+        (0.088, right, 0),
+    ]
+    for i, (a, alpha, d) in enumerate(parameters):
         pose = (
             pose
-            @ calibrate.pose_of([alpha, 0, 0, a, 0, 0])
-            @ calibrate.pose_of([0, 0, q[i], 0, 0, d])
+            @ pose_from_vector([alpha, 0, 0, a, 0, 0])
+            @ pose_from_vector([0, 0, q[i], 0, 0, d])
         )
         np.testing.assert_allclose(CHAIN.forward_kinematics(q)[i], pose, atol=1e-5)
     np.testing.assert_allclose(
@@ -115,14 +131,14 @@ def test_within_a_millimetre_with_noise_of_a_third_of_a_pixel(on_arm, seed):
     assert (
         0.35 < fit.lens_error < 0.45 and 0.35 < fit.arm_error < 0.45
     )  # 0.3 in x and in y, less what the fit takes up
-    assert metres < 4 * fit.unsure[0] < 4e-3 and np.radians(degrees) < 4 * fit.unsure[1]
+    assert metres < 4 * fit.uncertainty[0] < 4e-3 and np.radians(degrees) < 4 * fit.uncertainty[1]
 
 
-def photograph(random, to_camera, noise=3):
+def photograph(random, to_camera, noise=3, legacy=False):
     """A picture (480, 640, 3) of the board on a table, slightly blurred and noisy."""
-    across, down = calibrate.SQUARES
+    across, down = printed_board.SQUARES
     dots = 60  # of a square
-    printed = make_board(0.03).generateImage((across * dots, down * dots))
+    printed = make_board(0.03, legacy).generateImage((across * dots, down * dots))
     printed = cv2.copyMakeBorder(
         printed, dots // 2, dots // 2, dots // 2, dots // 2, cv2.BORDER_CONSTANT, value=255
     )
@@ -158,7 +174,7 @@ def taken():
 
 
 def lay_out(folder, taken, mend=lambda picture: picture, count=20):
-    """The folder of pictures that calibrate.py reads; the wrist's are numbered from 100."""
+    """The folder of pictures that the calibration reads; the wrist's are numbered from 100."""
     lines = [["picture", *(f"q{i}" for i in range(1, 8))]]
     for name, first in (("front", 0), ("wrist", 100)):
         (folder / name).mkdir(parents=True)
@@ -180,7 +196,7 @@ def pictures(tmp_path_factory, taken):
 
 def test_corners_are_found_where_they_are(taken):
     _, _, pictures, to_camera = taken["front"]
-    found = find_corners(make_board(0.03), pictures, Settings())
+    found = find_corners(pictures, 0.03, "pictures", "front")
     off = np.concatenate(
         [pixels - project(to_camera[t], POINTS)[numbers] for t, (numbers, pixels) in found.items()]
     )
@@ -196,7 +212,8 @@ def test_both_cameras_from_pictures(taken, pictures, tmp_path, monkeypatch, caps
         code, out, _ = stage(
             monkeypatch,
             capsys,
-            calibrate.main,
+            real_robot.main,
+            "calibrate",
             "--images",
             pictures,
             "--camera",
@@ -239,8 +256,9 @@ def test_frames_of_an_episode_at_rest(taken, tmp_path, monkeypatch, capsys):
     )
     episode.action = episode.qpos
     write_episode(tmp_path / "000.hdf5", episode)
-    code, out, _ = stage(monkeypatch, capsys, calibrate.main, "--images", tmp_path / "000.hdf5", "--camera", "wrist",
-                         "--calibration", tmp_path / "cams.yaml")  # fmt: skip
+    options = ("--images", tmp_path / "000.hdf5", "--camera", "wrist")
+    options += ("--calibration", tmp_path / "cams.yaml")
+    code, out, _ = stage(monkeypatch, capsys, real_robot.main, "calibrate", *options)
     metres, degrees = apart(
         camera, load_calibration(tmp_path / "cams.yaml")["wrist"]["last_joint_from_camera"]
     )
@@ -250,8 +268,8 @@ def test_frames_of_an_episode_at_rest(taken, tmp_path, monkeypatch, capsys):
 def refused(folder, monkeypatch, capsys, *arguments, camera="front"):
     """The calibration has to fail in one sentence and to write nothing. Returns the sentence."""
     path = folder.parent / "unwritten.yaml"
-    code, out, sentence = stage(monkeypatch, capsys, calibrate.main, "--images", folder, "--camera", camera,
-                                "--calibration", path, *arguments)  # fmt: skip
+    options = ("--images", folder, "--camera", camera, "--calibration", path, *arguments)
+    code, out, sentence = stage(monkeypatch, capsys, real_robot.main, "calibrate", *options)
     assert (
         code == 2
         and out == ""
@@ -290,8 +308,59 @@ def test_mirrored_boards_and_other_boards(taken, pictures, tmp_path, monkeypatch
     )  # millimetres
     for name, other in (("DICTIONARY", cv2.aruco.DICT_4X4_50), ("SQUARES", (6, 7))):
         with monkeypatch.context() as patch:
-            patch.setattr(calibrate, name, other)
+            patch.setattr(printed_board, name, other)
             assert "0 of 20 pictures of front show the board" in refused(pictures, patch, capsys)
+
+
+def test_boards_printed_by_an_older_opencv(monkeypatch, capsys):
+    """Before version 4.6, a board with an even number of rows began with a white square."""
+    monkeypatch.setattr(printed_board, "SQUARES", (5, 6))
+    points = make_board(0.03).getChessboardCorners().astype(float)
+    random = np.random.default_rng(0)
+    to_camera = scene(random, False, views=8)[-1]
+    pictures = [photograph(random, pose, legacy=True) for pose in to_camera]
+    found = find_corners(pictures, 0.03, "pictures", "front")
+    assert len(found) == 8 and "legacy pattern" in capsys.readouterr().out
+    for t, (numbers, pixels) in found.items():
+        assert np.abs(pixels - project(to_camera[t], points)[numbers]).max() < 1.5
+    pictures = [photograph(random, pose) for pose in to_camera]
+    assert len(find_corners(pictures, 0.03, "pictures", "front")) == 8
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("mujoco", ["wrong MUJOCO_GL", "absent"])
+@pytest.mark.parametrize("command", [["--help"], ["calibrate", "--print-board", "board.png"]])
+def test_calibration_needs_no_mujoco(mujoco, command, tmp_path):
+    environment = os.environ | {"MUJOCO_GL": "cgl"}
+    if mujoco == "absent":
+        (tmp_path / "mujoco.py").write_text("raise ImportError('no MuJoCo here')")
+        environment["PYTHONPATH"] = str(tmp_path)
+    result = subprocess.run(
+        [sys.executable, ROOT / "real_robot.py", *command],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_real_robot_needs_no_mujoco(tmp_path):
+    """It gets as far as the connection, and says so."""
+    (tmp_path / "mujoco.py").write_text("raise ImportError('no MuJoCo here')")
+    text = (
+        "import real_robot, robot.board, robot.calibrate\n"
+        "from robot.arm import Franka; from robot.safety import Safety\n"
+        "Franka('127.0.0.99', Safety())\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", text],
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}", "MUJOCO_GL": "cgl"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert "UserError: No connection to the robot at 127.0.0.99" in result.stderr
 
 
 def test_hands_that_did_not_turn_and_joints_of_other_pictures():
@@ -306,7 +375,7 @@ def test_hands_that_did_not_turn_and_joints_of_other_pictures():
         with pytest.raises(UserError, match="joint positions"):
             fit_camera(found, POINTS, last, SIZE, not on_arm, 0.03, names)
         turned = last[0] @ np.array(
-            [calibrate.pose_of([0, 0, angle, 0, 0, 0]) for angle in np.linspace(-0.5, 0.5, 20)]
+            [pose_from_vector([0, 0, angle, 0, 0, 0]) for angle in np.linspace(-0.5, 0.5, 20)]
         )
         seen = (
             np.linalg.inv(turned @ camera) @ board
@@ -347,10 +416,19 @@ def test_a_lens_that_bends_lines():
         )
 
 
-@pytest.mark.parametrize("text, word", [
-    (None, "joints.csv"), ("", "joints.csv"), ("1,0,0,0,0,0,0,0\n", "no line in"), ("0,1,2\n", "picture 0"),
-    ("0,a,b,c,d,e,f,g\n", "joints.csv"), ("0,nan,0,0,0,0,0,0\n", "picture 0"), ("0,0,-17,0,-126,0,108,45\n", "radians"), ("0,0,0,0,0,0,0,0\n", "000.png cannot be read"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, word",
+    [
+        (None, "joints.csv"),
+        ("", "joints.csv"),
+        ("1,0,0,0,0,0,0,0\n", "no line in"),
+        ("0,1,2\n", "picture 0"),
+        ("0,a,b,c,d,e,f,g\n", "joints.csv"),
+        ("0,nan,0,0,0,0,0,0\n", "picture 0"),
+        ("0,0,-17,0,-126,0,108,45\n", "radians"),
+        ("0,0,0,0,0,0,0,0\n", "000.png cannot be read"),
+    ],
+)
 def test_bad_folders(tmp_path, monkeypatch, capsys, text, word):
     (tmp_path / "pictures/front").mkdir(parents=True)
     (tmp_path / "pictures/front/000.png").write_bytes(b"no picture")
@@ -364,7 +442,8 @@ def test_a_broken_calibration_file_stays(pictures, tmp_path, monkeypatch, capsys
     code, _, sentence = stage(
         monkeypatch,
         capsys,
-        calibrate.main,
+        real_robot.main,
+        "calibrate",
         "--images",
         pictures,
         "--calibration",
@@ -378,7 +457,12 @@ def test_a_broken_calibration_file_stays(pictures, tmp_path, monkeypatch, capsys
 
 def test_the_printed_board_has_its_true_size(tmp_path, monkeypatch, capsys):
     for name in ("board.png", "board.pdf"):
-        assert stage(monkeypatch, capsys, calibrate.main, "--print-board", tmp_path / name)[0] == 0
+        assert (
+            stage(
+                monkeypatch, capsys, real_robot.main, "calibrate", "--print-board", tmp_path / name
+            )[0]
+            == 0
+        )
     sheet = Image.open(tmp_path / "board.png")
     assert np.allclose(sheet.info["dpi"], 609.6, atol=0.1)
     grey = np.array(sheet.convert("L"))
@@ -395,5 +479,13 @@ def test_the_printed_board_has_its_true_size(tmp_path, monkeypatch, capsys):
         [float(page[1]) / 72 * 25.4, float(page[2]) / 72 * 25.4], (210, 297), atol=0.1
     )
     assert (
-        stage(monkeypatch, capsys, calibrate.main, "--print-board", tmp_path / "board.doc")[0] == 2
+        stage(
+            monkeypatch,
+            capsys,
+            real_robot.main,
+            "calibrate",
+            "--print-board",
+            tmp_path / "board.doc",
+        )[0]
+        == 2
     )

@@ -1,4 +1,5 @@
-"""The real robot's loop: limits, timing and recordings without a robot; faults and a whole run over the robot's own protocol."""
+"""The real robot's loop: limits, timing and recordings without a robot; faults and a whole run
+over the robot's own protocol."""
 
 import contextlib
 import errno
@@ -12,19 +13,25 @@ import threading
 import time
 import types
 from functools import partial
+from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
-from robot import arm as robot_io
 
 import real_robot
 from genima.episodes import read_episode
 from genima.files import UserError, run_stage
 from genima.kinematics import JOINT_LIMITS, franka_chain
-from real_robot import Fault, Record, Replay, Run, Safety
-from robot.arm import fit
+from real_robot import Record, Replay, Run
+from robot import policy_process
+from robot.arm import Fault, Franka, explain
+from robot.cameras import Cameras, resize_and_crop
+from robot.policy_process import Answer, PolicyProcess
 from robot.recording import Recording, recover
+from robot.safety import Safety
+from robot.session import stop_on_signals
+from robot.workcell import Workcell
 
 HOME = np.array([0.0, -0.3, 0.0, -2.2, 0.0, 1.9, 0.7853])
 CAMERA = {
@@ -33,7 +40,7 @@ CAMERA = {
 }
 
 
-# ------------------------------------------------------------------------------------------------------------- kinematics
+# ------------------------------------------------------------------------------------- kinematics
 def test_kinematics_are_the_simulators():
     from sims.mujoco_panda import PandaEnv, mujoco
 
@@ -53,38 +60,37 @@ def test_kinematics_are_the_simulators():
         ).all()
 
 
-# ----------------------------------------------------------------------------------------------------------------- safety
+# ----------------------------------------------------------------------------------------- safety
 def test_speed_is_capped_and_the_rest_of_the_way_remains():
-    wish = HOME + 0.1 * np.eye(7)[0]
-    command, share = Safety(speed=0.2).step(HOME, wish)
-    assert np.abs(command - HOME).max() == pytest.approx(
-        0.2 * 2.175 / 10
-    ) and share == pytest.approx(0.435)
-    assert (Safety(speed=1.0).step(HOME, wish)[0] == wish).all()
-    assert Safety().step(HOME, HOME)[1] == 1
+    target = HOME + 0.1 * np.eye(7)[0]
+    command, fraction = Safety(speed=0.2).limit_step(HOME, target)
+    assert np.abs(command - HOME).max() == pytest.approx(0.2 * 2.175 / 10)
+    assert fraction == pytest.approx(0.435)
+    assert (Safety(speed=1.0).limit_step(HOME, target)[0] == target).all()
+    assert Safety().limit_step(HOME, HOME)[1] == 1
 
 
 @pytest.mark.parametrize(
-    "joint, wish, words", [(0, 1.0, "jump by 1.00"), (0, np.nan, "jump by nan")]
+    "joint, change, words", [(0, 1.0, "jump by 1.00"), (0, np.nan, "jump by nan")]
 )
-def test_jumps_are_refused(joint, wish, words):
+def test_jumps_are_refused(joint, change, words):
     target = HOME.copy()
-    target[joint] += wish
+    target[joint] += change
     with pytest.raises(Fault, match=words):
-        Safety().step(HOME, target)
+        Safety().limit_step(HOME, target)
 
 
 def test_joint_limits_have_a_margin_and_the_way_back_is_free():
     safety = Safety(speed=1.0, workspace=(-2, -2, -2, 2, 2, 2))
     edge = HOME.copy()
     edge[6] = JOINT_LIMITS["fr3"][1][6] - 0.06
-    safety.step(edge, edge + 0.005 * np.eye(7)[6])
+    safety.limit_step(edge, edge + 0.005 * np.eye(7)[6])
     with pytest.raises(Fault, match="joint 7 at .*are allowed"):
-        safety.step(edge, edge + 0.03 * np.eye(7)[6])
+        safety.limit_step(edge, edge + 0.03 * np.eye(7)[6])
     beyond = edge + 0.04 * np.eye(7)[6]
-    safety.step(beyond, beyond - 0.01 * np.eye(7)[6])
+    safety.limit_step(beyond, beyond - 0.01 * np.eye(7)[6])
     with pytest.raises(Fault):
-        safety.step(beyond, beyond + 0.001 * np.eye(7)[6])
+        safety.limit_step(beyond, beyond + 0.001 * np.eye(7)[6])
 
 
 def test_the_workspace_is_a_box_around_the_fingertips():
@@ -92,11 +98,14 @@ def test_the_workspace_is_a_box_around_the_fingertips():
     down = HOME + 0.02 * np.eye(7)[1]  # leans forward: the hand sinks
     sunk = franka_chain().forward_kinematics(down)[-1, 2, 3]
     assert sunk < tool[2] - 0.001
-    box = lambda floor: (0, -1, floor, 1, 1, 1)  # noqa: E731
-    Safety(workspace=box(sunk - 1e-4)).step(HOME, down)
+
+    def box(floor):
+        return (0, -1, floor, 1, 1, 1)
+
+    Safety(workspace=box(sunk - 1e-4)).limit_step(HOME, down)
     with pytest.raises(Fault, match="outside the --workspace"):
-        Safety(speed=1.0, workspace=box(sunk + 1e-4)).step(HOME, down)
-    Safety(workspace=box(sunk + 1e-4)).step(down, HOME)
+        Safety(speed=1.0, workspace=box(sunk + 1e-4)).limit_step(HOME, down)
+    Safety(workspace=box(sunk + 1e-4)).limit_step(down, HOME)
 
 
 def test_other_checks():
@@ -104,15 +113,15 @@ def test_other_checks():
     for bad in (np.full((8, 8), np.nan), np.full((8, 8), np.inf), np.zeros((8, 7))):
         with pytest.raises(Fault, match="NaN or infinite"):
             safety.check_chunk(bad)
-    safety.check_fresh({"front": 9.8, "wrist": 9.9}, 10.0)
+    safety.check_frames({"front": 9.8, "wrist": 9.9}, 10.0)
     with pytest.raises(Fault, match="'wrist' has sent no picture for 0.4 s"):
-        safety.check_fresh({"front": 9.9, "wrist": 9.6}, 10.0)
+        safety.check_frames({"front": 9.9, "wrist": 9.6}, 10.0)
     with pytest.raises(Fault, match="silent"):
-        safety.check_heard(0.3)
+        safety.check_robot_clock(0.3)
     with pytest.raises(Fault, match="late by more than 0.5 s"):
-        safety.check_waiting(0.51)
+        safety.check_watchdog(0.51)
     with pytest.raises(Fault, match="Joint 2 moves"):
-        safety.check_motion(np.array([0, -2.1, 0, 0, 0, 0, 0, 0]))
+        safety.check_velocity(np.array([0, -2.1, 0, 0, 0, 0, 0, 0]))
     for speed in (0, 1.5):
         with pytest.raises(UserError, match="--speed"):
             Safety(speed=speed)
@@ -125,34 +134,65 @@ def test_other_checks():
             Safety(**wrong)
 
 
-def test_nothing_moves_unless_a_person_confirms(tmp_path, monkeypatch, capsys):
+def test_nothing_moves_unless_a_person_confirms(tmp_path, capsys):
     painted = {"front": np.zeros((8, 8, 3), np.uint8)}
-    monkeypatch.setattr("builtins.input", lambda _: "n")
+    path = tmp_path / "first_target.png"
     with pytest.raises(Fault, match="nothing was sent"):
-        Safety().confirm(painted, tmp_path / "first_target.png", False)
-    assert (
-        tmp_path / "first_target.png"
-    ).exists() and "first_target.png" in capsys.readouterr().out
-    monkeypatch.setattr("builtins.input", lambda _: "y")
-    Safety().confirm(painted, tmp_path / "first_target.png", False)
+        Safety().confirm(painted, path, ask=lambda question: "n")
+    assert path.exists() and "first_target.png" in capsys.readouterr().out
+    Safety().confirm(painted, path, ask=lambda question: "y")
+    Safety().confirm(painted, path, ask=None)
 
 
-def test_reflexes_are_told_in_words():
-    assert "it touched something" in robot_io.in_words(
-        'Move command aborted: motion aborted by reflex! ["cartesian_reflex"]'
-    )
-    assert "look at Desk" in robot_io.in_words("something new")
+REJECTED = "libfranka: Move command rejected: command not possible in the current mode"
+REFLEX = "libfranka: Move command aborted: motion aborted by reflex!"
+MESSAGES = [  # as libfranka 0.21 prints them, and what the sentence has to say
+    (f'{REFLEX} ["cartesian_reflex"]', "it touched something"),
+    (f'{REFLEX} ["joint_velocity_violation"]', "lower --speed"),
+    (f'{REJECTED} ("Reflex")!', "an earlier reflex"),
+    (f'{REJECTED} ("Guiding")!', "let go of the buttons"),
+    (f'{REJECTED} ("User stopped")!', "release it"),
+    (f"{REJECTED} (kUserStopped)!", "release it"),
+    ("libfranka: Move command aborted: User Stop pressed!", "release it"),
+    (f'{REJECTED} ("Other")! Did you open the brakes?', "unlock the joints"),
+    (f'{REJECTED} ("Automatic error recovery")!', "still recovering"),
+    ("libfranka: Move command rejected: manual error recovery required!", "acknowledge the error"),
+    ("libfranka: TCP receive: Connection reset by peer", "ended the connection"),
+    ("libfranka: server closed connection", "ended the connection"),
+    ("libfranka: Connection timeout. Please check your network connection", "does not answer"),
+    ("libfranka: UDP receive: Timeout", "does not answer"),
+    ("libfranka: Connection to FCI refused. Please install FCI feature", "activate it in Desk"),
+    ("libfranka: Incompatible library version (server version: 9, library version: 10)", "wheel"),
+    ("Move command rejected due to activated safety function!", "Watchman"),
+]
 
 
-# ---------------------------------------------------------------------------------------------------- pictures and recordings
-def test_fit_keeps_what_a_pixel_sees():
+@pytest.mark.parametrize("message, advice", MESSAGES)
+def test_libfrankas_messages_get_advice_of_their_own(message, advice):
+    sentence = explain(message)
+    assert advice in sentence and message in sentence
+
+
+def test_an_unknown_message_is_repeated():
+    assert "(something new): see in Desk" in explain("something\n new")
+
+
+# ------------------------------------------------------------------------ pictures and recordings
+@pytest.mark.parametrize("size", [(96, 96), (120, 160), (96, 160)])
+def test_resizing_keeps_what_a_pixel_sees(size):
     picture = np.zeros((480, 640, 3), np.uint8)
     picture[200:220, 400:420] = 255
-    fitted, intrinsics = fit(picture, 96, CAMERA["intrinsics"])
+    resized, intrinsics = resize_and_crop(picture, size, CAMERA["intrinsics"])
     x, y, _ = intrinsics @ np.linalg.solve(CAMERA["intrinsics"], [410, 210, 1])
-    white = np.argwhere(fitted[..., 0] > 128) + 0.5
-    assert fitted.shape == (96, 96, 3) and np.abs(white.mean(0) - [y, x]).max() < 0.01
-    assert fit(picture, 0, CAMERA["intrinsics"]) == (picture, CAMERA["intrinsics"])
+    white = np.argwhere(resized[..., 0] > 128) + 0.5
+    assert resized.shape == (*size, 3) and np.abs(white.mean(0) - [y, x]).max() < 0.01
+
+
+@pytest.mark.parametrize("size", [None, (480, 640)])
+def test_a_picture_of_the_right_size_stays(size):
+    picture = np.zeros((480, 640, 3), np.uint8)
+    intrinsics = CAMERA["intrinsics"]
+    assert resize_and_crop(picture, size, intrinsics) == (picture, intrinsics)
 
 
 ABOUT = dict(
@@ -244,7 +284,7 @@ def test_a_full_disk_keeps_what_there_was(tmp_path):
 
 
 def test_large_episodes_are_written_frame_by_frame(tmp_path, monkeypatch):
-    monkeypatch.setattr("episodes.LARGE", 100)
+    monkeypatch.setattr("genima.files.LARGE", 100)
     episode = read_episode(recording(tmp_path / "demo.hdf5", 3).finish(True))
     assert (episode.images["front"][2] == 2).all()
     monkeypatch.setattr("shutil.disk_usage", lambda path: types.SimpleNamespace(free=10))
@@ -254,12 +294,16 @@ def test_large_episodes_are_written_frame_by_frame(tmp_path, monkeypatch):
     assert error.value.errno == errno.ENOSPC and log.folder.exists() and not log.path.exists()
 
 
-# --------------------------------------------------------------------------------------------------------- the loop's timing
+# ------------------------------------------------------------------------------ the loop's timing
 class Arm:
     """Is at once where it is sent."""
 
     def __init__(self):
-        self.joints, self.sent, self.velocities, self.opened = HOME.copy(), [], [], []
+        self.joints = HOME.copy()
+        self.sent = []  # joint 1's commands
+        self.velocities = []
+        self.opened = []
+        self.braked = []  # after how many commands
 
     def state(self):
         return time.monotonic(), np.append(self.joints, 1), np.zeros(8)
@@ -272,6 +316,9 @@ class Arm:
     def grip(self, opened):
         self.opened.append(opened)
 
+    def brake(self):
+        self.braked.append(len(self.sent))
+
 
 class Eyes:
     """Pictures of this moment, or older ones."""
@@ -279,46 +326,60 @@ class Eyes:
     def __init__(self, age=0.0):
         self.age = age
 
-    def read(self):
+    def read_frames(self):
         return {"front": time.monotonic() - self.age}, {"front": np.zeros((4, 4, 3), np.uint8)}
 
 
 class Ramp:
-    """A policy that raises joint 1 by 0.01 rad a step and answers after `seconds`: any pause or repetition shows."""
+    """A policy that raises joint 1 by 0.01 rad a step and answers after `seconds`: any pause or
+    repetition shows."""
 
-    needs = {"cameras": ("front",), "image_size": (4, 4), "horizon": 8}
+    config = {"cameras": ("front",), "image_size": (4, 4), "horizon": 8}
 
     def __init__(self, seconds):
-        self.seconds, self.due, self.steps = seconds, None, []
+        self.seconds = seconds
+        self.due = None
+        self.steps = []
 
-    def ask(self, pictures, qpos, instruction, step):
+    def request(self, images, qpos, instruction, progress):
         self.due = time.monotonic() + self.seconds
-        self.steps.append(step)
+        self.steps.append(progress)
         first = (
-            qpos[0] - HOME[0] + (0.01 if step == 0 else 0)
+            qpos[0] - HOME[0] + (0.01 if progress == 0 else 0)
         )  # action 0 is the one that was under way
-        self.result = (
-            pictures,
-            np.tile(np.append(HOME, 0.0), (8, 1))
-            + np.outer(first + 0.01 * np.arange(8), np.eye(8)[0]),
-        )
+        chunk = np.tile(np.append(HOME, 0.0), (8, 1))
+        chunk[:, 0] += first + 0.01 * np.arange(8)
+        self.answer = Answer(chunk, images, self.seconds)
 
-    def answer(self, timeout=0.0):
-        time.sleep(timeout and self.seconds)
+    def receive(self, timeout=0.0):
+        if timeout:
+            time.sleep(self.seconds)
         if self.due and time.monotonic() >= self.due:
             self.due = None
-            return *self.result, self.seconds
+            return self.answer
+        return None
 
 
-def loop(tmp_path, policy, safety=None, steps=30, age=0.0, **settings):
-    arm, log = (
-        Arm(),
-        types.SimpleNamespace(
-            path=tmp_path / "log.hdf5", add=lambda *a, **k: None, event=lambda text: None
-        ),
-    )
+class Log:
+    def __init__(self, path):
+        self.path = path
+        self.events = []
+        self.count = 0
+
+    def add(self, images, painted, **values):
+        self.count += 1
+
+    def event(self, text):
+        self.events.append(text)
+
+
+def loop(tmp_path, policy, safety=None, steps=30, eyes=None, log=None, is_over=None, **settings):
+    arm = Arm()
+    log = log or Log(tmp_path / "log.hdf5")
     safety = safety or Safety(speed=1.0)
-    real_robot.drive(arm, Eyes(age), policy, safety, log, Run(**settings), "", steps, lambda: False)
+    eyes = eyes or Eyes()
+    is_over = is_over or real_robot.never
+    real_robot.drive(arm, eyes, policy, safety, log, Run(**settings), "", steps, is_over)
     return arm
 
 
@@ -335,7 +396,9 @@ def test_chunks_follow_one_another_without_a_pause(tmp_path):
 
 def test_the_horizon_can_be_set_and_a_slower_policy_is_asked_earlier(tmp_path):
     policy = Ramp(0.03)
-    assert np.allclose(loop(tmp_path, policy, execute=4, steps=12).sent, 0.01 * np.arange(1, 13))
+    assert np.allclose(
+        loop(tmp_path, policy, execution_horizon=4, steps=12).sent, 0.01 * np.arange(1, 13)
+    )
     assert policy.steps[1:4] == [0, 5, 9]
     slow = Ramp(0.13)
     sent = loop(tmp_path, slow, steps=26).sent
@@ -344,8 +407,9 @@ def test_the_horizon_can_be_set_and_a_slower_policy_is_asked_earlier(tmp_path):
 
 
 def test_the_age_of_a_picture_is_made_up_for(tmp_path):
-    sent = np.array(loop(tmp_path, Ramp(0.03), steps=20, age=0.05).sent)
-    # The fake arm was a step further back when the picture was taken, and the chunk begins there: half a step later in the chunk.
+    sent = np.array(loop(tmp_path, Ramp(0.03), steps=20, eyes=Eyes(0.05)).sent)
+    # The fake arm was a step further back when the picture was taken, and the chunk begins there:
+    # half a step later in the chunk.
     assert np.allclose(np.diff(sent), 0.01, atol=0.0055) and (np.diff(sent) > 0).all()
 
 
@@ -356,68 +420,232 @@ def test_a_slow_arm_plays_the_chunk_slowly(tmp_path):
 
 def test_the_watchdog_stops_a_policy_that_is_late(tmp_path):
     policy = Ramp(0.03)
-    answer = policy.answer
-    policy.answer = lambda timeout=0.0: answer(timeout) if len(policy.steps) < 4 else None
+    receive = policy.receive
+    policy.receive = lambda timeout=0.0: receive(timeout) if len(policy.steps) < 4 else None
     with pytest.raises(Fault, match="late"):
         loop(tmp_path, policy, Safety(speed=1.0, watchdog=0.3))
+
+
+def test_the_policy_may_take_its_time_before_the_arm_moves(tmp_path):
+    """A busy laptop: the first answers are later than the watchdog allows in motion."""
+    policy = Ramp(0.03)
+    request = policy.request
+
+    def slow_at_rest(images, qpos, instruction, progress):
+        policy.seconds = 0.4 if progress == 0 else 0.03
+        request(images, qpos, instruction, progress)
+
+    policy.request = slow_at_rest
+    arm = loop(tmp_path, policy, Safety(speed=1.0, watchdog=0.3), steps=12)
+    assert len(arm.sent) == 12
+
+
+class PausingEyes(Eyes):
+    """A camera that sends nothing for a while, once, when the arm is on its way."""
+
+    def __init__(self, log, seconds):
+        super().__init__()
+        self.log = log
+        self.seconds = seconds
+        self.stopped = None
+
+    def read_frames(self):
+        stamps, images = super().read_frames()
+        if self.log.count >= 10:
+            if self.stopped is None:
+                self.stopped = stamps["front"]
+            if stamps["front"] < self.stopped + self.seconds:
+                stamps["front"] = self.stopped
+        return stamps, images
+
+
+def test_a_camera_that_pauses_makes_the_arm_hold_and_continue(tmp_path):
+    log = Log(tmp_path / "log.hdf5")
+    arm = loop(tmp_path, Ramp(0.03), eyes=PausingEyes(log, 1.2), log=log)
+    assert len(arm.sent) == 30 and len(arm.braked) == 1
+    assert 8 < arm.braked[0] < 14  # at most 0.25 s, not after the pause
+    assert any("paused: Camera 'front' has sent no picture" in event for event in log.events)
+    assert np.abs(np.diff(arm.sent)).max() < 0.025  # it continues where it held
+
+
+def test_a_camera_that_does_not_come_back_ends_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(real_robot, "CAMERA_PAUSE", 0.3)
+    log = Log(tmp_path / "log.hdf5")
+    with pytest.raises(Fault, match="'front' has sent no picture"):
+        loop(tmp_path, Ramp(0.03), eyes=PausingEyes(log, 60), log=log)
+
+
+def test_enter_ends_a_run(tmp_path):
+    """It is pressed once, and read once."""
+    typed = iter([False] * 5 + [True])
+    arm = loop(tmp_path, Ramp(0.03), is_over=lambda: next(typed, False))
+    assert len(arm.sent) == 5
 
 
 def test_dry_run_sends_nothing(tmp_path):
     assert not loop(tmp_path, Ramp(0.03), steps=10, dry_run=True).sent
 
 
-# ------------------------------------------------------------------------------------------------------- cameras, bad input
+# ----------------------------------------------------------------------------- cameras, bad input
 def test_cameras_that_are_not_there_are_one_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyrealsense2", None)
     with pytest.raises(UserError, match="pyrealsense2 is not installed"):
-        robot_io.RealSense({"front": "1"})
-    module = types.SimpleNamespace(context=lambda: types.SimpleNamespace(query_devices=list))
-    monkeypatch.setitem(sys.modules, "pyrealsense2", module)
+        Cameras({"front": "1"})
+    monkeypatch.setitem(sys.modules, "pyrealsense2", fake_realsense([], serials=()))
     with pytest.raises(UserError, match="no RealSense camera 1 for 'front'; connected are: none"):
-        robot_io.RealSense({"front": "1"})
+        Cameras({"front": "1"})
 
 
-def fake_realsense(frames):
-    """pyrealsense2 with one camera that gives these frames, then fails."""
-    device = types.SimpleNamespace(get_info=lambda _: "1")
+TIMEOUT = RuntimeError("Frame didn't arrive within 1000")
+
+
+def fake_realsense(events, serials=("1",)):
+    """pyrealsense2 whose camera gives these frames and errors, one every 10 ms, then waits."""
+    devices = [
+        types.SimpleNamespace(get_info=lambda _, serial=serial: serial) for serial in serials
+    ]
     config = types.SimpleNamespace(enable_device=lambda _: None, enable_stream=lambda *_: None)
-    frame = lambda data: types.SimpleNamespace(
-        get_color_frame=lambda: types.SimpleNamespace(get_data=lambda: data)
+    waiting = iter(events)
+
+    def wait_for_frames(_):
+        time.sleep(0.01)
+        event = next(waiting, None)
+        if event is None:
+            time.sleep(0.1)
+            raise TIMEOUT
+        if isinstance(event, Exception):
+            raise event
+        data = np.full((480, 640, 3), event, np.uint8)
+        frame = types.SimpleNamespace(get_data=lambda: data)
+        return types.SimpleNamespace(get_color_frame=lambda: frame)
+
+    pipeline = types.SimpleNamespace(
+        start=lambda _: None, wait_for_frames=wait_for_frames, stop=lambda: None
     )
-    waiting = iter(frames)
-
-    def wait(_):
-        for data in waiting:
-            time.sleep(0.01)
-            return frame(data)
-        time.sleep(0.2)
-        raise RuntimeError("Frame didn't arrive within 1000")
-
     return types.SimpleNamespace(
-        context=lambda: types.SimpleNamespace(query_devices=lambda: [device]), camera_info=types.SimpleNamespace(serial_number=0),
-        config=lambda: config, stream=types.SimpleNamespace(color=0), format=types.SimpleNamespace(rgb8=0),
-        pipeline=lambda: types.SimpleNamespace(start=lambda _: None, wait_for_frames=wait, stop=lambda: None),
-    )  # fmt: skip
+        context=lambda: types.SimpleNamespace(query_devices=lambda: devices),
+        camera_info=types.SimpleNamespace(serial_number=0),
+        config=lambda: config,
+        stream=types.SimpleNamespace(color=0),
+        format=types.SimpleNamespace(rgb8=0),
+        pipeline=lambda: pipeline,
+    )
+
+
+def wait_for(condition, seconds=5):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
 
 
 def test_the_newest_picture_is_read_and_a_failing_camera_is_a_fault(monkeypatch):
-    monkeypatch.setitem(
-        sys.modules,
-        "pyrealsense2",
-        fake_realsense([np.full((480, 640, 3), i, np.uint8) for i in (1, 2)]),
+    failure = RuntimeError("Device disconnected")
+    monkeypatch.setitem(sys.modules, "pyrealsense2", fake_realsense([1, 2] + [3] * 5 + [failure]))
+    cameras = Cameras({"front": "1"})
+    wait_for(lambda: cameras.newest["front"][1][0, 0, 0] == 3)
+    stamps, images = cameras.read_frames()
+    assert (images["front"] == 3).all() and 0 < time.monotonic() - stamps["front"] < 1
+    wait_for(lambda: cameras.errors)
+    with pytest.raises(Fault, match="'front' failed .*disconnected.*cable"):
+        cameras.read_frames()
+
+
+def test_a_camera_may_be_slow_to_start_and_may_pause(monkeypatch):
+    """librealsense raises for every second without a picture, and then the pictures come."""
+    events = [TIMEOUT, TIMEOUT, 1, TIMEOUT, 2]
+    monkeypatch.setitem(sys.modules, "pyrealsense2", fake_realsense(events))
+    cameras = Cameras({"front": "1"})
+    wait_for(lambda: cameras.newest["front"][1][0, 0, 0] == 2)
+    assert (cameras.read_frames()[1]["front"] == 2).all()
+    cameras.close()
+
+
+def test_a_camera_that_never_starts_is_a_fault(monkeypatch):
+    monkeypatch.setattr("robot.cameras.FIRST_FRAME", 0.2)
+    monkeypatch.setitem(sys.modules, "pyrealsense2", fake_realsense([]))
+    with pytest.raises(Fault, match="'front' has sent no picture for 0.2 s: check its cable"):
+        Cameras({"front": "1"})
+
+
+class FakeCapture:
+    """OpenCV's VideoCapture of two views side by side: red left, blue right, in BGR."""
+
+    opened = []
+
+    def __init__(self, device):
+        self.device = device
+        self.opened.append(device)
+        self.reads = 0
+        self.released = False
+
+    def isOpened(self):
+        return self.device != 9
+
+    def set(self, name, value):
+        pass
+
+    def read(self):
+        time.sleep(0.005)
+        self.reads += 1
+        if self.reads == 1:
+            return False, None  # as a camera that is not awake
+        frame = np.zeros((4, 10, 3), np.uint8)
+        frame[:, :5, 2] = 255
+        frame[:, 5:, 0] = 255
+        return True, frame
+
+    def release(self):
+        self.released = True
+
+
+def test_opencv_cameras_and_two_views_in_one_picture(monkeypatch):
+    monkeypatch.setattr(FakeCapture, "opened", [])
+    monkeypatch.setattr("cv2.VideoCapture", FakeCapture)
+    sources = {
+        "right": "opencv:0:right",
+        "left": "opencv:0:left",
+        "wrist": "opencv:/dev/video2",
+    }
+    cameras = Cameras(sources)
+    assert sorted(FakeCapture.opened, key=str) == ["/dev/video2", 0]  # the ZED once, not twice
+    stamps, images = cameras.read_frames()
+    assert list(images) == list(sources) and stamps["left"] == pytest.approx(stamps["right"], abs=1)
+    assert images["wrist"].shape == (4, 10, 3) and images["left"].shape == (4, 5, 3)
+    assert (images["left"] == [255, 0, 0]).all() and (images["right"] == [0, 0, 255]).all()
+    first = stamps["wrist"]
+    wait_for(lambda: cameras.read_frames()[0]["wrist"] > first)  # a thread reads on
+    cameras.close()
+
+
+def test_opencv_cameras_that_cannot_be_opened_are_one_sentence(monkeypatch):
+    monkeypatch.setattr("cv2.VideoCapture", FakeCapture)
+    with pytest.raises(UserError, match="OpenCV cannot open camera '9' for 'front'"):
+        Cameras({"front": "opencv:9"})
+    for source in ("opencv:", "usb:3"):
+        with pytest.raises(UserError, match=f"'{source}' is no camera"):
+            Cameras({"front": source})
+
+
+def test_serial_numbers_as_names_in_a_calibration_file_are_text(tmp_path, monkeypatch):
+    path = tmp_path / "cameras.yaml"
+    path.write_text(
+        "832112070001:\n  intrinsics: [[500, 0, 320], [0, 500, 240], [0, 0, 1]]\n"
+        "  world_from_camera: [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]\n"
     )
-    cameras = robot_io.RealSense({"front": "1"})
-    time.sleep(0.1)
-    stamps, pictures = cameras.read()
-    assert (pictures["front"] == 2).all() and 0 < time.monotonic() - stamps["front"] < 1
-    time.sleep(0.3)
-    with pytest.raises(Fault, match="'front' failed .*1000.*cable"):
-        cameras.read()
+    fake = fake_realsense([1], serials=("832112070001",))
+    monkeypatch.setitem(sys.modules, "pyrealsense2", fake)
+    cameras = ("832112070001=832112070001",)
+    settings = Run(robot="10.0.0.1", calibration=path, cameras=cameras, instruction="wipe")
+    workcell = Workcell(settings)
+    workcell.close()
+    assert list(workcell.calibration) == ["832112070001"]
 
 
 @pytest.mark.parametrize("typed, words", [("", "Not confirmed"), ("y", "before its first step")])
 def test_a_run_that_ends_at_once_is_one_sentence(tmp_path, monkeypatch, capsys, typed, words):
-    """Nobody at the keyboard, or Enter typed too early: nothing was sent, nothing is left, nothing is a traceback."""
+    """Nobody at the keyboard, or Enter typed too early: nothing was sent, nothing is left, nothing
+    is a traceback."""
 
     def answer(_):
         if not typed:
@@ -425,30 +653,30 @@ def test_a_run_that_ends_at_once_is_one_sentence(tmp_path, monkeypatch, capsys, 
         return typed
 
     monkeypatch.setattr("builtins.input", answer)
-    monkeypatch.setattr("real_robot.Franka", lambda host, safety: arm)
+    monkeypatch.setattr("robot.session.Franka", lambda host, safety: arm)
     arm, eyes = Arm(), Eyes()
     arm.hold = lambda: arm.sent.append("held")
     vars(eyes).update(
-        sim=False,
+        simulated=False,
         calibration={"front": CAMERA},
         host="",
         variation=0,
         seed=0,
         max_steps=9,
-        over=lambda: True,
+        is_over=lambda: True,
         instruction="wipe",
     )
     with pytest.raises(Fault, match=words):
-        real_robot.run_once(Run(run=tmp_path, robot="10.0.0.1"), Ramp(0.03), eyes)
+        real_robot.run_episode(Run(run=tmp_path, robot="10.0.0.1"), Ramp(0.03), eyes)
     assert arm.sent == ["held"] and [path.name for path in tmp_path.glob("robot/*/*")] == [
         "first_target.png"
     ]
 
 
 def test_a_policy_that_does_not_load_is_one_sentence(monkeypatch):
-    monkeypatch.setattr(robot_io, "LOADING", 0.01)
+    monkeypatch.setattr(policy_process, "LOADING", 0.01)
     with pytest.raises(Fault, match="not loaded within"):
-        robot_io.Policy(partial(time.sleep, 60))
+        PolicyProcess(partial(time.sleep, 60))
 
 
 def test_bad_input_is_one_sentence(tmp_path, monkeypatch):
@@ -461,17 +689,18 @@ def test_bad_input_is_one_sentence(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no simulated camera 'nose'"):
         real_robot.record(Record(run=tmp_path, cameras=("nose",)))
     with pytest.raises(UserError, match="--cameras name=serial"):
-        robot_io.Station(Run(robot="10.0.0.1"))
+        Workcell(Run(robot="10.0.0.1"))
     with pytest.raises(UserError, match="No connection to the robot at 127.0.0.99"):
-        robot_io.Franka("127.0.0.99", Safety())
+        Franka("127.0.0.99", Safety())
     log = recording(tmp_path / "demo.hdf5", 2).finish(True)
     with pytest.raises(UserError, match="no painted targets"):
         real_robot.replay(Replay(log))
 
 
-# ------------------------------------------------------------------------------------------------ over the robot's own protocol
+# ------------------------------------------------------------------ over the robot's own protocol
 class Sweep:
-    """Policy for tests: swings joint 1 by 0.4 rad and back in three seconds; what goes wrong does so after a second."""
+    """Policy for tests: swings joint 1 by 0.4 rad and back in three seconds; what goes wrong
+    does so after a second."""
 
     def __init__(self, fault, size):
         self.fault, self.size, self.first, self.begun = fault, size, None, None
@@ -481,9 +710,9 @@ class Sweep:
             "cameras": ("wrist", "front", "right_shoulder", "left_shoulder"),
             "image_size": (self.size,) * 2,
             "horizon": 8,
-        }, self.policy
+        }, self.act
 
-    def policy(self, pictures, qpos, instruction, step):
+    def act(self, images, qpos, instruction, step):
         self.first = qpos if self.first is None else self.first
         chunk = np.tile(np.append(self.first[:7], 1.0), (8, 1))
         chunk[:, 0] += 0.2 * (1 - np.cos(2 * np.pi / 30 * (max(step - 1, 0) + np.arange(8))))
@@ -501,7 +730,7 @@ class Sweep:
                 time.sleep(5)
             elif self.fault == "gripper":
                 chunk[:, 7] = 0
-        return pictures, chunk
+        return chunk, images
 
 
 def hand_that_fails():
@@ -510,34 +739,42 @@ def hand_that_fails():
     from franky_sim.franka_gripper_server import BaseCommand, FrankaGripperServer
 
     def refuse(self, width, speed, force, inner, outer, command_id, tcp_socket):
-        BaseCommand.send_response(tcp_socket, GripperCommand.kGrasp, command_id, GripperCommandStatus.kUnsuccessful,
-                                  command_type_struct="H", status_type_struct="H")  # fmt: skip
+        BaseCommand.send_response(
+            tcp_socket,
+            GripperCommand.kGrasp,
+            command_id,
+            GripperCommandStatus.kUnsuccessful,
+            command_type_struct="H",
+            status_type_struct="H",
+        )
 
     FrankaGripperServer.start_grasp = refuse
 
 
-def program(settings, load, bench, output, largest):
+def program(settings, load, workcell, output, largest):
     """The command line's process."""
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # also where the tests run in the background of a shell
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also in a shell's background
+    stop_on_signals()
     with open(output, "w") as file:
-        os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
     if largest:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
-    run_stage(lambda: real_robot.run(settings, load, bench))
+    run_stage(lambda: real_robot.run(settings, load, workcell))
 
 
 class Speeds:
     """How fast the arm's fastest joint was, all the time."""
 
-    def __init__(self, bench):
-        self.rows, self.bench, self.over = [], bench, threading.Event()
+    def __init__(self, workcell):
+        self.rows = []
+        self.workcell = workcell
+        self.over = threading.Event()
         threading.Thread(target=self.watch, daemon=True).start()
 
     def watch(self):
         while not self.over.wait(0.005):
-            self.rows.append((time.monotonic(), self.bench.get("speed")))
+            self.rows.append((time.monotonic(), self.workcell.get("speed")))
 
     def rest_after(self, moment):
         """Seconds from a moment until the arm was at rest (below 0.05 rad/s) for good."""
@@ -547,90 +784,134 @@ class Speeds:
 
 
 FAULTS = {  # what the sentence has to say; None where the program cannot speak any more
-    "NaN": "NaN or infinite", "limit": "joint 7 at", "jump": "joint 1 to jump by 1", "raises": "out of memory", "late": "late by more than",
-    "gripper": "gripper did not close", "server killed": "silent", "server frozen": "silent", "cameras frozen": "has sent no picture",
-    "Ctrl-C": "Stopped", "disk full": "disk is full", "kill -9": None,
-}  # fmt: skip
+    "NaN": "NaN or infinite",
+    "limit": "joint 7 at",
+    "jump": "joint 1 to jump by 1",
+    "raises": "out of memory",
+    "late": "late by more than",
+    "gripper": "gripper did not close",
+    "server killed": "silent",
+    "server frozen": "silent",
+    "cameras frozen": "has sent no picture",
+    "Ctrl-C": "Stopped",
+    "SIGTERM": "Stopped",
+    "SIGHUP": "Stopped",
+    "disk full": "disk is full",
+    "kill -9": None,
+}
+FAST = ("NaN", "SIGTERM", "SIGHUP", "kill -9")
+EXIT_CODES = {"kill -9": -9, "Ctrl-C": 130, "SIGTERM": 130, "SIGHUP": 130}
 
 
 @pytest.mark.parametrize(
-    "fault",
-    [
-        pytest.param(f, marks=() if f in ("NaN", "Ctrl-C", "kill -9") else pytest.mark.slow)
-        for f in FAULTS
-    ],
+    "fault", [pytest.param(f, marks=() if f in FAST else pytest.mark.slow) for f in FAULTS]
 )
 def test_a_fault_stops_the_arm_and_says_why(fault, tmp_path):
-    from sims.franky_panda import Bench
+    from sims.franky_panda import SimulatedWorkcell
 
-    bench = Bench("reach_target", 500_000, prepare=hand_that_fails if fault == "gripper" else None)
-    output, run = tmp_path / "output.txt", tmp_path / "run"
-    arguments = (
-        Run(run=run, steps=60),
-        Sweep(fault, 64),
-        bench,
-        output,
-        1_500_000 if fault == "disk full" else 0,
-    )
-    process, speeds = (
-        multiprocessing.get_context("spawn").Process(target=program, args=arguments),
-        Speeds(bench),
-    )
+    prepare = hand_that_fails if fault == "gripper" else None
+    workcell = SimulatedWorkcell("reach_target", 500_000, prepare=prepare)
+    output = tmp_path / "output.txt"
+    run = tmp_path / "run"
+    largest = 1_500_000 if fault == "disk full" else 0  # bytes of a file
+    arguments = (Run(run=run, steps=60), Sweep(fault, 64), workcell, output, largest)
+    process = multiprocessing.get_context("spawn").Process(target=program, args=arguments)
+    speeds = Speeds(workcell)
     try:
         process.start()
         end = time.monotonic() + 60
-        while bench.get("speed") < 0.2 and time.monotonic() < end:
+        while workcell.get("speed") < 0.2 and time.monotonic() < end:
             time.sleep(0.005)
         assert time.monotonic() < end, output.read_text()
         time.sleep(0.3)
-        outside = {"server killed": (bench.processes[0].pid, signal.SIGKILL), "server frozen": (bench.processes[0].pid, signal.SIGSTOP),
-                   "cameras frozen": (bench.processes[1].pid, signal.SIGSTOP), "Ctrl-C": (process.pid, signal.SIGINT),
-                   "kill -9": (process.pid, signal.SIGKILL)}  # fmt: skip
+        arm, cameras = [child.pid for child in workcell.processes]
+        signals = {
+            "server killed": (arm, signal.SIGKILL),
+            "server frozen": (arm, signal.SIGSTOP),
+            "cameras frozen": (cameras, signal.SIGSTOP),
+            "Ctrl-C": (process.pid, signal.SIGINT),
+            "SIGTERM": (process.pid, signal.SIGTERM),
+            "SIGHUP": (process.pid, signal.SIGHUP),
+            "kill -9": (process.pid, signal.SIGKILL),
+        }
         begin = time.monotonic()
-        if fault in outside:
-            os.kill(*outside[fault])
+        if fault in signals:
+            os.kill(*signals[fault])
         process.join(30)
         words = output.read_text()
         if fault == "server frozen":
-            os.kill(bench.processes[0].pid, signal.SIGCONT)
-        assert process.exitcode == {"kill -9": -9, "Ctrl-C": 130}.get(fault, 2), words
-        assert FAULTS[fault] is None or FAULTS[fault] in words and "Traceback" not in words
+            os.kill(arm, signal.SIGCONT)
+        assert process.exitcode == EXIT_CODES.get(fault, 2), words
+        if FAULTS[fault]:
+            assert FAULTS[fault] in words and "Traceback" not in words
         if fault in ("kill -9", "disk full"):
             recover(run)
         (path,) = run.glob("robot/*/log.hdf5")
         episode = read_episode(path)
-        assert (
-            len(episode.qpos) > 5
-            and not episode.success
-            and set(episode.images) == set(bench.cameras)
-        )
-        if fault not in outside:
-            events = [
-                json.loads(line) for line in bytes(episode.extras["events"]).decode().splitlines()
-            ]
-            begin = events[-1]["time"] if fault != "disk full" else episode.extras["time"][-1] + 0.1
-            assert fault == "disk full" or events[-1]["event"].startswith("stopped")
-        if fault not in (
-            "server killed",
-            "server frozen",
-        ):  # an arm without its controller: the simulated one is gone with it
+        assert len(episode.qpos) > 5 and not episode.success
+        assert set(episode.images) == set(workcell.cameras)
+        if fault == "disk full":
+            begin = episode.extras["time"][-1] + 0.1
+        elif fault not in signals:
+            lines = bytes(episode.extras["events"]).decode().splitlines()
+            last = json.loads(lines[-1])
+            begin = last["time"]
+            assert last["event"].startswith("stopped")
+        # Without its server the simulated arm is gone.
+        if fault not in ("server killed", "server frozen"):
             time.sleep(max(begin + 0.6 - time.monotonic(), 0))
             assert speeds.rest_after(begin) < 0.5
     finally:
         speeds.over.set()
         process.kill()
-        bench.close()
+        workcell.close()
+
+
+def children_of(pid):
+    """The processes that this one has started."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+            if int(parent) == pid and state != "Z":
+                found.append(int(stat.parent.name))
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("what", ["policy", "workcell"])
+def test_processes_end_when_their_parent_is_killed(what):
+    from sims.franky_panda import SimulatedWorkcell
+
+    target, arguments, count = PolicyProcess, (partial(time.sleep, 600),), 1
+    if what == "workcell":
+        target, arguments, count = keep, (SimulatedWorkcell, "reach_target", 500_000), 2
+    process = multiprocessing.get_context("spawn").Process(target=target, args=arguments)
+    process.start()
+    wait_for(lambda: len(children_of(process.pid)) >= count, 60)
+    time.sleep(3)  # they are loading; what they load must not delay their end
+    children = children_of(process.pid)
+    process.kill()
+    process.join()
+    wait_for(lambda: not any(Path(f"/proc/{child}").exists() for child in children), 5)
+
+
+def keep(make, *arguments):
+    """Make something, and keep it."""
+    kept = make(*arguments)
+    time.sleep(600)
+    return kept
 
 
 def test_hold_waits_for_a_lost_connection():
     """libfranka's thread goes on for a second; a program that ends before it dies with SIGABRT."""
-    from sims.franky_panda import Bench
+    from sims.franky_panda import SimulatedWorkcell
 
-    bench = Bench("reach_target", 500_000)
-    robot = robot_io.Franka(bench.host, Safety())
+    workcell = SimulatedWorkcell("reach_target", 500_000)
+    robot = Franka(workcell.host, Safety())
     robot.send(robot.state()[1][:7] + 0.3, np.zeros(7))
     time.sleep(0.2)
-    bench.close()
+    workcell.close()
     time.sleep(0.3)
     robot.hold()
     held = not robot.robot.is_in_control
