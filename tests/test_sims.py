@@ -181,10 +181,16 @@ def test_same_seed_same_episode_bit_for_bit():
     assert digest(env, 4) != first  # and it leaves traces in the environment, if anything does
     assert digest(env, 3) == first
     code = (
-        "from sims.mujoco_panda import PandaEnv; from tests.test_sims import digest; "
+        "from sims.mujoco_panda import PandaEnv; from test_sims import digest; "
         "print(digest(PandaEnv('pick_and_lift', image_size=24), 3))"
     )
-    other = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    other = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+        capture_output=True,
+        text=True,
+    )
     assert other.stdout.strip() == first, other.stderr
 
 
