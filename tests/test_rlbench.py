@@ -33,6 +33,8 @@ import evaluate  # noqa: E402
 from genima.episodes import CAMERAS, check_episode, find_episodes, read_episode, write_episode  # noqa: E402
 from genima.files import UserError  # noqa: E402
 from genima.kinematics import Chain  # noqa: E402
+from genima.policy import ActPolicy  # noqa: E402
+from genima.report import summarise  # noqa: E402
 from genima.spheres import draw_spheres  # noqa: E402
 from sims import rlbench_dataset, rlbench_panda  # noqa: E402
 from sims.mujoco_panda import PandaEnv  # noqa: E402
@@ -684,7 +686,7 @@ class Knowing:
 
     def __call__(self, images, qpos, instructions, drop_state):
         assert all(image.shape == (1, 16, 16, 3) for image in images.values())
-        goal = evaluate.environment("reach_target", (16, 16), CAMERAS, "rlbench").live._task.goal
+        goal = rlbench_panda.running.live._task.goal
         steps = np.linspace(0, 1, 9)[1:, None]
         return np.concatenate(
             [qpos[:, :7] + steps * (goal - qpos[:, :7]), np.ones((8, 1))], axis=1
@@ -692,10 +694,10 @@ class Knowing:
 
 
 def test_a_good_controller_succeeds_in_rlbench(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "networks", lambda *_: (None, Knowing()))
     settings = evaluate.Settings(run=tmp_path, sim="rlbench", policy="act", episodes=4, videos=1)
+    knowing = ActPolicy(Knowing())
     for seed in (0, 1):
-        outcome, log = evaluate.drive("reach_target", seed, settings)
+        outcome, log = test_evaluate.drive(knowing, "reach_target", seed, settings)
         assert outcome["success"] and outcome["steps"] == 8 and outcome["seed"] == seed
         assert (
             len(log["frames"]) == (9 if seed == 0 else 0)
@@ -703,25 +705,28 @@ def test_a_good_controller_succeeds_in_rlbench(tmp_path, monkeypatch):
         )
     demos = write_dataset(tmp_path / "data", variations=(0, 4), episodes=2)
     for seed in range(4):
-        evaluate.drive("reach_target", seed, replace(settings, demos=tmp_path / "data"))
-        goal = evaluate.environment("reach_target", (16, 16), CAMERAS, "rlbench").live._task.goal
+        again = replace(settings, demos=tmp_path / "data")
+        test_evaluate.drive(knowing, "reach_target", seed, again)
+        goal = rlbench_panda.running.live._task.goal
         assert np.allclose(goal, demos[(0, 4)[seed // 2], seed % 2][0][-1].joint_positions)
 
 
 def test_scenes_without_room_are_tried_again_and_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "networks", lambda *_: (None, test_evaluate.Stayer()))
     settings = evaluate.Settings(run=tmp_path, sim="rlbench", policy="act", episodes=4, videos=0)
-    outcomes = [evaluate.drive("crowded_table", seed, settings)[0] for seed in range(4)]
+    stayer = ActPolicy(test_evaluate.Stayer())
+    runs = [test_evaluate.drive(stayer, "crowded_table", seed, settings) for seed in range(4)]
+    outcomes = [outcome for outcome, _ in runs]
     retried = [outcome for outcome in outcomes if outcome.get("failed_resets")]
     assert retried and all(outcome["seed"] % 4 == i for i, outcome in enumerate(outcomes))
     assert all(
         outcome["seed"] == i + 4 * outcome.get("failed_resets", 0)
         for i, outcome in enumerate(outcomes)
     )
-    report = evaluate.summary(outcomes, [{"paint": [], "control": []}] * 4)
+    report = summarise(outcomes, [{"paint": [], "control": []}] * 4)
     assert report["failed_resets"] == sum(outcome.get("failed_resets", 0) for outcome in outcomes)
     monkeypatch.setattr(evaluate, "ATTEMPTS", 1)
-    given_up = evaluate.drive("crowded_table", outcomes.index(retried[0]), settings)[0]
+    seed = outcomes.index(retried[0])
+    given_up = test_evaluate.drive(stayer, "crowded_table", seed, settings)[0]
     assert (
         not given_up["success"]
         and given_up["failed_resets"] == 1
@@ -777,4 +782,4 @@ def test_bad_settings_are_one_sentence(tmp_path, changes, sentence):
     settings = {"run": tmp_path, "sim": "rlbench", "policy": "act", "tasks": ("reach_target",)}
     settings |= {"controller": tmp_path / "act_rgb"} | changes
     with pytest.raises(UserError, match=sentence):
-        evaluate.check_settings(evaluate.Settings(**settings))
+        evaluate.resolve_settings(evaluate.Settings(**settings))
