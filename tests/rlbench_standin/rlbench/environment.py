@@ -7,6 +7,8 @@ from rlbench.task_environment import TaskEnvironment
 
 
 class Environment:
+    launched = None  # a process has one CoppeliaSim
+
     def __init__(
         self,
         action_mode,
@@ -15,22 +17,28 @@ class Environment:
         headless=False,
         static_positions=False,
         robot_setup="panda",
+        arm_max_velocity=1.0,
+        arm_max_acceleration=4.0,
     ):
-        assert (
-            isinstance(action_mode, MoveArmThenGripper)
-            and isinstance(obs_config, ObservationConfig)
-            and headless
-        )
-        self._action_mode, self._config, self._scene = action_mode, obs_config, None
+        assert isinstance(action_mode, MoveArmThenGripper)
+        assert isinstance(obs_config, ObservationConfig) and headless
+        self._action_mode = action_mode
+        self._config = obs_config
+        self._arm_max_velocity = arm_max_velocity
+        self._arm_max_acceleration = arm_max_acceleration
+        self._scene = None
 
     def launch(self):
-        if self._scene is not None:
+        if Environment.launched:
             raise RuntimeError("Already called launch!")
+        Environment.launched = self
         self._scene = Scene(self._config)
 
     def shutdown(self):
+        Environment.launched = None
         self._scene = None
 
     def get_task(self, task_class):
         assert inspect.isclass(task_class) and self._scene is not None
+        self._scene.check()
         return TaskEnvironment(self._scene, task_class(), self._action_mode)

@@ -4,19 +4,33 @@ import numpy as np
 
 from rlbench.backend.observation import CAMERAS, FIELDS, Observation
 
-# Franka's URDF (franka_description): where each joint sits in the link before it, and its quarter turns about x
-ORIGINS = [((0, 0, 0.333), 0), ((0, 0, 0), -1), ((0, -0.316, 0), 1), ((0.0825, 0, 0), 1), ((-0.0825, 0.384, 0), -1), ((0, 0, 0), 1),
-           ((0.088, 0, 0), 1)]  # fmt: skip
-SHIFTS = np.array(
-    [-0.19, 0, -0.12, 0, -0.05, 0, 0.04]
-)  # the model's joints lie elsewhere on their axes
+# Franka's URDF (franka_description): where each joint sits in the link before it, and its quarter
+# turns about x
+ORIGINS = [
+    ((0, 0, 0.333), 0),
+    ((0, 0, 0), -1),
+    ((0, -0.316, 0), 1),
+    ((0.0825, 0, 0), 1),
+    ((-0.0825, 0.384, 0), -1),
+    ((0, 0, 0), 1),
+    ((0.088, 0, 0), 1),
+]
+# RLBench's model has the zero of joint 4 elsewhere: Franka's angle is 0.0698 rad larger.
+ZEROS = np.array([0, 0, 0, 0.0698, 0, 0, 0])
+# The model's joints lie elsewhere on their axes.
+SHIFTS = np.array([-0.19, 0, -0.12, 0, -0.05, 0, 0.04])
 START = np.array([0, 0.175, 0, -0.873, 0, 1.222, 0.785])
-LOOKS_FROM = {"front": (1.35, 0.05, 1.6),
-              "left_shoulder": (0.3, 0.5, 2.0), "right_shoulder": (0.3, -0.5, 2.0), "overhead": (0.35, 0.01, 2.1)}  # fmt: skip
+LOOKS_FROM = {
+    "front": (1.35, 0.05, 1.6),
+    "left_shoulder": (0.3, 0.5, 2.0),
+    "right_shoulder": (0.3, -0.5, 2.0),
+    "overhead": (0.35, 0.01, 2.1),
+}
 
 
 def about(axis, angle):
-    pose, (i, j) = np.eye(4), [(1, 2), (2, 0), (0, 1)]["xyz".index(axis)]
+    pose = np.eye(4)
+    i, j = [(1, 2), (2, 0), (0, 1)]["xyz".index(axis)]
     pose[i, i] = pose[j, j] = np.cos(angle)
     pose[j, i] = np.sin(angle)
     pose[i, j] = -pose[j, i]
@@ -30,7 +44,7 @@ def at(x, y, z):
 
 
 BASE = at(-0.27, -0.01, 0.77) @ about("z", 0.02)  # world from base
-TIP = at(0, 0, 0.107 + 0.1034) @ about("z", 0.75 * np.pi)  # last joint from tip
+TIP = at(0, 0, 0.2169) @ about("z", 0.75 * np.pi)  # last joint from tip
 WRIST = (
     TIP @ at(0.07, 0, -0.17) @ about("z", -0.5 * np.pi) @ about("x", -0.3)
 )  # last joint from wrist camera
@@ -38,9 +52,11 @@ WRIST = (
 
 def kinematics(q):
     """PyRep's joint poses (7, 4, 4) in the room, and the last link's (4, 4)."""
-    link, poses = BASE, []
-    for (origin, turns), angle, shift in zip(ORIGINS, q, SHIFTS):
-        joint = link @ at(*origin) @ about("x", turns * np.pi / 2) @ at(0, 0, shift)
+    link = BASE
+    poses = []
+    for (origin, turns), angle, zero, shift in zip(ORIGINS, q, ZEROS, SHIFTS):
+        joint = link @ at(*origin) @ about("x", turns * np.pi / 2) @ about("z", zero)
+        joint = joint @ at(0, 0, shift)
         poses.append(joint)
         link = joint @ about("z", angle) @ at(0, 0, -shift)
     return np.array(poses), link
@@ -49,8 +65,10 @@ def kinematics(q):
 def pose7(pose):
     """x y z and a quaternion with w last."""
     r = pose[:3, :3]
-    w, x, y, z = (np.sqrt(max(0, 1 + a * r[0, 0] + b * r[1, 1] + c * r[2, 2])) / 2 for a, b, c in
-                  ((1, 1, 1), (1, -1, -1), (-1, 1, -1), (-1, -1, 1)))  # fmt: skip
+    halves = []
+    for a, b, c in ((1, 1, 1), (1, -1, -1), (-1, 1, -1), (-1, -1, 1)):
+        halves.append(np.sqrt(max(0, 1 + a * r[0, 0] + b * r[1, 1] + c * r[2, 2])) / 2)
+    w, x, y, z = halves
     signs = np.sign([r[2, 1] - r[1, 2], r[0, 2] - r[2, 0], r[1, 0] - r[0, 1]])
     if w < 1e-6:  # half a turn: the signs are relative to the largest
         k = int(np.argmax([x, y, z]))
@@ -70,29 +88,41 @@ def look_at(position, target):
 
 class Scene:
     def __init__(self, config):
-        self.config, self.action = config, None
+        self.config = config
+        self.action = None
+        self.broken = False
         self.put(START)
 
+    def check(self):
+        """A simulator that has failed once fails again."""
+        if self.broken:
+            raise RuntimeError("The call failed on the V-REP side. Return value: -1")
+
     def put(self, q):
-        self.q, self.speed, self.gripper_open = np.array(q, float), np.zeros(7), 1.0
+        self.check()
+        self.q = np.array(q, float)
+        self.speed = np.zeros(7)
+        self.gripper_open = 1.0
 
     def move(self, q):
-        self.speed, self.q = (np.asarray(q) - self.q) / 0.05, np.array(q, float)
+        self.speed = (np.asarray(q) - self.q) / 0.05
+        self.q = np.array(q, float)
 
     def get_observation(self, variation):
         joints, last = kinematics(self.q)
-        fields, config, tip = dict.fromkeys(FIELDS), self.config, last @ TIP
-        misc = {"variation_index": variation, "joint_poses": [list(pose7(pose)) for pose in joints]}
+        tip = last @ TIP
+        fields = dict.fromkeys(FIELDS)
+        misc = {"variation_index": variation, "joint_poses": [pose7(pose) for pose in joints]}
         if self.action is not None:
             misc["joint_position_action"] = self.action
         for camera in CAMERAS:
-            settings = getattr(config, f"{camera}_camera")
+            settings = getattr(self.config, f"{camera}_camera")
             if not settings.rgb:
                 continue  # RLBench removes such a camera
-            width, height = settings.image_size
             pose = (
-                last @ WRIST if camera == "wrist" else look_at(LOOKS_FROM[camera], (0.25, 0, 0.9))
+                look_at(LOOKS_FROM[camera], (0.25, 0, 0.9)) if camera != "wrist" else last @ WRIST
             )
+            width, height = settings.image_size
             intrinsics = np.array(
                 [
                     [-width / (2 * np.tan(0.6)), 0, width / 2],
@@ -100,18 +130,34 @@ class Scene:
                     [0, 0, 1],
                 ]
             )
-            misc |= {f"{camera}_camera_extrinsics": pose, f"{camera}_camera_intrinsics": intrinsics, f"{camera}_camera_near": 0.01,
-                     f"{camera}_camera_far": 4.5}  # fmt: skip
-            picture = np.zeros((height, width, 3), np.uint8)
-            picture[..., 0] = np.linspace(0, 200, width)
-            picture[..., 1] = np.linspace(0, 200, height)[:, None]
-            picture[..., 2] = int(100 + 40 * self.q[0]) % 256
-            # RLBench's own formula: pixel = intrinsics @ (rotation.T @ (point - position)), divided by its last number
-            u, v, depth = intrinsics @ (pose[:3, :3].T @ (tip[:3, 3] - pose[:3, 3]))
-            u, v = int(u / depth), int(v / depth)
-            picture[max(v - 1, 0) : max(v + 2, 0), max(u - 1, 0) : max(u + 2, 0)] = 255
-            fields[f"{camera}_rgb"] = picture
-        values = {"joint_velocities": self.speed.copy(), "joint_positions": self.q.copy(), "joint_forces": np.zeros(7),
-                  "gripper_open": self.gripper_open, "gripper_pose": pose7(tip), "gripper_matrix": tip}  # fmt: skip
-        fields |= {name: value for name, value in values.items() if getattr(config, name)}
-        return Observation(**fields | {"misc": misc})
+            misc[f"{camera}_camera_extrinsics"] = pose
+            misc[f"{camera}_camera_intrinsics"] = intrinsics
+            misc[f"{camera}_camera_near"] = 0.01
+            misc[f"{camera}_camera_far"] = 4.5
+            fields[f"{camera}_rgb"] = self.draw(pose, intrinsics, tip, width, height)
+        values = {
+            "joint_velocities": self.speed.copy(),
+            "joint_positions": self.q.copy(),
+            "joint_forces": np.zeros(7),
+            "gripper_open": self.gripper_open,
+            "gripper_pose": pose7(tip),
+            "gripper_matrix": tip,
+        }
+        for name, value in values.items():
+            if getattr(self.config, name):
+                fields[name] = value
+        fields["misc"] = misc
+        return Observation(**fields)
+
+    def draw(self, pose, intrinsics, tip, width, height):
+        """A gradient, with the tip in white."""
+        picture = np.zeros((height, width, 3), np.uint8)
+        picture[..., 0] = np.linspace(0, 200, width)
+        picture[..., 1] = np.linspace(0, 200, height)[:, None]
+        picture[..., 2] = int(100 + 40 * self.q[0]) % 256
+        # RLBench's own formula: intrinsics @ (rotation.T @ (point - position)) / its last number
+        u, v, depth = intrinsics @ (pose[:3, :3].T @ (tip[:3, 3] - pose[:3, 3]))
+        u = int(u / depth)
+        v = int(v / depth)
+        picture[max(v - 1, 0) : max(v + 2, 0), max(u - 1, 0) : max(u + 2, 0)] = 255
+        return picture

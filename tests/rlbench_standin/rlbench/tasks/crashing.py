@@ -5,7 +5,10 @@ from rlbench.tasks import Task
 
 
 class Crashing(Task):
-    """Ends its process, as CoppeliaSim can: the first time if $STANDIN_CRASHED names a file to remember it by, otherwise always."""
+    """Ends its process, as CoppeliaSim can.
+
+    Only the first time if $STANDIN_CRASHED names a file to remember it by.
+    """
 
     def init_episode(self, index):
         once = os.environ.get("STANDIN_CRASHED")

@@ -1,13 +1,13 @@
 import numpy as np
 
-from rlbench.backend.exceptions import TaskEnvironmentError
+from rlbench.backend.exceptions import BoundaryError
 from rlbench.tasks import Task
 
 
 class CrowdedTable(Task):
-    """Finds a place in one scene of three or so."""
+    """Finds a place in one scene of three or so, after 40 attempts."""
 
-    def init_episode(self, index):
-        if np.random.uniform() < 0.6:
-            raise TaskEnvironmentError("Could not place the task crowded_table in the scene.")
-        return super().init_episode(index)
+    def place(self):
+        super().place()
+        if np.random.uniform() < 0.987:
+            raise BoundaryError("Could not place within boundary.")

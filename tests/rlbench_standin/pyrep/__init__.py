@@ -1,0 +1,1 @@
+"""Stands in for PyRep: the one name that RLBench's users import from it."""
