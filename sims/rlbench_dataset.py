@@ -261,3 +261,33 @@ def read_demonstration(folder, cameras, size=None):
         scale = np.diag([images[camera].shape[2] / width, images[camera].shape[1] / height, 1])
         episode.intrinsics[camera] = scale @ episode.intrinsics[camera]
     return episode
+
+
+def read_notes(folders):
+    """What these recordings lack and what is taken instead: sentences, of one episode a variation.
+
+    Faults are left to read_demonstration().
+    """
+    notes = []
+    checked = set()
+    for folder in folders:
+        if folder.parent in checked:
+            continue
+        checked.add(folder.parent)
+        try:
+            task = identify(folder)[0]
+            only_name = read_descriptions(folder)[1]
+            observations = read_observations(folder / "low_dim_obs.pkl")
+        except UserError:
+            continue
+        if only_name:
+            notes.append(
+                f"{task}: an observation lies in place of the sentences (RLBench before June "
+                f"2023), so the instruction is the task's name, '{task.replace('_', ' ')}'."
+            )
+        if lacks_cameras(observations):
+            notes.append(
+                f"{task}: recorded without its cameras (RLBench before April 2021), so they are "
+                "taken to be those of RLBench's scene: look at render_spheres.py --preview."
+            )
+    return list(dict.fromkeys(notes))

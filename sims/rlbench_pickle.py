@@ -12,6 +12,7 @@ exactly as many bytes as the two need.
 """
 
 import pickletools
+from _compat_pickle import IMPORT_MAPPING
 from types import SimpleNamespace
 
 from genima.files import UserError
@@ -145,7 +146,7 @@ class Machine:
 
     def find(self, module, attribute):
         """The name of a function or class, if it is one of those above."""
-        module = {"__builtin__": "builtins"}.get(module, module)  # Python 2's, in protocol 2
+        module = IMPORT_MAPPING.get(module, module)  # protocol 2 has Python 2's names
         name = f"{module}.{attribute}"
         known = name.replace("numpy._core.", "numpy.core.")  # NumPy 2 and 1
         if known not in FUNCTIONS and known not in CLASSES and known != "numpy.ndarray":
