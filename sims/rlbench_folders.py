@@ -33,7 +33,7 @@ def episode_folders(root):
     """All folders .../episodes/episode* below root, each once."""
     found = []
     seen = set()
-    waiting = [root]
+    waiting = [root] if root.is_dir() else []
     while waiting:
         folder = waiting.pop()
         if folder.resolve() in seen:

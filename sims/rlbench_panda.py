@@ -24,7 +24,14 @@ from sims.coppeliasim import SimulatorSettings, import_rlbench, missing, simulat
 from sims.mujoco_panda import ArmEnv
 from sims.rlbench_dataset import HZ, arm, camera_matrices, convert, identify, load
 
-__all__ = ["PAPER", "PAPER_TASKS", "NoSceneError", "RLBenchEnv", "import_rlbench", "missing"]
+__all__ = [
+    "PAPER_PROTOCOL",
+    "PAPER_TASKS",
+    "NoSceneError",
+    "RLBenchEnv",
+    "import_rlbench",
+    "missing",
+]
 
 # What the paper evaluates: 25 tasks of RLBench. It does not list them with its code; these are the
 # 23 that the authors' laboratory configured for RLBench in its RoboBase library, and two others
@@ -58,10 +65,10 @@ class Protocol:
     max_steps: int = MAX_STEPS
 
 
-RLBENCH = Protocol()
+RLBENCH_PROTOCOL = Protocol()
 # The commands in GENIMA's README and its evaluation's defaults; there, too, each evaluation
 # episode lays out the scene of a recorded demonstration again (reset's "demonstration").
-PAPER = Protocol(
+PAPER_PROTOCOL = Protocol(
     variation=0,
     image_size=256,
     arm_velocity=2.0,
@@ -92,7 +99,7 @@ class RLBenchEnv(ArmEnv):
         image_size=128,
         cameras=CAMERAS,
         images=True,
-        protocol=RLBENCH,
+        protocol=RLBENCH_PROTOCOL,
     ):
         task_class(import_rlbench().tasks, task)
         super().__init__(image_size, cameras, images, *JOINT_LIMITS["panda"])
