@@ -38,13 +38,13 @@ def make_repository(folder, name, requires):
 @pytest.mark.slow
 @pytest.mark.skipif(not has_pip(), reason="pip, setuptools or git is missing")
 def test_pip_installs_rlbench_as_the_file_says(tmp_path):
-    pyrep = make_repository(tmp_path / "PyRep", "pyrep", ["cffi>=1.0.0"])
-    address = f"pyrep @ git+file://{tmp_path / 'PyRep'}"  # without a commit, as RLBench's
-    rlbench = make_repository(tmp_path / "RLBench", "rlbench", [address, "numpy", "scipy"])
+    pyrep = make_repository(tmp_path / "PyRep", "pyrep", [])
+    address = f"pyrep @ git+file://localhost{tmp_path / 'PyRep'}"  # without a commit, as RLBench's
+    rlbench = make_repository(tmp_path / "RLBench", "rlbench", [address])
     file = tmp_path / "requirements.txt"
     file.write_text(
-        f"pyrep @ git+file://{tmp_path / 'PyRep'}@{pyrep}\n"
-        f"rlbench @ git+file://{tmp_path / 'RLBench'}@{rlbench}\n"
+        f"pyrep @ git+file://localhost{tmp_path / 'PyRep'}@{pyrep}\n"
+        f"rlbench @ git+file://localhost{tmp_path / 'RLBench'}@{rlbench}\n"
     )
     pip = [sys.executable, "-m", "pip", "install", "--no-index", "--no-build-isolation"]
     pip += ["--disable-pip-version-check", "--ignore-installed", "--target", tmp_path / "site"]
