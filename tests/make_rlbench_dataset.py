@@ -1,6 +1,9 @@
-"""A dataset in RLBench's layout to measure importing with: smooth, slightly noisy pictures, as a renderer makes them.
+"""A dataset in RLBench's layout to measure importing with.
 
-python tests/make_rlbench_dataset.py FOLDER      100 demonstrations of 100 frames, four cameras of 128x128 (1 GB)
+    python tests/make_rlbench_dataset.py FOLDER
+
+100 demonstrations of 100 frames, four cameras of 128x128 (1 GB), in smooth, slightly noisy
+pictures, as a renderer makes them.
 """
 
 import sys
