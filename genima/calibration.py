@@ -1,39 +1,267 @@
-"""Calibration files: where the cameras are."""
+"""Where the cameras are and what their lenses do, put together from one or more calibration files.
 
+    cameras, notes = read_calibration(["wrist=intrinsics.json", "handeye.yaml"], ["wrist"], "panda")
+
+A camera on the arm is given from the last joint, any other from the robot's base; a file may say
+it from the flange, the hand or the tool, or the other way round. Geometry tells what a name
+cannot: a camera has to see the arm, so extrinsics that are inverted are found and refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
-import yaml
 
-from genima.episodes import check_array
+from genima.calibration_files import HELP, WITHOUT_A_NAME, Camera, read_calibration_file
 from genima.files import UserError
+from genima.robots import robot_frames
+
+POSE_NAMES = {"base": "world_from_camera", "last_joint": "last_joint_from_camera"}
+SEEN = 0.25  # share of the arm's points in the picture that leaves no doubt
+UNSEEN = 0.02  # share below which a camera looks somewhere else
 
 
-def load_calibration(path):
-    """Read the cameras measured anew: {camera: {"intrinsics": (3, 3), and one pose (4, 4) by its name}}."""
-    try:
-        cameras = yaml.safe_load(Path(path).read_text())  # YAML reads JSON too
-        cameras = {
-            camera: {key: np.array(value, float) for key, value in entries.items()}
-            for camera, entries in cameras.items()
-        }
-    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
-        raise UserError(
-            f"{path} is no file of cameras ({' '.join(str(error).split())}): see --calibration in --help."
-        ) from error
-    for camera, entries in cameras.items():
-        if (
-            set(entries) - {"intrinsics"} not in ({"world_from_camera"}, {"last_joint_from_camera"})
-            or "intrinsics" not in entries
-        ):
+def load_calibration(path: Path, robot: str = "panda") -> dict[str, dict[str, np.ndarray]]:
+    """The cameras of one complete file, under the names in it.
+
+    {camera: {"intrinsics": (3, 3), and "world_from_camera" or "last_joint_from_camera": (4, 4)}};
+    with "distortion" (N,) and "distortion_model" where the lens bends straight lines.
+    """
+    names = [name or Path(path).stem for name in read_calibration_file(path)]
+    cameras, _ = read_calibration([path], names, robot)
+    entries = {}
+    for name, camera in cameras.items():
+        entries[name] = {"intrinsics": camera.intrinsics, POSE_NAMES[camera.frame]: camera.pose}
+        if camera.distortion is not None:
+            entries[name]["distortion"] = camera.distortion
+            entries[name]["distortion_model"] = camera.model
+    return entries
+
+
+def read_calibration(
+    paths: Sequence[str | Path],
+    names: Sequence[str],
+    robot: str,
+    gripper_length: float | None = None,
+    optional: Sequence[str] = (),
+) -> tuple[dict[str, Camera], list[str]]:
+    """The cameras `names` of a dataset, from files that complete one another, and what to tell.
+
+    paths: files, or NAME=FILE for a file of one camera that does not say its name. optional: the
+    names that no file need have. Each camera returned has intrinsics and a pose, from "base" or
+    from "last_joint".
+    """
+    cameras: dict[str, Camera] = {}
+    notes: list[str] = []
+    for entry in paths:
+        given, path = split_name(str(entry))
+        for name, camera in named_cameras(path, given, list(names), notes).items():
+            merge(cameras, name, camera)
+    wanted = [name for name in names if name in cameras or name not in optional]
+    for name in wanted:
+        if name not in cameras:
+            files = ", ".join(str(path) for path in paths)
+            raise UserError(f"Camera '{name}' is not in {files}: add its entry; {HELP}.")
+        if cameras[name].intrinsics is None:
             raise UserError(
-                f"{path}: {camera} needs intrinsics, and either world_from_camera or last_joint_from_camera."
+                f"{cameras[name].source} has no intrinsics of camera '{name}': "
+                f"add them, or a second file that has them; {HELP}."
             )
-        for key, value in entries.items():
-            check_array(
-                value,
-                (3, 3) if key == "intrinsics" else (4, 4),
-                np.float64,
-                f"{path}: {camera}/{key}",
+    frames = robot_frames(robot, gripper_length)
+    resolved = {name: resolve_pose(name, cameras, frames) for name in wanted}
+    return resolved, notes
+
+
+def split_name(entry: str) -> tuple[str | None, Path]:
+    """NAME=FILE -> (NAME, FILE); FILE -> (None, FILE)."""
+    name, equals, path = entry.partition("=")
+    if not equals or Path(entry).exists():
+        return None, Path(entry)
+    return name, Path(path)
+
+
+def named_cameras(
+    path: Path, given: str | None, names: list[str], notes: list[str]
+) -> dict[str, Camera]:
+    """A file's cameras under the dataset's names; notes get a sentence on each that is left out."""
+    found = read_calibration_file(path)
+    if given and len(found) > 1:
+        raise UserError(f"{path} is of {len(found)} cameras: give it without '{given}='.")
+    renamed = {}
+    for name in found:
+        if given:
+            renamed[name] = given
+        elif name in names:
+            renamed[name] = name
+        elif len(found) == 1 and path.stem in names:
+            renamed[name] = path.stem
+        elif len(found) == 1 and len(names) == 1:
+            renamed[name] = names[0]
+            notes.append(f"{path} is taken for camera '{names[0]}'.")
+        elif name == WITHOUT_A_NAME:
+            raise UserError(f"{path} does not say which camera it is of: give NAME={path}.")
+        else:
+            notes.append(f"{path}: camera '{name}' is in no episode and left out.")
+            renamed[name] = name
+    for camera in found.values():
+        camera.frame = renamed.get(camera.frame, camera.frame)  # Kalibr's, from another camera
+    return {renamed[name]: camera for name, camera in found.items()}
+
+
+def merge(cameras: dict[str, Camera], name: str, camera: Camera):
+    """Add what a file says of a camera to what the files before it said. The last one counts."""
+    if name not in cameras:
+        cameras[name] = camera
+        return
+    known = cameras[name]
+    known.source = f"{known.source} and {camera.source}"
+    if camera.intrinsics is not None:
+        known.size = camera.size
+        known.intrinsics = camera.intrinsics
+    if camera.distortion is not None:
+        known.model = camera.model
+        known.distortion = camera.distortion
+    if camera.pose is not None:
+        known.frame = camera.frame
+        known.pose = camera.pose
+
+
+def resolve_pose(name: str, cameras: dict[str, Camera], frames: dict) -> Camera:
+    """The camera with its pose from the base or from the last joint."""
+    camera = cameras[name]
+    pose = np.eye(4)
+    frame = name
+    visited = set()
+    while frame in cameras and frame not in visited:  # a camera that is known from another one
+        visited.add(frame)
+        if cameras[frame].pose is None:
+            raise UserError(
+                f"{camera.source} does not say where camera '{name}' is: add its pose, "
+                f"such as world_from_camera, or the file of a hand-eye calibration; {HELP}."
             )
-    return cameras
+        pose = cameras[frame].pose @ pose
+        frame = cameras[frame].frame
+    if frame != "base":
+        if frame not in frames:
+            raise UserError(f"{camera.source}: '{frame}' is not a frame of the arm: {HELP}.")
+        pose = frames[frame] @ pose
+        frame = "last_joint"
+    return replace(camera, frame=frame, pose=pose)
+
+
+# ----------------------------------------------------------------------------- the lens
+def fit_size(camera: Camera, name: str, size: tuple[int, int]) -> np.ndarray:
+    """Intrinsics (3, 3) for pictures of this size (H, W), which may be smaller but not cut."""
+    if camera.size is None:
+        check_centre(camera, name, size)
+        return camera.intrinsics
+    if camera.size == tuple(size):
+        return camera.intrinsics
+    scale_y = size[0] / camera.size[0]
+    scale_x = size[1] / camera.size[1]
+    if abs(scale_x / scale_y - 1) > 0.01:
+        raise UserError(
+            f"{camera.source}: camera '{name}' was calibrated at {camera.size[1]}x{camera.size[0]} "
+            f"pixels, but its pictures have {size[1]}x{size[0]}, which is another shape: "
+            "calibrate it as it records."
+        )
+    return np.diag([scale_x, scale_y, 1]) @ camera.intrinsics
+
+
+def check_centre(camera: Camera, name: str, size: tuple[int, int]):
+    """Raise a UserError when the optical axis misses the middle half of pictures of this size."""
+    height, width = size
+    x = camera.intrinsics[0, 2] / width
+    y = camera.intrinsics[1, 2] / height
+    if not (0.25 < x < 0.75 and 0.25 < y < 0.75):
+        raise UserError(
+            f"{camera.source}: camera '{name}' has its image centre at pixel "
+            f"({camera.intrinsics[0, 2]:.0f}, {camera.intrinsics[1, 2]:.0f}), far from the middle "
+            f"of pictures of {width}x{height}: add size: [height, width] of the calibrated ones."
+        )
+
+
+def undistortion(
+    camera: Camera, intrinsics: np.ndarray, size: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """For every pixel of a picture without distortion, where it lies in the recorded one.
+
+    Returns two maps (H, W) for cv2.remap, or None when the lens bends nothing. The new picture
+    has the same intrinsics, so a calibration file stays true of what was made with it.
+    """
+    if camera.distortion is None:
+        return None
+    height, width = size
+    matrix = intrinsics - [[0, 0, 0.5], [0, 0, 0.5], [0, 0, 0]]  # OpenCV's pixel centres
+    if camera.model == "fisheye":
+        return cv2.fisheye.initUndistortRectifyMap(
+            matrix, camera.distortion, np.eye(3), matrix, (width, height), cv2.CV_32FC1
+        )
+    if camera.model == "brown":
+        return cv2.initUndistortRectifyMap(
+            matrix, camera.distortion, None, matrix, (width, height), cv2.CV_32FC1
+        )
+    # RealSense's inverse model says how to straighten: what others call undistorting, it distorts.
+    x, y = np.meshgrid(np.arange(width), np.arange(height))
+    pixels = np.stack([x, y], axis=-1).reshape(-1, 1, 2).astype(np.float64)
+    maps = cv2.undistortPoints(pixels, matrix, camera.distortion, P=matrix)
+    maps = maps.reshape(height, width, 2).astype(np.float32)
+    return maps[..., 0], maps[..., 1]
+
+
+def undistort(picture: np.ndarray, maps) -> np.ndarray:
+    """A picture (H, W, 3) uint8 as a lens without distortion would have made it."""
+    if maps is None:
+        return picture
+    return cv2.remap(picture, maps[0], maps[1], cv2.INTER_LINEAR)
+
+
+# ------------------------------------------------------------------------------ the view
+def share_in_view(
+    points: np.ndarray, intrinsics: np.ndarray, world_from_camera: np.ndarray, size: tuple
+) -> np.ndarray:
+    """The share of the frames in which a camera has each point in its picture: (J,).
+
+    points (T, J, 3) in the world, world_from_camera (T, 4, 4), size (H, W).
+    """
+    camera_from_world = np.linalg.inv(world_from_camera)  # (T, 4, 4)
+    turned = np.einsum("tij,tkj->tki", camera_from_world[:, :3, :3], points)
+    seen = turned + camera_from_world[:, None, :3, 3]  # (T, J, 3)
+    depth = seen[..., 2]
+    in_front = depth > 0.02
+    pixels = seen @ intrinsics.T
+    pixels = pixels[..., :2] / np.where(in_front, depth, 1)[..., None]  # (T, J, 2)
+    inside = (pixels >= 0).all(axis=-1) & (pixels <= [size[1], size[0]]).all(axis=-1)
+    return (in_front & inside).mean(axis=0)
+
+
+def check_view(
+    camera: Camera, name: str, size: tuple[int, int], joint_poses: np.ndarray
+) -> str | None:
+    """A sentence when the camera has the arm out of its picture. joint_poses (T, J, 4, 4).
+
+    Raises UserError when the arm would be in the picture if the pose were inverted.
+    """
+    points = joint_poses[..., :3, 3]
+    intrinsics = fit_size(camera, name, size)
+
+    def view_of(pose: np.ndarray) -> float:
+        carrier = joint_poses[:, -2] if camera.frame == "last_joint" else np.eye(4)
+        poses = np.broadcast_to(carrier @ pose, (len(points), 4, 4))
+        return share_in_view(points, intrinsics, poses, size).max()
+
+    if view_of(camera.pose) >= UNSEEN:
+        return None
+    if view_of(np.linalg.inv(camera.pose)) >= SEEN:
+        right = POSE_NAMES[camera.frame]
+        carrier = right.removesuffix("_from_camera")
+        raise UserError(
+            f"{camera.source}: the pose of camera '{name}' is inverted: as {right} no joint of the "
+            f"arm is in its picture, the other way round it is; call it camera_from_{carrier}, or "
+            "invert the matrix."
+        )
+    return f"{camera.source}: camera '{name}' never has a joint of the arm in its picture."

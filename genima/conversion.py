@@ -1,0 +1,188 @@
+"""From a recording to an episode: see genima/recordings.py for the two ends and the measures."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+
+from genima.calibration import check_view, fit_size, read_calibration, undistort, undistortion
+from genima.calibration_files import Camera
+from genima.episodes import Episode
+from genima.files import UserError
+from genima.recordings import (
+    MOVES,
+    NEAR,
+    Conversion,
+    Recording,
+    actions_of,
+    check_actions,
+    check_joints,
+    check_time,
+    find_gaps,
+    find_gripper_range,
+    halved,
+    kinematics_error,
+    nearest,
+    opening_of,
+    resampled_times,
+)
+from genima.robots import GRIPPER_WIDTHS, check_robot, guess_robot, robot_chain, robot_frames
+
+
+def task_name(instruction: str) -> str:
+    """An instruction as the name of a folder: "Pick up the cup." -> "pick_up_the_cup"."""
+    return re.sub(r"[^a-z0-9]+", "_", instruction.lower()).strip("_")[:60]
+
+
+def choose_robot(recording: Recording, conversion: Conversion, notes: list[str]) -> str:
+    """The name of the arm: as asked for, as recorded, or by the number of its joints."""
+    if conversion.robot or recording.robot:
+        return check_robot(conversion.robot or recording.robot)
+    joints = recording.joints.shape[1]
+    robot = guess_robot(joints)
+    if robot is None:
+        raise UserError(
+            f"{recording.source}: {joints} joints fit no robot that is known: name the columns of "
+            "one arm in the mapping, such as observations/qpos[0:7], or give --robot."
+        )
+    notes.append(f"{joints} joints and no robot named: taken for a {robot}; else give --robot.")
+    return robot
+
+
+def convert(recording: Recording, conversion: Conversion) -> tuple[Episode, list[str]]:
+    """The episode of a recording, and sentences on what was assumed or found. Raises UserError."""
+    where = recording.source
+    notes = list(recording.notes)
+    robot = choose_robot(recording, conversion, notes)
+    instruction = conversion.instruction or recording.instruction
+    if not instruction:
+        raise UserError(f"{where} has no instruction: give --instruction 'pick up the cup'.")
+    if not np.isfinite(recording.joints).all() or not np.isfinite(recording.gripper).all():
+        raise UserError(f"{where}: joints or gripper hold NaN or infinite numbers: move it away.")
+    check_time(recording.seconds, where)
+    for seconds in recording.image_seconds.values():
+        check_time(seconds, where)
+    for when, length in find_gaps(recording.seconds):
+        notes.append(f"a gap of {length:.2f} s at {when:.2f} s: the nearest frames fill it.")
+    note = check_joints(recording.joints, robot, where)
+    if note:
+        notes.append(note)
+    check_actions(recording)
+
+    opening = normalise_gripper(recording, robot, notes)
+    times = resampled_times(recording, conversion.fps)
+    index = nearest(recording.seconds, times)  # (T,)
+    qpos = np.concatenate([recording.joints, opening[:, None]], axis=1)[index]
+    chain = robot_chain(robot, conversion.gripper_length)
+    joint_poses = chain.forward_kinematics(qpos[:, :-1])
+    check_tool(recording, index, joint_poses, robot, conversion, notes)
+
+    cameras = cameras_of(recording, robot, conversion, notes)
+    images = {}
+    intrinsics = {}
+    extrinsics = {}
+    blind = []
+    for name, stored in recording.images.items():
+        chosen = nearest(recording.image_seconds.get(name, recording.seconds), times)
+        first = stored[int(chosen[0])]
+        size = first.shape[:2]
+        if name in cameras:
+            camera = cameras[name]
+            note = check_view(camera, name, size, joint_poses)
+            if note:
+                blind.append(note)
+            intrinsics[name] = fit_size(camera, name, size)
+            carrier = joint_poses[:, -2] if camera.frame == "last_joint" else np.eye(4)
+            extrinsics[name] = np.broadcast_to(carrier @ camera.pose, (len(index), 4, 4))
+            maps = undistortion(camera, intrinsics[name], size)
+        else:
+            intrinsics[name] = recording.intrinsics[name]
+            extrinsics[name] = recording.extrinsics[name][index]
+            maps = None
+        images[name] = np.stack([undistort(stored[int(t)], maps) for t in chosen])
+    if blind and len(blind) == len(images):
+        raise UserError(" ".join(blind) + " Check the frame that the pose is given from.")
+    notes += blind
+
+    return Episode(
+        path=Path(where),
+        task=conversion.task or task_name(instruction),
+        variation=0,
+        instruction=instruction,
+        instructions=[instruction],
+        success=recording.success is not False,
+        fps=float(conversion.fps),
+        robot=robot,
+        sim=recording.sim,
+        seed=0,
+        qpos=qpos.astype(np.float32),
+        qvel=np.gradient(qpos, 1 / conversion.fps, axis=0).astype(np.float32),
+        action=actions_of(recording, index, qpos[:, -1]).astype(np.float32),
+        joint_poses=joint_poses.astype(np.float32),
+        images=images,
+        intrinsics=intrinsics,
+        extrinsics=extrinsics,
+    ), notes
+
+
+def normalise_gripper(recording: Recording, robot: str, notes: list[str]) -> np.ndarray:
+    """The gripper's opening (T,), 0..1; the recorded command becomes 0 or 1 in place."""
+    where = recording.source
+    span = recording.gripper_range
+    if span is None:
+        span = find_gripper_range(recording.gripper, robot, where)
+        if span[1] < 1 and recording.gripper.max() > 0:
+            notes.append(
+                f"the gripper is a width in metres: divided by {span[1]:g} m; set gripper_range "
+                "in the mapping for another gripper."
+            )
+            if recording.gripper.max() < 0.55 * GRIPPER_WIDTHS[robot]:
+                notes.append(
+                    "the gripper never opens more than half: if one finger's way was recorded, "
+                    "set gripper_range: [0, 0.04]."
+                )
+    opening = opening_of(recording.gripper, span)
+    if np.ptp(opening) < MOVES:
+        notes.append(f"the gripper never moves: its opening is always {opening.mean():.2f}.")
+    if recording.gripper_command is not None:
+        command = recording.gripper_command
+        if recording.gripper_range is None or np.ptp(command) > 1.5 * abs(span[1] - span[0]):
+            span = find_gripper_range(command, robot, where)
+        recording.gripper_command = halved(opening_of(command, span))
+    return opening
+
+
+def check_tool(recording, index, joint_poses, robot, conversion, notes):
+    """Add a sentence when forward kinematics and the recorded tool poses disagree."""
+    if recording.tool_poses is None:
+        return
+    frames = robot_frames(robot, conversion.gripper_length)
+    recorded = recording.tool_poses[index]
+    error, frame = kinematics_error(recorded, joint_poses[:, -2], frames)
+    if error > NEAR:
+        notes.append(
+            f"the recorded tool pose is up to {100 * error:.1f} cm from forward kinematics "
+            f"(nearest: the {frame}): check --robot and --gripper-length."
+        )
+
+
+def cameras_of(recording, robot, conversion, notes) -> dict[str, Camera]:
+    """The cameras of the calibration files; those of the recording itself need none."""
+    names = list(recording.images)
+    known = [name for name in names if name in recording.intrinsics]
+    known = [name for name in known if name in recording.extrinsics]
+    if conversion.calibration:
+        cameras, words = read_calibration(
+            conversion.calibration, names, robot, conversion.gripper_length, known
+        )
+        notes += words
+        return cameras
+    for name in names:
+        if name not in known:
+            raise UserError(
+                f"{recording.source} does not say where camera '{name}' is: "
+                "give --calibration; see docs/your-data.md."
+            )
+    return {}

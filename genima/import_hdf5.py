@@ -1,0 +1,278 @@
+"""HDF5 files of other programs -> recordings, by a mapping (genima/mapping.py).
+
+    mapping = detect_mapping(path)
+    with open_recording(path) as root:
+        recording = read_recording(root, mapping)
+
+Pictures may be raw or compressed one by one (JPEG, PNG, with zeros after the end, as ACT's). They
+stay in the file until they are asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import cv2
+import h5py
+import numpy as np
+
+from genima.files import UserError
+from genima.mapping import (
+    FOLDER,
+    HELP,
+    SECONDS,
+    Mapping,
+    find,
+    find_cameras,
+    is_there,
+    read_mapping,
+)
+from genima.recordings import Recording
+
+
+# -------------------------------------------------------------------------- one HDF5 file
+@contextmanager
+def open_recording(path: Path) -> Iterator[h5py.File]:
+    """Yield an HDF5 file of any program; what is wrong with it becomes a UserError."""
+    path = Path(path)
+    try:
+        root = h5py.File(path, "r")
+    except OSError as error:
+        raise UserError(f"{path}: {reason_of(path, error)}") from error
+    try:
+        yield root
+    except OSError as error:
+        raise UserError(f"{path} is damaged ({' '.join(str(error).split())}).") from error
+    finally:
+        root.close()
+
+
+def reason_of(path: Path, error: OSError) -> str:
+    """Why an HDF5 file does not open, in the system's words and without advice that destroys."""
+    words = str(error).lower()
+    if "lock" in words or error.errno == 11:
+        return "another program has it open: close that and run the same command again."
+    if isinstance(error, PermissionError) or error.errno == 13:
+        return "it may not be read: change its permissions (chmod +r)."
+    if not path.exists():
+        return "it does not exist."
+    if "signature" in words or "truncated" in words:
+        return "it is no whole HDF5 file: copy it again from where it was recorded."
+    return f"it cannot be read ({' '.join(str(error).split())})."
+
+
+def detect_mapping(path: Path) -> Mapping:
+    """The ready mapping that finds most of its parts in this file. Raises UserError for none."""
+    best = None
+    most = 0
+    with open_recording(path) as root:
+        for entry in sorted(FOLDER.glob("*.yaml")):
+            mapping = read_mapping(entry.stem)
+            if find(root, mapping.joints) is None or not find_cameras(root, mapping.images):
+                continue
+            found = sum(is_there(root, name) for name in vars(mapping).values())
+            if found > most:
+                best = mapping
+                most = found
+        if best is None:
+            names: list[str] = []
+            root.visit(names.append)
+            raise UserError(
+                f"{path}: no ready mapping fits its datasets ({', '.join(names[:12])}): "
+                f"write one and give it with --mapping; {HELP}."
+            )
+    return best
+
+
+class StoredImages:
+    """One camera's pictures in an open HDF5 file, read when asked for: [t] -> (H, W, 3) RGB."""
+
+    def __init__(self, dataset: h5py.Dataset, mapping: Mapping):
+        self.dataset = dataset
+        self.where = f"{dataset.file.filename}: {dataset.name}"
+        self.raw = dataset.ndim == 4
+        self.order = mapping.color if self.raw else mapping.compressed_color
+        if self.raw and (dataset.shape[3] != 3 or dataset.dtype != np.uint8):
+            raise UserError(
+                f"{self.where} has shape {dataset.shape} of {dataset.dtype}, "
+                "where (frames, height, width, 3) of uint8 is needed."
+            )
+        if dataset.ndim not in (1, 2, 4):
+            raise UserError(f"{self.where} has shape {dataset.shape}, which is no pictures.")
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, t: int) -> np.ndarray:
+        stored = self.dataset[t]
+        if not self.raw:  # a JPEG or PNG, perhaps with zeros after its end
+            data = np.frombuffer(bytes(stored), np.uint8)
+            stored = cv2.imdecode(data, cv2.IMREAD_COLOR) if len(data) else None
+            if stored is None:
+                raise UserError(f"{self.where}: frame {t} is no JPEG or PNG picture.")
+        if self.order == "bgr":
+            stored = stored[..., ::-1]
+        return np.ascontiguousarray(stored)
+
+
+# ----------------------------------------------------------------------- a whole recording
+def column(root: h5py.File, name: str | None, what: str, frames: int | None, needed=False):
+    """The numbers (T, ...) float64 that a mapping names, or None. Raises UserError."""
+    values = find(root, name)
+    if values is None:
+        if needed:
+            raise UserError(f"{root.filename} has no {name}, which should be its {what}: {HELP}.")
+        return None
+    try:
+        values = np.asarray(values, np.float64)
+    except (ValueError, TypeError):
+        raise UserError(f"{root.filename}: {name} holds no numbers.") from None
+    if values.ndim == 0 or (frames is not None and len(values) != frames):
+        raise UserError(
+            f"{root.filename}: {name} has shape {values.shape}, but there are {frames} frames."
+        )
+    return values
+
+
+def text(value) -> str:
+    """A string from an attribute or dataset, whatever HDF5 made of it."""
+    if isinstance(value, h5py.Dataset):
+        value = value[()]
+    if isinstance(value, np.ndarray):
+        value = value.reshape(-1)[0] if value.size else ""
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "replace")
+    return "" if value is None else str(value)
+
+
+def flag(value) -> bool | None:
+    """True or False from an attribute or dataset, None where there is none."""
+    if value is None:
+        return None
+    return text(value).strip().lower() in ("true", "1", "1.0", "yes", "success")
+
+
+def read_recording(root: h5py.File, mapping: Mapping, source_fps: float | None = None) -> Recording:
+    """The recording in an open file. Its pictures are read while the file is open."""
+    path = root.filename
+    joints = column(root, mapping.joints, "joints", None, needed=True)
+    if joints.ndim != 2:
+        raise UserError(f"{path}: {mapping.joints} has shape {joints.shape}, not (frames, joints).")
+    frames = len(joints)
+    to_radians = np.pi / 180 if mapping.joint_unit == "degrees" else 1.0
+    notes = []
+    gripper = column(root, mapping.gripper, "gripper", frames)
+    if gripper is None:
+        gripper = np.ones(frames)
+        notes.append("no gripper was recorded: it counts as open.")
+    action = column(root, mapping.action, "action", frames)
+    if action is not None:
+        action = action * to_radians
+        if action.shape != joints.shape:
+            raise UserError(
+                f"{path}: {mapping.action} has shape {action.shape}, but the joints {joints.shape}."
+            )
+    command = column(root, mapping.gripper_command, "gripper command", frames)
+    images = {}
+    for camera, dataset in find_cameras(root, mapping.images).items():
+        images[camera] = StoredImages(dataset, mapping)
+    if not images:
+        raise UserError(f"{path} has no pictures at {mapping.images}: {HELP}.")
+    seconds, image_seconds = read_times(root, mapping, source_fps, frames, images, notes)
+    span = mapping.gripper_range
+    success = flag(find(root, mapping.success))
+    if success is None:
+        notes.append("no label of success: it counts as successful.")
+    return Recording(
+        source=path,
+        seconds=seconds,
+        joints=joints * to_radians,
+        gripper=gripper.reshape(frames, -1)[:, -1],
+        gripper_range=None if span is None else (float(span[0]), float(span[1])),
+        action=action,
+        gripper_command=None if command is None else command.reshape(frames, -1)[:, -1],
+        images=images,
+        image_seconds=image_seconds,
+        tool_poses=read_tool_poses(root, mapping, frames),
+        intrinsics=read_cameras(root, mapping.intrinsics, images),
+        extrinsics=read_cameras(root, mapping.extrinsics, images),
+        instruction=text(find(root, mapping.instruction)),
+        success=success,
+        sim=bool(flag(find(root, mapping.sim))),
+        robot=read_robot(root, mapping),
+        notes=notes,
+    )
+
+
+def read_times(
+    root: h5py.File, mapping: Mapping, source_fps: float | None, frames: int, images: dict, notes
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Seconds of the joints (T,), and of those cameras that have their own {camera: (T',)}."""
+    unit = SECONDS[mapping.timestamp_unit]
+    seconds = column(root, mapping.timestamps, "timestamps", frames)
+    if seconds is not None and source_fps is None:
+        seconds = seconds.reshape(frames) * unit
+    else:
+        rate = source_fps or read_rate(root, mapping, notes)
+        seconds = np.arange(frames) / rate
+    image_seconds = {}
+    for camera, stored in images.items():
+        if mapping.image_timestamps is None:
+            if len(stored) != frames:
+                raise UserError(
+                    f"{stored.where} has {len(stored)} pictures for {frames} frames: "
+                    "name their times with image_timestamps in the mapping."
+                )
+            continue
+        name = mapping.image_timestamps.replace("{camera}", camera)
+        own = column(root, name, "timestamps of pictures", len(stored), needed=True)
+        image_seconds[camera] = own.reshape(-1) * unit
+    return seconds, image_seconds
+
+
+def read_rate(root: h5py.File, mapping: Mapping, notes: list[str]) -> float:
+    """Frames a second of a file without timestamps."""
+    rate = mapping.rate
+    if isinstance(rate, str):
+        found = find(root, rate)
+        rate = None if found is None else float(text(found))
+    elif rate is not None:
+        notes.append(
+            f"no timestamps: {rate:g} Hz, as mapping {mapping.name} says; else --source-fps."
+        )
+    if rate is None or not rate > 0:
+        raise UserError(f"{root.filename} has neither timestamps nor a rate: give --source-fps.")
+    return float(rate)
+
+
+def read_tool_poses(root: h5py.File, mapping: Mapping, frames: int) -> np.ndarray | None:
+    """Poses (T, 4, 4) of the tool, from matrices or from positions with quaternions."""
+    values = column(root, mapping.tool_pose, "tool poses", frames)
+    if values is None:
+        return None
+    numbers = values.size // frames
+    if numbers == 16:
+        return values.reshape(frames, 4, 4)
+    if numbers in (3, 6, 7):  # the position comes first, and is all that is compared
+        poses = np.tile(np.eye(4), (frames, 1, 1))
+        poses[:, :3, 3] = values[:, :3]
+        return poses
+    raise UserError(f"{root.filename}: {mapping.tool_pose} has shape {values.shape}, no poses.")
+
+
+def read_cameras(root: h5py.File, pattern: str | None, images: dict) -> dict[str, np.ndarray]:
+    """{camera: matrix or matrices} where the file itself says where its cameras are."""
+    if pattern is None:
+        return {}
+    found = find_cameras(root, pattern)
+    return {camera: found[camera][()] for camera in images if camera in found}
+
+
+def read_robot(root: h5py.File, mapping: Mapping) -> str:
+    """The robot's name in the file or in the mapping; "" where neither says it."""
+    name = mapping.robot or ""
+    if name.startswith("@") or "/" in name:
+        return text(find(root, name))
+    return name

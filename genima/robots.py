@@ -1,0 +1,126 @@
+"""The arms that a recording can be of: kinematics, joint limits, named frames, grippers.
+
+A recording says joint angles; spheres need the poses of the joints. A table of link lengths turns
+one into the other, so a bought recording needs no simulator and no robot description.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from genima.files import UserError
+from genima.kinematics import JOINT_LIMITS as FRANKA_LIMITS
+from genima.kinematics import Chain, franka_chain, rotate_z
+
+TWO_TURNS = 2 * np.pi
+
+# Lower and upper, radians. Every joint of a UR5e turns once around either way (its data sheet).
+JOINT_LIMITS = FRANKA_LIMITS | {"ur5e": ((-TWO_TURNS,) * 6, (TWO_TURNS,) * 6)}
+
+# Metres between the fingers when the gripper is open: Franka Hand, Robotiq 2F-85 (data sheets).
+GRIPPER_WIDTHS = {"panda": 0.08, "fr3": 0.08, "ur5e": 0.085}
+
+# Metres from the flange to the middle of the fingers' pads: Franka Hand (data sheet); a Robotiq
+# 2F-85 with its coupling (we measured the model; give --gripper-length for another gripper).
+GRIPPER_LENGTHS = {"panda": 0.1034, "fr3": 0.1034, "ur5e": 0.155}
+
+# Metres from the last joint's frame to the flange, along the joint's axis.
+FLANGES = {"panda": 0.107, "fr3": 0.107, "ur5e": 0.0996}
+
+# The hand is screwed to Franka's flange an eighth of a turn back; on a UR5e the two agree.
+HAND_TURNS = {"panda": -np.pi / 4, "fr3": -np.pi / 4, "ur5e": 0.0}
+
+# Universal Robots' table for the UR5e (Denavit and Hartenberg), metres and radians: after the turn
+# about a joint's z axis, shift d along it, then a along the new x axis, then turn alpha about that.
+UR5E_D = (0.1625, 0.0, 0.0, 0.1333, 0.0997)
+UR5E_A = (0.0, -0.425, -0.3922, 0.0, 0.0)
+UR5E_ALPHA = (np.pi / 2, 0.0, 0.0, np.pi / 2, -np.pi / 2)
+
+# What drivers and calibration programs call the frames, in our words.
+FRAME_NAMES = {
+    "base": ("base", "base_link", "world", "link0", "robot"),
+    "last_joint": ("last_joint", "link7"),
+    "flange": ("flange", "link8", "tool0", "wrist_3_link"),  # UR's wrist_3_link lies in the flange
+    "hand": ("hand", "gripper", "ee", "end_effector"),
+    "tool": ("tool", "tcp", "hand_tcp", "tool_centre"),
+}
+
+
+def check_robot(robot: str) -> str:
+    """The name of a robot in our table ("Franka Panda" is "panda"). Raises UserError."""
+    for known in JOINT_LIMITS:
+        if known in robot.lower():
+            return known
+    names = ", ".join(JOINT_LIMITS)
+    raise UserError(f"Robot '{robot}' is not known: give --robot, one of {names}.")
+
+
+def guess_robot(joints: int) -> str | None:
+    """The robot with this many joints: 7 is a Panda, 6 a UR5e, None for any other number."""
+    return {7: "panda", 6: "ur5e"}.get(joints)
+
+
+def translation(z: float) -> np.ndarray:
+    """A shift along z, metres -> (4, 4)."""
+    pose = np.eye(4)
+    pose[2, 3] = z
+    return pose
+
+
+def ur5e_links() -> np.ndarray:
+    """Joint i-1 from joint i before it turns: (6, 4, 4).
+
+    The base is the controller's ("base" in ROS, half a turn from "base_link").
+    """
+    links = [np.eye(4)]
+    for d, a, alpha in zip(UR5E_D, UR5E_A, UR5E_ALPHA):
+        cosine = np.cos(alpha)
+        sine = np.sin(alpha)
+        link = [[1, 0, 0, a], [0, cosine, -sine, 0], [0, sine, cosine, d], [0, 0, 0, 1]]
+        links.append(np.array(link))
+    return np.stack(links).round(12)
+
+
+def robot_frames(robot: str, gripper_length: float | None = None) -> dict[str, np.ndarray]:
+    """Last joint from each named frame: {"last_joint", "flange", "hand", "tool": (4, 4)}.
+
+    gripper_length: metres from the flange to the fingertips; None: the robot's usual gripper.
+    """
+    if gripper_length is None:
+        gripper_length = GRIPPER_LENGTHS[robot]
+    flange = translation(FLANGES[robot])
+    hand = flange @ rotate_z(np.array(HAND_TURNS[robot]))
+    return {
+        "last_joint": np.eye(4),
+        "flange": flange,
+        "hand": hand,
+        "tool": hand @ translation(gripper_length),
+    }
+
+
+def robot_chain(robot: str, gripper_length: float | None = None) -> Chain:
+    """The kinematics of a robot of JOINT_LIMITS, without cameras."""
+    if robot == "ur5e":
+        links = ur5e_links()
+    else:
+        links = franka_chain().links
+    return Chain(links, robot_frames(robot, gripper_length)["tool"], {}, {})
+
+
+def frame_name(name: str) -> str | None:
+    """A frame in our words ("panda_link8" is "flange"); None where no robot of ours has it."""
+    word = name.lower().strip("/").split("/")[-1]
+    for robot in ("panda_", "fr3_", "ur5e_", "fer_"):
+        word = word.removeprefix(robot)
+    for ours, theirs in FRAME_NAMES.items():
+        if word in theirs:
+            return ours
+    return None
+
+
+def beyond_limits(joints: np.ndarray, robot: str, tolerance: float = 1e-3) -> np.ndarray:
+    """Which frames of joints (T, D) are beyond the limits by more than the tolerance: (T,)."""
+    low, high = JOINT_LIMITS[robot]
+    below = joints < np.array(low) - tolerance
+    above = joints > np.array(high) + tolerance
+    return (below | above).any(axis=1)

@@ -1,0 +1,292 @@
+"""Stage 0 for data that exists: what others recorded becomes episodes, or episodes go to others.
+
+In:   HDF5 files of ACT, ALOHA or a vendor; a dataset of LeRobot v3.0; where the cameras are.
+Out:  <run>/episodes/<task>/<name>.hdf5, see genima/episodes.py; or a dataset for LeRobot or ACT.
+Run:  python import_demos.py bought/ --run runs/mine --calibration cameras.yaml
+      python import_demos.py aloha/ --run runs/mine --robot panda --instruction "pick up the cup"
+      python import_demos.py --to-lerobot runs/mine/episodes exported/
+      python import_demos.py --to-act runs/mine/episodes/pick_up_the_cup exported/
+
+A mapping says which part of a file is what (mappings/, docs/your-data.md); without --mapping the
+ready one that fits is taken. Joint poses come from forward kinematics, everything is brought to one
+rate, pictures are straightened. Failed demonstrations come along, marked as failed: training leaves
+them out. Stopped in the middle, the same command continues where it was.
+"""
+
+import os
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process for each core does the work
+
+import tyro
+
+from genima.conversion import convert, task_name
+from genima.episodes import find_episodes, read_episode, write_episode
+from genima.export_act import export_act
+from genima.files import UserError, run_stage
+from genima.import_hdf5 import detect_mapping, open_recording, read_recording
+from genima.mapping import Mapping, read_mapping
+from genima.parallel import run_in_parallel
+from genima.recordings import Conversion, Recording
+from genima.robots import check_robot
+
+
+@dataclass
+class Settings:
+    sources: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """HDF5 files, folders of them, or datasets of LeRobot."""
+    run: Path = Path("runs/mine")
+    """Folder of the run; episodes go to <run>/episodes."""
+    mapping: str | None = None
+    """act, vendor, lerobot or nanogenima, or a YAML file of your own; none: the one that fits."""
+    robot: str = ""
+    """panda, fr3 or ur5e; none: as the file says, or by the number of joints."""
+    fps: float = 10.0
+    """Frames a second of the episodes: the rate at which the arm is to be driven."""
+    source_fps: float | None = None
+    """Frames a second of the recordings, where these have no timestamps or wrong ones."""
+    calibration: tuple[str, ...] = ()
+    """Files that say where the cameras are and what their lenses do: our own, RealSense, ROS,
+    Kalibr, easy_handeye; NAME=FILE for a file that does not say which camera it is of."""
+    cameras: tuple[str, ...] = ()
+    """Which cameras to import; none named: all."""
+    gripper_length: float | None = None
+    """Metres from the flange to the middle of the fingertips; none: the robot's usual gripper."""
+    instruction: str = ""
+    """What is done, in words, where the recordings do not say it."""
+    task: str = ""
+    """Name of the task's folder; none: the instruction with underscores."""
+    to_lerobot: tuple[Path, Path] | None = None
+    """Export the episodes in a folder as a LeRobot v3.0 dataset: FOLDER OUT."""
+    to_act: tuple[Path, Path] | None = None
+    """Export them for ACT's own loader, padded to one length: FOLDER OUT."""
+    failed: bool = False
+    """Export failed demonstrations too. (Importing keeps them in any case, marked as failed.)"""
+    workers: int = os.cpu_count() or 1
+    """Processes."""
+
+
+@dataclass
+class Source:
+    """One demonstration to import."""
+
+    path: Path  # an HDF5 file, or the folder of a LeRobot dataset
+    name: str  # of the episode's file
+    mapping: Mapping
+    row: dict | None = None  # of a LeRobot dataset: what it says of the episode
+    number: int = 0
+
+
+@dataclass
+class Outcome:
+    """What became of a source."""
+
+    task: str = ""
+    success: bool = True
+    skipped: bool = False  # it was there already
+    error: str = ""
+    notes: list[str] = field(default_factory=list)
+
+
+# ------------------------------------------------------------------------------- what is there
+def find_sources(settings: Settings) -> tuple[list[Source], list[str]]:
+    """The demonstrations in the files and folders, and a sentence on each file that is none."""
+    chosen = read_mapping(settings.mapping) if settings.mapping else None
+    files: list[Path] = []
+    sources: list[Source] = []
+    for path in settings.sources:
+        if not path.exists():
+            raise UserError(f"{path} does not exist.")
+        if (path / "meta" / "info.json").exists():
+            sources += find_lerobot(path, chosen or read_mapping("lerobot"))
+        elif any(path.glob("**/low_dim_obs.pkl")):
+            raise UserError(
+                f"{path} is a dataset of RLBench: python collect_demos.py --from-rlbench {path}"
+            )
+        elif path.is_dir():
+            found = [*path.rglob("*.hdf5"), *path.rglob("*.h5")]
+            if not found:
+                raise UserError(f"{path} holds neither HDF5 files nor a dataset of LeRobot.")
+            files += sorted(found)
+        else:
+            files.append(path)
+    stems = Counter(path.stem for path in files)
+    errors = []
+    for path in files:
+        name = path.stem if stems[path.stem] == 1 else f"{path.parent.name}_{path.stem}"
+        try:
+            sources.append(Source(path, name, chosen or detect_mapping(path)))
+        except UserError as error:
+            errors.append(str(error))
+    for number, source in enumerate(sources):
+        source.number = number
+    return sources, errors
+
+
+def find_lerobot(folder: Path, mapping: Mapping) -> list[Source]:
+    """The episodes of a LeRobot dataset."""
+    from genima.import_lerobot import read_episode_rows, read_info  # pyarrow and PyAV: only here
+
+    read_info(folder)
+    sources = []
+    for row in read_episode_rows(folder):
+        name = f"{folder.resolve().name}_{row['episode_index']:06d}"
+        sources.append(Source(folder, name, mapping, row))
+    return sources
+
+
+# -------------------------------------------------------------------------------- one episode
+def import_one(source: Source, settings: Settings) -> Outcome:
+    """Import one demonstration, unless that was done. Runs in a process of its own."""
+    try:
+        if source.row is None:
+            with open_recording(source.path) as root:
+                recording = read_recording(root, source.mapping, settings.source_fps)
+                return write_recording(recording, source, settings)
+        from genima.import_lerobot import read_lerobot
+
+        recording = read_lerobot(source.path, source.row, source.mapping)
+        return write_recording(recording, source, settings)
+    except UserError as error:
+        return Outcome(error=str(error))
+
+
+def write_recording(recording: Recording, source: Source, settings: Settings) -> Outcome:
+    """Convert a recording and write its episode."""
+    for camera in settings.cameras:
+        if camera not in recording.images:
+            names = ", ".join(recording.images)
+            raise UserError(f"{recording.source} has no camera '{camera}', but {names}.")
+    if settings.cameras:
+        recording.images = {camera: recording.images[camera] for camera in settings.cameras}
+    task = settings.task or task_name(settings.instruction or recording.instruction)
+    success = recording.success is not False
+    path = settings.run / "episodes" / task / f"{source.name}.hdf5"
+    if task and path.exists():
+        return Outcome(task, read_episode(path, images=False).success, skipped=True)
+    conversion = Conversion(
+        robot=settings.robot,
+        fps=settings.fps,
+        calibration=calibration_of(source, settings),
+        gripper_length=settings.gripper_length,
+        instruction=settings.instruction,
+        task=task,
+    )
+    episode, notes = convert(recording, conversion)
+    episode.seed = source.number
+    write_episode(path, episode)
+    return Outcome(task, success, notes=notes)
+
+
+def calibration_of(source: Source, settings: Settings) -> tuple[str, ...]:
+    """The calibration files: those asked for, or the one that our export puts into a dataset."""
+    exported = source.path / "meta" / "cameras.json"
+    if not settings.calibration and exported.exists():
+        return (str(exported),)
+    return settings.calibration
+
+
+# -------------------------------------------------------------------------------------- stages
+def check_settings(settings: Settings):
+    """Raise a UserError for settings that make no sense, before anything is read."""
+    if settings.robot:
+        check_robot(settings.robot)
+    if settings.fps <= 0 or settings.workers < 1:
+        raise UserError("--fps must be above 0, and --workers 1 or more.")
+    if settings.source_fps is not None and settings.source_fps <= 0:
+        raise UserError("--source-fps must be above 0.")
+    if not settings.sources:
+        raise UserError("There is nothing to import: name HDF5 files or folders; see --help.")
+    paths = sorted((settings.run / "episodes").glob("*/[!.]*.hdf5"))
+    if paths:
+        known = read_episode(paths[0], images=False)
+        if known.fps != settings.fps:
+            raise UserError(
+                f"{paths[0]} has {known.fps:g} frames a second, not {settings.fps:g}: "
+                "use another --run, or the same --fps."
+            )
+
+
+def import_all(settings: Settings):
+    check_settings(settings)
+    sources, errors = find_sources(settings)
+    for name, count in Counter(source.mapping.name for source in sources).items():
+        how = "as asked for" if settings.mapping else "which fits"
+        print(f"{counted(count, 'demonstration')}: mapping '{name}', {how}.")
+    jobs = [(import_one, source, settings) for source in sources]
+    outcomes: list[Outcome] = []
+    notes: dict[str, list[str]] = {}
+    for (_, source, _), outcome in run_in_parallel(jobs, settings.workers, "importing", "episode"):
+        if outcome is None:
+            outcome = Outcome(error=f"{source.path}: its process died twice: run it again.")
+        outcomes.append(outcome)
+        if outcome.error:
+            errors.append(outcome.error)
+        for note in outcome.notes:
+            notes.setdefault(note, []).append(source.name)
+    for note, names in sorted(notes.items()):
+        others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        print(f"{min(names)}{others}: {note}")
+    report(outcomes, settings.run / "episodes")
+    if errors:
+        errors = sorted(set(errors))
+        errors.append(f"{counted(len(errors), 'demonstration')} not imported.")
+        raise UserError("\n".join(errors))
+
+
+def counted(number: int, noun: str) -> str:
+    """ "1 episode", "2 episodes"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def report(outcomes: list[Outcome], folder: Path):
+    """Print what was imported for each task, and how many of these failed."""
+    done = [outcome for outcome in outcomes if not outcome.error]
+    for task in sorted({outcome.task for outcome in done}):
+        of_task = [outcome for outcome in done if outcome.task == task]
+        new = sum(not outcome.skipped for outcome in of_task)
+        failed = sum(not outcome.success for outcome in of_task)
+        sentence = f"{task}: {counted(new, 'demonstration')} imported"
+        if new < len(of_task):
+            sentence += f", {len(of_task) - new} were there already"
+        if failed:
+            sentence += f"; {failed} of them FAILED: kept, and left out of training"
+        print(f"{sentence}; they are in {folder / task}.")
+
+
+def find_all(folder: Path) -> list[Path]:
+    """The episodes of a folder of tasks, or of one task's folder."""
+    one_task = sorted(folder.glob("[!.]*.hdf5"))
+    return one_task or find_episodes(folder)
+
+
+def export(settings: Settings):
+    if settings.to_lerobot:
+        from genima.export_lerobot import export_dataset  # pyarrow and PyAV are only needed here
+
+        folder, out = settings.to_lerobot
+        made = export_dataset(find_all(folder), out, settings.failed)
+        print(
+            f"For LeRobot: {counted(made['episodes'], 'episode')}, {made['frames']} frames: {out}"
+        )
+    else:
+        folder, out = settings.to_act
+        made = export_act(find_all(folder), out, settings.failed)
+        print(f"For ACT: {counted(made['episodes'], 'episode')} of {made['frames']} frames: {out}")
+    if made["left_out"]:
+        left_out = counted(made["left_out"], "failed demonstration")
+        print(f"{left_out} left out; --failed takes them along.")
+
+
+def main():
+    settings = tyro.cli(Settings, description=__doc__)
+    if settings.to_lerobot or settings.to_act:
+        export(settings)
+    else:
+        import_all(settings)
+
+
+if __name__ == "__main__":
+    run_stage(main)
