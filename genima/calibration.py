@@ -244,19 +244,26 @@ def check_view(
 ) -> str | None:
     """A sentence when the camera has the arm out of its picture. joint_poses (T, J, 4, 4).
 
-    Raises UserError when the arm would be in the picture if the pose were inverted.
+    Raises UserError when that shows that the pose is inverted: the other way round the arm is in
+    the picture. A camera on the arm may well miss the fingertips; that they are behind it counts.
     """
     points = joint_poses[..., :3, 3]
     intrinsics = fit_size(camera, name, size)
 
-    def view_of(pose: np.ndarray) -> float:
+    def poses_of(pose: np.ndarray) -> np.ndarray:
         carrier = joint_poses[:, -2] if camera.frame == "last_joint" else np.eye(4)
-        poses = np.broadcast_to(carrier @ pose, (len(points), 4, 4))
-        return share_in_view(points, intrinsics, poses, size).max()
+        return np.broadcast_to(carrier @ pose, (len(points), 4, 4))
 
-    if view_of(camera.pose) >= UNSEEN:
+    given = poses_of(camera.pose)
+    inverted = poses_of(np.linalg.inv(camera.pose))
+    if share_in_view(points, intrinsics, given, size).max() >= UNSEEN:
         return None
-    if view_of(np.linalg.inv(camera.pose)) >= SEEN:
+    if camera.frame == "last_joint":
+        tool_in_camera = np.linalg.inv(given[0]) @ joint_poses[0, -1]
+        suspect = tool_in_camera[2, 3] < 0
+    else:
+        suspect = True
+    if suspect and share_in_view(points, intrinsics, inverted, size).max() >= SEEN:
         right = POSE_NAMES[camera.frame]
         carrier = right.removesuffix("_from_camera")
         raise UserError(

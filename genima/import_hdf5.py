@@ -52,7 +52,7 @@ def open_recording(path: Path) -> Iterator[h5py.File]:
 def reason_of(path: Path, error: OSError) -> str:
     """Why an HDF5 file does not open, in the system's words and without advice that destroys."""
     words = str(error).lower()
-    if "lock" in words or error.errno == 11:
+    if "unable to lock" in words or error.errno == 11:
         return "another program has it open: close that and run the same command again."
     if isinstance(error, PermissionError) or error.errno == 13:
         return "it may not be read: change its permissions (chmod +r)."
