@@ -30,7 +30,7 @@ transformation: {x: 0.06, y: 0.0, z: -0.06, qx: 0.0, qy: 0.0, qz: 0.0, qw: 1.0}
 
 
 def motion(home, frames, seed=0):
-    """Joints (T, D) that swing about a posture, and a gripper (T,) that closes half way: 1 to 0.4."""
+    """Joints (T, D) that swing about a posture, and a gripper (T,) that closes from 1 to 0.4."""
     random = np.random.default_rng(seed)
     time = np.linspace(0, 1, frames)[:, None]
     joints = home + random.uniform(-0.3, 0.3, len(home)) * np.sin(3 * time)

@@ -147,6 +147,7 @@ def test_which_camera_a_file_is_of(tmp_path):
 
 
 COMPLETE = {"intrinsics": MATRIX, "world_from_camera": POSE.tolist()}
+STRETCHED = np.diag([1.0, 2, 1, 1]).tolist()
 
 
 @pytest.mark.parametrize("content, words", [
@@ -156,7 +157,7 @@ COMPLETE = {"intrinsics": MATRIX, "world_from_camera": POSE.tolist()}
     ({"wrist": COMPLETE | {"hand_from_camera": POSE.tolist()}}, "keep one"),
     ({"wrist": {"intrinsics": MATRIX, "elbow_from_camera": POSE.tolist()}}, "names no frame"),
     ({"wrist": COMPLETE | {"intrinsics": [[1, 2], [3, 4]]}}, "intrinsics"),
-    ({"wrist": COMPLETE | {"world_from_camera": np.diag([1.0, 2, 1, 1]).tolist()}}, "not a rotation"),
+    ({"wrist": COMPLETE | {"world_from_camera": STRETCHED}}, "not a rotation"),
     ({"wrist": COMPLETE | {"distortion": [1, 2, 3]}}, "distortion has 3 numbers"),
     ({"wrist": COMPLETE | {"distortion": [1, 2, 3, 4], "distortion_model": "ftheta"}}, "'ftheta'"),
     ({"wrist": {"fx": 1.0, "fy": 1.0, "ppx": 1.0}}, "'ppy'"),

@@ -1,7 +1,9 @@
 """import_demos.py: what labs and vendors record becomes the same episodes, or one sentence."""
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import venv
@@ -29,6 +31,7 @@ from genima.episodes import read_episode, write_episode
 from genima.files import UserError, run_stage
 from genima.import_hdf5 import reason_of
 from genima.kinematics import franka_chain
+from genima.mapping import read_mapping
 from genima.recordings import commands_from_motion, find_gaps, kinematics_error, nearest
 from genima.robots import beyond_limits, robot_chain, robot_frames
 
@@ -579,7 +582,10 @@ data.finalize()
 
 @pytest.fixture(scope="module")
 def lerobot(tmp_path_factory):
-    """A Python that has LeRobot, in an environment of its own (gigabytes: PyTorch for GPUs)."""
+    """A Python that has LeRobot: LEROBOT_PYTHON, or an environment made here (8 GB of PyTorch)."""
+    if "LEROBOT_PYTHON" in os.environ:
+        yield os.environ["LEROBOT_PYTHON"]
+        return
     folder = tmp_path_factory.mktemp("lerobot")
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
@@ -587,7 +593,8 @@ def lerobot(tmp_path_factory):
     made = subprocess.run(install, capture_output=True, text=True)
     if made.returncode:
         pytest.skip("LeRobot cannot be installed here: " + made.stderr[-200:])
-    return python
+    yield python
+    shutil.rmtree(folder)
 
 
 @pytest.mark.slow
@@ -627,14 +634,15 @@ def test_what_lerobot_wrote_is_imported(lerobot, tmp_path, command):
 
 
 def test_bad_mappings(tmp_path):
-    from genima.mapping import read_mapping
-
     path = tmp_path / "mine.yaml"
     for text, words in [
-        ("joints: a\n", "'images'"), ("joints: a\nimages: b\ngrip: c\n", "'grip'"),
-        ("joints: a\nimages: b\njoint_unit: turns\n", "joint_unit"), ("3", "no mapping"),
-        ("joints: [", "no YAML"), ("joints: a\nimages: b\ntimestamp_unit: days\n", "timestamp_unit"),
-    ]:  # fmt: skip
+        ("joints: a\n", "'images'"),
+        ("joints: a\nimages: b\ngrip: c\n", "'grip'"),
+        ("joints: a\nimages: b\njoint_unit: turns\n", "joint_unit"),
+        ("joints: a\nimages: b\ntimestamp_unit: days\n", "timestamp_unit"),
+        ("3", "no mapping"),
+        ("joints: [", "no YAML"),
+    ]:
         path.write_text(text)
         with pytest.raises(UserError) as caught:
             read_mapping(path)
