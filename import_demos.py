@@ -143,7 +143,9 @@ def import_one(source: Source, settings: Settings) -> Outcome:
     try:
         if source.row is None:
             with open_recording(source.path) as root:
-                recording = read_recording(root, source.mapping, settings.source_fps)
+                recording = read_recording(
+                    root, source.mapping, settings.source_fps, settings.cameras
+                )
                 return write_recording(recording, source, settings)
         from genima.import_lerobot import read_lerobot
 

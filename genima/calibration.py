@@ -29,7 +29,8 @@ def load_calibration(path: Path, robot: str = "panda") -> dict[str, dict[str, np
     """The cameras of one complete file, under the names in it.
 
     {camera: {"intrinsics": (3, 3), and "world_from_camera" or "last_joint_from_camera": (4, 4)}};
-    with "distortion" (N,) and "distortion_model" where the lens bends straight lines.
+    with "distortion" (N,) where the lens bends straight lines, and "distortion_model" where that
+    is not OpenCV's usual one.
     """
     names = [name or Path(path).stem for name in read_calibration_file(path)]
     cameras, _ = read_calibration([path], names, robot)
@@ -38,7 +39,8 @@ def load_calibration(path: Path, robot: str = "panda") -> dict[str, dict[str, np
         entries[name] = {"intrinsics": camera.intrinsics, POSE_NAMES[camera.frame]: camera.pose}
         if camera.distortion is not None:
             entries[name]["distortion"] = camera.distortion
-            entries[name]["distortion_model"] = camera.model
+            if camera.model != "brown":
+                entries[name]["distortion_model"] = camera.model
     return entries
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,32 @@ from genima.recordings import (
 from genima.robots import GRIPPER_WIDTHS, check_robot, guess_robot, robot_chain, robot_frames
 
 
+class ChosenImages:
+    """The frames of one camera that an episode has, read and straightened when asked for.
+
+    It looks like an array (T, H, W, 3) uint8 to whoever takes one picture after the other, and a
+    long recording need not fit into memory. The recording has to stay open.
+    """
+
+    dtype = np.dtype(np.uint8)
+    ndim = 4
+
+    def __init__(self, stored: Sequence[np.ndarray], chosen: np.ndarray, shape: tuple, maps):
+        self.stored = stored
+        self.chosen = chosen
+        self.shape = (len(chosen), *shape)
+        self.maps = maps
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, t: int) -> np.ndarray:
+        picture = self.stored[int(self.chosen[t])]
+        if picture.shape != self.shape[1:]:
+            raise UserError(f"A picture has shape {picture.shape}, the first one {self.shape[1:]}.")
+        return undistort(picture, self.maps)
+
+
 def task_name(instruction: str) -> str:
     """An instruction as the name of a folder: "Pick up the cup." -> "pick_up_the_cup"."""
     return re.sub(r"[^a-z0-9]+", "_", instruction.lower()).strip("_")[:60]
@@ -52,7 +79,10 @@ def choose_robot(recording: Recording, conversion: Conversion, notes: list[str])
 
 
 def convert(recording: Recording, conversion: Conversion) -> tuple[Episode, list[str]]:
-    """The episode of a recording, and sentences on what was assumed or found. Raises UserError."""
+    """The episode of a recording, and sentences on what was assumed or found. Raises UserError.
+
+    Its pictures are read while it is written: the recording's file has to stay open until then.
+    """
     where = recording.source
     notes = list(recording.notes)
     robot = choose_robot(recording, conversion, notes)
@@ -101,7 +131,7 @@ def convert(recording: Recording, conversion: Conversion) -> tuple[Episode, list
             intrinsics[name] = recording.intrinsics[name]
             extrinsics[name] = recording.extrinsics[name][index]
             maps = None
-        images[name] = np.stack([undistort(stored[int(t)], maps) for t in chosen])
+        images[name] = ChosenImages(stored, chosen, first.shape, maps)
     notes += blind
 
     return Episode(
@@ -152,7 +182,14 @@ def normalise_gripper(recording: Recording, robot: str, notes: list[str]) -> np.
     return opening
 
 
-def check_tool(recording, index, joint_poses, robot, conversion, notes):
+def check_tool(
+    recording: Recording,
+    index: np.ndarray,
+    joint_poses: np.ndarray,
+    robot: str,
+    conversion: Conversion,
+    notes: list[str],
+):
     """Add a sentence when forward kinematics and the recorded tool poses disagree."""
     if recording.tool_poses is None:
         return
@@ -166,7 +203,9 @@ def check_tool(recording, index, joint_poses, robot, conversion, notes):
         )
 
 
-def cameras_of(recording, robot, conversion, notes) -> dict[str, Camera]:
+def cameras_of(
+    recording: Recording, robot: str, conversion: Conversion, notes: list[str]
+) -> dict[str, Camera]:
     """The cameras of the calibration files; those of the recording itself need none."""
     names = list(recording.images)
     known = [name for name in names if name in recording.intrinsics]

@@ -46,6 +46,11 @@ def export_dataset(paths: Sequence[Path], folder: Path, failed: bool = False) ->
     if not chosen:
         raise UserError("There is no successful episode to export: give --failed to export all.")
     first = read_episode(chosen[0], images=False)
+    if first.fps != round(first.fps):
+        raise UserError(
+            f"{first.path} has {first.fps:g} frames a second, and LeRobot needs a whole number: "
+            "import again with another --fps."
+        )
     tasks: list[str] = []
     rows = []
     frames = 0
@@ -143,7 +148,7 @@ def pixel_format(height: int, width: int) -> str:
     return "yuv444p" if height % 2 or width % 2 else "yuv420p"
 
 
-# ----------------------------------------------------------------------------- statistics
+# ------------------------------------------------------------------- statistics
 def statistics_of(values: np.ndarray) -> dict[str, list]:
     """What LeRobot keeps of a feature (T, N): {"min": N numbers, ..., "count": [T]}."""
     values = values.astype(np.float64)
@@ -283,16 +288,7 @@ def cameras_of(episode: Episode) -> dict[str, dict[str, list]]:
         height, width = episode.image_sizes[camera]
         cameras[camera] = {"size": [height, width], "intrinsics": intrinsics.tolist()}
         if camera in chain.mounted:
-            cameras[camera]["last_joint_from_camera"] = nearest_pose(chain.mounted[camera])
+            cameras[camera]["last_joint_from_camera"] = chain.mounted[camera].tolist()
         else:
-            cameras[camera]["world_from_camera"] = nearest_pose(chain.fixed[camera])
+            cameras[camera]["world_from_camera"] = chain.fixed[camera].tolist()
     return cameras
-
-
-def nearest_pose(pose: np.ndarray) -> list:
-    """A pose (4, 4) whose rotation is exact to the last digit, as lists."""
-    exact = np.array(pose, np.float64)
-    u, _, v = np.linalg.svd(exact[:3, :3])
-    exact[:3, :3] = u @ v
-    exact[3] = [0, 0, 0, 1]
-    return exact.tolist()

@@ -10,7 +10,7 @@ stay in the file until they are asked for.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -97,10 +97,13 @@ class StoredImages:
         if self.raw and (dataset.shape[3] != 3 or dataset.dtype != np.uint8):
             raise UserError(
                 f"{self.where} has shape {dataset.shape} of {dataset.dtype}, "
-                "where (frames, height, width, 3) of uint8 is needed."
+                "where (frames, height, width, 3) of uint8 is needed: leave it out with --cameras."
             )
         if dataset.ndim not in (1, 2, 4):
-            raise UserError(f"{self.where} has shape {dataset.shape}, which is no pictures.")
+            raise UserError(
+                f"{self.where} has shape {dataset.shape}, which is no pictures: "
+                "leave it out with --cameras."
+            )
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -154,8 +157,16 @@ def flag(value) -> bool | None:
     return text(value).strip().lower() in ("true", "1", "1.0", "yes", "success")
 
 
-def read_recording(root: h5py.File, mapping: Mapping, source_fps: float | None = None) -> Recording:
-    """The recording in an open file. Its pictures are read while the file is open."""
+def read_recording(
+    root: h5py.File,
+    mapping: Mapping,
+    source_fps: float | None = None,
+    cameras: Sequence[str] = (),
+) -> Recording:
+    """The recording in an open file. Its pictures are read while the file is open.
+
+    source_fps: its rate, instead of its timestamps. cameras: those to read; none named: all.
+    """
     path = root.filename
     joints = column(root, mapping.joints, "joints", None, needed=True)
     if joints.ndim != 2:
@@ -177,9 +188,11 @@ def read_recording(root: h5py.File, mapping: Mapping, source_fps: float | None =
     command = column(root, mapping.gripper_command, "gripper command", frames)
     images = {}
     for camera, dataset in find_cameras(root, mapping.images).items():
-        images[camera] = StoredImages(dataset, mapping)
+        if not cameras or camera in cameras:
+            images[camera] = StoredImages(dataset, mapping)
     if not images:
-        raise UserError(f"{path} has no pictures at {mapping.images}: {HELP}.")
+        named = f" of {', '.join(cameras)}" if cameras else ""
+        raise UserError(f"{path} has no pictures{named} at {mapping.images}: {HELP}.")
     seconds, image_seconds = read_times(root, mapping, source_fps, frames, images, notes)
     span = mapping.gripper_range
     success = flag(find(root, mapping.success))

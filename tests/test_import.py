@@ -354,7 +354,7 @@ def cut(path):
     (change("rgb/wrist", None), ["--mapping", "vendor"], "no pictures at rgb/{camera}"),
     (None, ["--fps", 60], "give --fps 31 or less"),
     (None, ["--robot", "kuka"], "'kuka'"),
-    (None, ["--cameras", "front"], "no camera 'front', but wrist"),
+    (None, ["--cameras", "front"], "no pictures of front"),
     (None, ["--mapping", "aloha2"], "no mapping 'aloha2'"),
     (None, ["--fps", 0], "--fps must be above 0"),
     (cut, [], "no whole HDF5 file"),
@@ -409,6 +409,19 @@ def test_inverted_extrinsics_are_refused_at_import(tmp_path, command):
     entries["side"]["camera_from_base"] = entries["side"].pop("world_from_camera")
     cams.write_text(json.dumps(entries))
     assert command(path, "--run", tmp_path / "run", "--calibration", cams)[0] == 0
+
+
+def test_a_depth_picture_among_the_cameras_can_be_left_out(tmp_path, command, cams):
+    path = tmp_path / "take.hdf5"
+    write_vendor(path, frames=30, cameras={"wrist": (48, 64)})
+    with h5py.File(path, "r+") as root:
+        root["rgb/depth"] = np.zeros((30, 48, 64), np.uint16)
+    arguments = (path, "--run", tmp_path / "run", "--calibration", cams)
+    code, _, err = command(*arguments)
+    assert code == 2 and "rgb/depth" in err and "--cameras" in err
+    assert command(*arguments, "--cameras", "wrist")[0] == 0
+    (episode,) = imported(tmp_path / "run")
+    assert list(episode.images) == ["wrist"]
 
 
 def test_a_constant_gripper_and_a_tool_elsewhere_are_said(tmp_path, command, cams):
