@@ -32,6 +32,8 @@ from genima.parallel import run_in_parallel
 from genima.recordings import Conversion, Recording
 from genima.robots import check_robot
 
+RLBENCH = "*/variation*/episodes/*/low_dim_obs.pkl"  # in a dataset of RLBench
+
 
 @dataclass
 class Settings:
@@ -101,7 +103,7 @@ def find_sources(settings: Settings) -> tuple[list[Source], list[str]]:
             raise UserError(f"{path} does not exist.")
         if (path / "meta" / "info.json").exists():
             sources += find_lerobot(path, chosen or read_mapping("lerobot"))
-        elif any(path.glob("**/low_dim_obs.pkl")):
+        elif any(path.glob(RLBENCH)):
             raise UserError(
                 f"{path} is a dataset of RLBench: python collect_demos.py --from-rlbench {path}"
             )

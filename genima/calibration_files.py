@@ -51,7 +51,7 @@ def read_calibration_file(path: Path) -> dict[str, Camera]:
         return {WITHOUT_A_NAME: read_easy_handeye(content, path)}
     if "fx" in content:
         return {WITHOUT_A_NAME: read_realsense(content, path)}
-    if "camera_matrix" in content:
+    if is_ros(content):
         name = str(content.get("camera_name", WITHOUT_A_NAME))
         return {name: read_ros(content, path)}
     cameras = {}
@@ -62,7 +62,7 @@ def read_calibration_file(path: Path) -> dict[str, Camera]:
         where = f"{path}: {name}"
         if "fx" in entry:
             camera = read_realsense(entry, where)
-        elif "camera_matrix" in entry:
+        elif is_ros(entry):
             camera = read_ros(entry, where)
         elif "camera_model" in entry:
             camera = read_kalibr(entry, where, before)
@@ -150,8 +150,18 @@ def read_realsense(entry: dict, where) -> Camera:
     return camera
 
 
+def is_ros(entry: dict) -> bool:
+    return any(key in entry for key in ("camera_matrix", "K", "k"))
+
+
 def read_ros(entry: dict, where) -> Camera:
-    """ROS's camera_info, as camera_calibration writes it."""
+    """ROS's camera_info, as camera_calibration writes it or as the topic is printed."""
+    printed = {"K": "camera_matrix", "D": "distortion_coefficients"}
+    printed |= {"width": "image_width", "height": "image_height"}
+    for key, name in printed.items():
+        for spelling in (key, key.lower()):
+            if spelling in entry:
+                entry = entry | {name: entry[spelling]}
     matrix = entry["camera_matrix"]
     if isinstance(matrix, dict):
         matrix = matrix.get("data")

@@ -29,6 +29,10 @@ REALSENSE = {
     "width": 640, "height": 480, "fx": 607.0, "fy": 606.0, "ppx": 320.0, "ppy": 240.0,
     "model": "brown_conrady", "coeffs": COEFFICIENTS,
 }  # fmt: skip
+PRINTED = {
+    "width": 640, "height": 480, "distortion_model": "plumb_bob", "d": COEFFICIENTS,
+    "k": [607.0, 0.0, 320.0, 0.0, 606.0, 240.0, 0.0, 0.0, 1.0],
+}  # fmt: skip
 KALIBR = {
     "camera_model": "pinhole", "intrinsics": [607.0, 606.0, 320.0, 240.0],
     "distortion_model": "radtan", "distortion_coeffs": COEFFICIENTS[:4], "resolution": [640, 480],
@@ -48,7 +52,7 @@ def pose_file(path, camera="wrist", **poses):
 
 @pytest.mark.parametrize(
     "content",
-    [REALSENSE, {"wrist": REALSENSE}, ROS, {"cam0": KALIBR},
+    [REALSENSE, {"wrist": REALSENSE}, ROS, PRINTED, {"cam0": KALIBR},
      {"wrist": {"intrinsics": MATRIX, "size": [480, 640], "distortion": COEFFICIENTS}}],
 )  # fmt: skip
 def test_all_programs_say_the_same_lens(tmp_path, content):

@@ -610,6 +610,33 @@ def lerobot(tmp_path_factory):
     shutil.rmtree(folder)
 
 
+ACT_LOADER = """
+import sys
+sys.modules["IPython"] = type(sys)("IPython")  # ACT imports its debugger
+sys.modules["IPython"].embed = None
+sys.path.insert(0, sys.argv[1])
+from utils import EpisodicDataset, get_norm_stats
+from torch.utils.data import DataLoader
+numbers = get_norm_stats(sys.argv[2], 2)
+data = EpisodicDataset([0, 1], sys.argv[2], ["front", "wrist"], numbers)
+images, qpos, action, is_pad = next(iter(DataLoader(data, batch_size=2)))
+print(images.shape, qpos.shape, action.shape, is_pad.shape)
+"""
+
+
+@pytest.mark.slow
+def test_acts_own_loader_reads_the_export(demos, tmp_path, command):
+    """ACT is in no package index: ACT_FOLDER says where its code lies."""
+    if "ACT_FOLDER" not in os.environ:
+        pytest.skip("set ACT_FOLDER to a clone of ACT's repository")
+    assert command("--to-act", demos, tmp_path / "act")[0] == 0
+    arguments = [sys.executable, "-c", ACT_LOADER, os.environ["ACT_FOLDER"], tmp_path / "act"]
+    shown = subprocess.run(arguments, capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    for shape in ("2, 2, 3, 32, 40", "2, 8", "2, 12, 8", "2, 12"):
+        assert f"torch.Size([{shape}])" in shown.stdout
+
+
 @pytest.mark.slow
 def test_lerobots_own_loader_reads_the_export(lerobot, demos, tmp_path, command):
     assert command("--to-lerobot", demos, tmp_path / "out")[0] == 0
