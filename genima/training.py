@@ -152,7 +152,7 @@ def read_checkpoint(path: Path, identity: dict) -> dict | None:
 
 
 def keep_last(folder: Path, names: list[str], step: int, keep: int):
-    """Copy the files and folders `names` to <folder>/step-<step>/; keep the last `keep` of these."""
+    """Copy the files and folders `names` to <folder>/step-<step>/; keep the last `keep`."""
     if not keep:
         return
     target = folder / f"step-{step}"

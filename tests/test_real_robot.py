@@ -235,7 +235,8 @@ def test_a_recording_becomes_an_episode(tmp_path):
         episode.action[:, 7] == 0
     ).all()  # the hand was closing
     assert (
-        np.abs(episode.joint_poses - franka_chain().forward_kinematics(episode.qpos[:, :7])).max() < 1e-5
+        np.abs(episode.joint_poses - franka_chain().forward_kinematics(episode.qpos[:, :7])).max()
+        < 1e-5
     )
     assert os.listdir(tmp_path) == ["demo.hdf5"]
     assert (
