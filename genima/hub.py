@@ -1,35 +1,60 @@
-"""The Hugging Face Hub: a model card for what was trained, and the upload. (Loading by name: painter.py.)"""
+"""The Hugging Face Hub and its layout: load and save a painter's parts, its model card, upload.
+
+A painter is stored as diffusers stores a pipeline: one folder per part (unet/, controlnet/, ...),
+weights as safetensors. Wherever such a folder is read, the name of a model on the Hub will do.
+"""
 
 import dataclasses
+import json
+import os
 import sys
+import tempfile
 from pathlib import Path
 
+import diffusers
 import huggingface_hub
+import transformers
 
 from genima.files import UserError, write_whole
 
+LICENCES = {  # of the trained weights, by size
+    "tiny": {
+        "header": "license: mit",
+        "sentence": "MIT, as the code that trained it; no weights of others are in it.",
+    },
+    "sd-turbo": {
+        "header": "license: other\n"
+        "license_name: stability-ai-community\n"
+        "license_link: https://stability.ai/community-license-agreement\n"
+        "base_model: stabilityai/sd-turbo",
+        "sentence": "A ControlNet derived from SD-Turbo: "
+        "the Stability AI Community Licence applies.",
+    },
+}
+
 CARD = """---
-license: {licence}
+{header}
 library_name: diffusers
 pipeline_tag: image-to-image
-tags: [robotics, controlnet, genima, nanogenima]{base}
+tags: [robotics, controlnet, genima, nanogenima]
 ---
-# {title}
+# A GENIMA painter ({size}, {objective})
 
-Paints a robot's joint positions, a few steps ahead, as coloured spheres on its four camera pictures, for the instruction in the
-prompt: the diffusion stage of [GENIMA](https://arxiv.org/abs/2407.07875), trained with nanoGENIMA.
+Paints a robot's joint positions, a few steps ahead, as coloured spheres on its camera pictures,
+for the instruction in the prompt: the diffusion stage of
+[GENIMA](https://arxiv.org/abs/2407.07875), trained with nanoGENIMA.
 
 ```python
-from genima.painter import Painter
+from genima.painter import load_painter
 
-painter = Painter.load("{name}")
+painter = load_painter("{name}")
 painted = painter.paint({{camera: pictures}}, ["push the blue button"])  # (B, H, W, 3) uint8 each
 ```
 
 **Data.** {frames} pictures of demonstrations; each target shows the robot {horizon} steps later.
 
-**Training.** `{command}`: {steps} steps, the last loss {loss:.4f}; overlap (IoU) of painted and true spheres at the first frames of
-unseen scenes: {overlap}.
+**Training.** `{command}`: {steps} steps, the last loss {loss:.4f}; overlap (IoU) of painted and
+true spheres at the first frames of unseen scenes: {overlap}.
 
 | setting | value |
 | --- | --- |
@@ -41,43 +66,143 @@ Unseen scenes: observation, truth, painted.
 
 ![observation, truth, painted](validation.png)
 
-**Licence.** {licence_text}
+**Licence.** {licence}
 """
 
 
-def write_card(folder, settings, log, frames, horizon):
-    """Write <folder>/README.md from a run's settings (a dataclass) and log (rows of step, loss, overlap or "")."""
-    turbo = settings.size == "sd-turbo"
-    overlaps = [row[2] for row in log if row[2] != ""]
+# ----------------------------------------------------------------------------------- load and save
+def fetch_folder(name: str | Path) -> Path:
+    """The folder of this name or, where there is none, the model user/name of the Hub, fetched."""
+    folder = Path(name)
+    if folder.is_dir() or len(folder.parts) != 2:
+        return folder
+    try:
+        return Path(huggingface_hub.snapshot_download(str(name)))
+    except Exception as error:
+        raise UserError(
+            f"{name} is no folder here, and the Hugging Face Hub gives none of that name "
+            f"({one_line(error)})."
+        ) from error
+
+
+def load_parts(source: str | Path, classes: dict[str, type]) -> dict:
+    """{part: its class} -> {part: loaded from <source>/<part>}, as float32.
+
+    source: a folder in diffusers' layout, or the name of a model on the Hub.
+    """
+    check_reachable(source)
+    return {name: load_part(source, part_class, name) for name, part_class in classes.items()}
+
+
+def load_part(source: str | Path, part_class: type, subfolder: str = ""):
+    """One part, loaded from <source>/<subfolder>."""
+    hide_progress_bars()
+    options = {"subfolder": subfolder}
+    if subfolder not in ("tokenizer", "scheduler"):
+        options["use_safetensors"] = True  # a pickle could run code
+    try:
+        return part_class.from_pretrained(source, **options)
+    except Exception as error:
+        raise UserError(
+            f"{Path(source) / subfolder} is no whole {part_class.__name__}, nor can it be fetched "
+            f"({one_line(error)}): give one in diffusers' layout."
+        ) from error
+
+
+def save_parts(folder: Path, parts: dict, config: dict):
+    """Write each part to <folder>/<part>, and painter.json: file by file, each whole."""
+    hide_progress_bars()
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
+        temporary = Path(temporary)
+        for name, part in parts.items():
+            part.save_pretrained(temporary / name)
+        (temporary / "painter.json").write_text(json.dumps(config, indent=1))
+        files = [path for path in temporary.rglob("*") if path.is_file()]
+        for file in files:
+            target = folder / file.relative_to(temporary)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, target)
+
+
+def check_reachable(source: str | Path):
+    """Ask the Hub once for a model that is not on this disk: from_pretrained tries for minutes."""
+    if Path(source).is_dir():
+        return
+    cached = huggingface_hub.try_to_load_from_cache(str(source), "model_index.json")
+    if isinstance(cached, str):
+        return
+    try:
+        huggingface_hub.HfApi().model_info(str(source), timeout=10)
+    except Exception as error:
+        raise UserError(
+            f"{source} is neither a folder here nor can it be fetched ({one_line(error)}): "
+            "connect to the network once, or name a folder in SD-Turbo's layout (--base)."
+        ) from error
+
+
+def hide_progress_bars():
+    """The only progress bar is the training's own."""
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:120]
+
+
+# ------------------------------------------------------------------------------------------- share
+def write_card(folder: Path, settings, log: list, frames: int, horizon: int):
+    """Write <folder>/README.md.
+
+    settings: the dataclass that train_controlnet.py reads from its command line.
+    log: rows of step, loss, overlap or "" where it was not measured.
+    """
+    licence = LICENCES[settings.size]
+    overlap = "not measured yet"
+    for row in log:
+        if row[2] != "":
+            overlap = f"{row[2]:.3f}"
+    rows = []
+    for field in dataclasses.fields(settings):
+        rows.append(f"| {field.name} | {getattr(settings, field.name)} |")
+    script, *arguments = sys.argv
+    last_step, last_loss, _ = log[-1]
     text = CARD.format(
-        licence="other\nlicense_name: stability-ai-community\nlicense_link: https://stability.ai/community-license-agreement" if turbo else "mit",
-        base="\nbase_model: stabilityai/sd-turbo" if turbo else "",
-        title=f"A GENIMA painter ({settings.size}, {settings.objective})", name=settings.push_to_hub or folder, frames=frames, horizon=horizon,
-        command=" ".join(["python", *(Path(word).name if word.endswith(".py") else word for word in sys.argv)]),
-        steps=log[-1][0], loss=log[-1][1], overlap=f"{overlaps[-1]:.3f}" if overlaps else "not measured yet",
-        settings="\n".join(f"| {field.name} | {getattr(settings, field.name)} |" for field in dataclasses.fields(settings)),
-        licence_text="A ControlNet derived from SD-Turbo: the Stability AI Community Licence applies." if turbo
-        else "MIT, as the code that trained it; no weights of others are in it.",
-    )  # fmt: skip
+        header=licence["header"],
+        size=settings.size,
+        objective=settings.objective,
+        name=settings.push_to_hub or folder,
+        frames=frames,
+        horizon=horizon,
+        command=" ".join(["python", Path(script).name, *arguments]),
+        steps=last_step,
+        loss=last_loss,
+        overlap=overlap,
+        settings="\n".join(rows),
+        licence=licence["sentence"],
+    )
     with write_whole(folder / "README.md") as path:
         path.write_text(text)
 
 
-def check_hub(name):
-    """Raise a UserError unless this name can be uploaded to: better before the training than after it."""
+def check_hub(name: str):
+    """Raise a UserError unless this name can be uploaded to: ask before the training."""
     try:
         huggingface_hub.utils.validate_repo_id(name)
         huggingface_hub.HfApi().whoami()
     except Exception as error:
         raise UserError(
-            f"--push-to-hub {name} cannot work ({' '.join(str(error).split())[:100]}): check the name and the network, and "
-            "log in (hf auth login); without the flag everything stays in the run's folder."
+            f"--push-to-hub {name} cannot work ({one_line(error)}): check the name and the "
+            "network, and log in (hf auth login); without the flag everything stays in the run's "
+            "folder."
         ) from error
 
 
-def push(folder, names, repository):
-    """Upload files and folders of a run to a repository of the Hub, which is made where there is none."""
-    patterns = [pattern for name in names for pattern in (name, f"{name}/*")]
+def push(folder: Path, names: list[str], repository: str):
+    """Upload files and folders of a run to a private repository of the Hub; create it if needed."""
+    patterns = []
+    for name in names:
+        patterns += [name, f"{name}/*"]
     try:
         api = huggingface_hub.HfApi()
         api.create_repo(repository, exist_ok=True, private=True)
@@ -89,7 +214,7 @@ def push(folder, names, repository):
         )
     except Exception as error:
         raise UserError(
-            f"{folder} is trained, but {repository} cannot be uploaded to ({' '.join(str(error).split())[:100]}): "
+            f"{folder} is trained, but {repository} cannot be uploaded to ({one_line(error)}): "
             "run the same command again when the network is there."
         ) from error
     print(f"Uploaded (private): {url}")
