@@ -1,59 +1,132 @@
-"""Jobs in several processes that may crash, as simulators do: a job whose process died is begun once more in a fresh one."""
+"""Jobs in several processes, any of which may crash, as simulators do.
 
+    for job, result in run_in_parallel([(square, 2), (square, 3)], 2, "squares", "number"):
+        print(job, result)
+
+Each process does one job after another. With `make_context` it first makes an object of its own
+(networks, environments), and every job of the process gets that as its first argument. A job whose
+process died starts once more in a new one. Workers end with their parent, even if it was killed.
+"""
+
+import multiprocessing
+import os
 import signal
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+import threading
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from multiprocessing import active_children, get_context
+from multiprocessing.connection import wait
 
 from tqdm import tqdm
 
 
-def ignore_interrupt(_worker):
-    """Ctrl-C is the first process's business. (A function of the module: macOS starts workers by name.)"""
+def usable_cores() -> int:
+    """How many cores this process may use: a scheduler or taskset may leave it only some."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
+def ignore_interrupt(_worker=None):
+    """Ctrl-C reaches all processes of a terminal; the parent alone answers it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def run_in_parallel(jobs, workers, description, unit, start=None):
-    """Yield (job, result) for jobs (function, arguments...) as they are done, under a progress bar; result is None for a job that
-    killed two processes. An exception in a job ends everything. start: how processes start (None: the system's way)."""
-    waiting = [(job, False) for job in jobs][::-1]  # and whether it has killed a process
-    pools, idle, running = (
-        [],
-        [],
-        {},
-    )  # pools of one process, for one that dies takes its pool along; future -> (pool, job, killed)
+def run_in_parallel(
+    jobs: list[tuple],
+    workers: int,
+    description: str,
+    unit: str,
+    make_context: Callable | None = None,
+    start: str | None = None,
+) -> Iterator[tuple]:
+    """Yield (job, result) in the order in which jobs finish, under a progress bar.
+
+    A job is (function, arguments...). The result is None for a job that killed two processes; an
+    exception in a job ends everything and is raised here. make_context: called once in each
+    process. start: how processes start ("fork", "spawn"), None for the system's way.
+    """
+    waiting = deque(range(len(jobs)))
+    killers = set()  # jobs that have killed a process
+    everyone = []
+    idle = []
+    running = {}  # pipe -> (worker, number of its job)
     try:
-        with tqdm(total=len(waiting), desc=description, unit=unit) as bar:
+        with tqdm(total=len(jobs), desc=description, unit=unit) as bar:
             while waiting or running:
                 while waiting and len(running) < workers:
                     if not idle:
-                        idle.append(
-                            ProcessPoolExecutor(1, get_context(start), ignore_interrupt, (0,))
-                        )
-                        pools += idle
-                    pool = idle.pop()
-                    with suppress(
-                        BrokenProcessPool
-                    ):  # it died when it had nothing to do: the next one
-                        future = pool.submit(*waiting[-1][0])
-                        running[future] = pool, *waiting.pop()
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    pool, job, killed = running.pop(future)
+                        idle.append(Worker(make_context, start))
+                        everyone.append(idle[-1])
+                    worker = idle.pop()
+                    with suppress(OSError):  # it died while it had nothing to do: take the next
+                        worker.pipe.send(jobs[waiting[0]])
+                        running[worker.pipe] = worker, waiting.popleft()
+                for pipe in wait(running):
+                    worker, number = running.pop(pipe)
+                    result = None
                     try:
-                        result = future.result()
-                        idle.append(pool)
-                    except BrokenProcessPool:
-                        if not killed:
-                            waiting.append((job, True))
+                        result, error, trace = pipe.recv()
+                        idle.append(worker)
+                    except (EOFError, OSError):  # the process died
+                        error = None
+                        if number not in killers:
+                            killers.add(number)
+                            waiting.appendleft(number)
                             continue
-                        result = None
+                    if error is not None:
+                        raise error from WorkerTraceback(trace)
                     bar.update()
-                    yield job, result
+                    yield jobs[number], result
     finally:
-        for process in (
-            active_children() if running else ()
-        ):  # those with nothing to do end by themselves
-            process.kill()
-        for pool in pools:
-            pool.shutdown()
+        for worker in everyone:
+            worker.end(kill=bool(running))
+
+
+class Worker:
+    """A process that does one job at a time, as the parent's side sees it."""
+
+    def __init__(self, make_context, start):
+        context = multiprocessing.get_context(start)
+        self.pipe, far_end = context.Pipe()
+        self.process = context.Process(target=work, args=(far_end, make_context), daemon=True)
+        self.process.start()
+        far_end.close()
+
+    def end(self, kill):
+        """kill: at once; else the process ends as usual, so that simulators can shut down."""
+        if kill:
+            self.process.kill()
+        with suppress(OSError):  # it may have died
+            self.pipe.send(None)
+        self.process.join()
+        self.pipe.close()
+
+
+class WorkerTraceback(Exception):
+    """Shows where in the worker an exception was raised."""
+
+    def __str__(self):
+        return "\n" + self.args[0]
+
+
+def work(pipe, make_context):
+    """The whole life of a worker: jobs come in, (result, error, traceback) goes out."""
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    ignore_interrupt()
+    try:
+        context = []
+        if make_context:
+            context.append(make_context())
+        for function, *arguments in iter(pipe.recv, None):
+            pipe.send((function(*context, *arguments), None, None))
+    except BaseException as error:
+        with suppress(OSError):  # the parent is gone
+            pipe.send((None, error, traceback.format_exc()))
+
+
+def end_with_parent():
+    """Wait until the parent process has ended, however it did, and end this process at once."""
+    wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
