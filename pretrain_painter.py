@@ -1,0 +1,393 @@
+"""Before stage 2: the base. A painter that knows the things on the table by name, before any task.
+
+In:   nothing: random scenes of the embedded simulator (sims/random_scenes.py) are drawn here
+Out:  <out>/scenes/<shard>.hdf5    pictures, sentences, layers; resumable, may be removed afterwards
+      <out>/scenes.png             a contact sheet: look at it before you train for an hour
+      <out>/                       the painter in diffusers' layout, as train_controlnet.py writes it
+
+    python pretrain_painter.py                          scenes, then the training (make base)
+    python pretrain_painter.py --scenes 2000 --steps 50 --out runs/base_test      to try it out
+    python train_controlnet.py --base runs/base         stage 2 starts from it
+
+GENIMA starts from SD-Turbo, a network that ties words to places in pictures, whatever the table,
+the light or the colours look like. On a laptop that part is played by this small base. It has never
+seen a demonstration, an action or a task: every scene is a still picture, and a sentence says what
+to paint on it. Three kinds of sentence:
+
+    A  "the robot as it is, the hand open"   the four spheres where the joints are now
+    B  "the rose block"                      one magenta sphere on the thing that is named
+    C  "the open hand above the rose block"  the four spheres where inverse kinematics puts the arm
+
+What the base has seen: the objects of all eight tasks and their colours' names, tables and floors
+of every pattern, any light, cameras moved a little. What it has not: the tasks' instructions, what
+to do with a thing, and any motion.
+"""
+
+import os
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # scenes are drawn by one process per core
+
+import h5py
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from accelerate import Accelerator
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from genima import painter_training as setup
+from genima.episodes import CAMERAS
+from genima.files import UserError, read_hdf5, run_stage, write_hdf5, write_whole
+from genima.painter import PROMPT, TinyPainter
+from genima.painter_data import Augmentation, colour_jitter
+from genima.parallel import run_in_parallel, usable_cores
+from genima.plots import two_columns, write_losses
+from genima.spheres import RADIUS, RADIUS_FACTOR, alpha_composite, draw_spheres, target_spheres
+from genima.training import (
+    StopSignal,
+    agree,
+    batches,
+    half_cosine,
+    resume,
+    save,
+    set_learning_rate,
+    stop_training,
+    warmup,
+)
+from genima.views import composite, tile_views
+from sims.mujoco_panda import render_cameras
+from sims.mujoco_tasks import COLOURS, TASKS, TOOL_DOWN
+from sims.random_scenes import RandomSceneEnv
+
+FORMAT = "nanogenima-scenes-1"
+MAGENTA = (255, 0, 255)  # of the marker; no sphere of the robot has this colour
+SHARD = 250  # scenes a file: a killed run loses at most that many
+KINDS = ("A", "B", "C", "C")  # of the sentences for each scene: a quarter, a quarter, a half
+ABOVE = 0.10  # metres between the hand and what it is above
+THINGS = {  # what the things of each task are called; {} is the name that the task gives a candidate
+    "reach_target": ("the {} ball", "the {} sphere", "the {} target"),
+    "push_button": ("the {} button",),
+    "pick_and_lift": ("the {} block", "the {} cube"),
+    "slide_block_to_target": ("the block",),
+    "open_drawer": ("the {} drawer", "the {} handle"),
+    "take_lid_off_saucepan": ("the lid", "the knob of the lid", "the saucepan"),
+    "close_box": ("the lid", "the lid of the box"),
+    "stack_blocks": ("the {} block", "the {} cube"),
+}
+
+
+@dataclass
+class Settings:
+    out: Path = Path("runs/base")
+    """Folder of the base: scenes/ and the trained painter."""
+    scenes: int = 60_000
+    """Random scenes to draw, each with four sentences; 0.9 GB on disk."""
+    steps: int = 6000
+    """Gradient steps."""
+    batch_size: int = 64
+    """Samples a step."""
+    learning_rate: float = 8e-4
+    """Highest learning rate of AdamW; falls as half a cosine."""
+    image_size: int = 64
+    """Height and width of a view, pixels."""
+    seed: int = 0
+    """Seed of initialisation, sampling and augmentation; scenes have seeds of their own."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints."""
+    workers: int = usable_cores()
+    """Processes that draw scenes."""
+
+
+# ---------------------------------------------------------------------------------------- scenes
+def draw_sentence(kind: str, env, rng) -> tuple[str, np.ndarray]:
+    """A sentence of this kind about the scene, and what to paint for it: (V, H, W, 4) uint8 RGBA.
+
+    Raises UserError where the arm cannot get there.
+    """
+    gripper_open = bool(rng.random() < 0.5)
+    hand = "open" if gripper_open else "closed"
+    if kind == "A":
+        layers = draw_arm(env, env.joint_poses(), gripper_open)
+        return f"the robot as it is, the hand {hand}", layers
+
+    env.variation = int(rng.integers(env.task.candidates))
+    thing = str(rng.choice(THINGS[env.task_name])).format(env.task.names[env.variation])
+    point = env.task.focus(env)
+    if kind == "B":
+        return thing, draw_marker(env, point)
+
+    place = rng.choice(["at", "above"])
+    if place == "above":
+        point = point + (0, 0, ABOVE)
+    joints = env.ik(point, TOOL_DOWN)
+    layers = draw_arm(env, env.joint_poses_at(joints), gripper_open)
+    return f"the {hand} hand {place} {thing}", layers
+
+
+def draw_arm(env, joint_poses: np.ndarray, gripper_open: bool) -> np.ndarray:
+    """The four spheres of an arm at joint_poses (8, 4, 4), in all views: (V, H, W, 4)."""
+    layers = []
+    for camera in env.cameras:
+        spheres = target_spheres(joint_poses, gripper_open, camera)
+        layers.append(draw_spheres(*spheres, *env.camera(camera), env.height, env.width))
+    return np.stack(layers)
+
+
+def draw_marker(env, point: np.ndarray) -> np.ndarray:
+    """A magenta sphere at a point (3,) of the world, in all views: (V, H, W, 4)."""
+    pose = np.eye(4)
+    pose[:3, 3] = point
+    colours = np.array([MAGENTA], np.uint8)
+    layers = []
+    for camera in env.cameras:
+        radii = [RADIUS * RADIUS_FACTOR[camera]]
+        layer = draw_spheres(pose[None], radii, colours, *env.camera(camera), env.height, env.width)
+        layers.append(layer)
+    return np.stack(layers)
+
+
+def make_environments(image_size: int) -> dict:
+    """One environment a task, made once in each process."""
+    environments = {}
+    for task in TASKS:
+        environments[task] = RandomSceneEnv(task, image_size, images=False)
+        environments[task].task_name = task
+    return environments
+
+
+def draw_shard(environments: dict, path: Path, first: int):
+    """Draw scenes first, first + 1, ... into one file, unless it is there. Scene i is a function of i."""
+    if path.exists():
+        return
+    images, layers, sentences = [], [], []
+    tasks = list(environments)
+    for seed in range(first, first + SHARD):
+        env = environments[tasks[seed % len(tasks)]]
+        rng = env.draw_scene(seed)
+        views = render_cameras(env)
+        painted, said = [], []
+        for kind in KINDS:
+            try:
+                sentence, layer = draw_sentence(kind, env, rng)
+            except UserError:  # out of reach
+                sentence, layer = draw_sentence("B", env, rng)
+            said.append(sentence)
+            painted.append(layer)
+        images.append(np.stack([views[camera] for camera in env.cameras]))
+        layers.append(np.stack(painted))
+        sentences.append(said)
+
+    with write_hdf5(path) as root:
+        root.attrs.update(format=FORMAT, first=first, cameras=list(CAMERAS))
+        for name, arrays in (("images", images), ("layers", layers)):
+            data = np.stack(arrays)  # (N, V, H, W, 3) and (N, S, V, H, W, 4)
+            chunks = (1, *data.shape[1:])
+            root.create_dataset(name, data=data, chunks=chunks, compression=1, shuffle=True)
+        root["sentences"] = np.array(sentences, dtype=h5py.string_dtype())  # (N, S)
+
+
+def find_shards(folder: Path, scenes: int) -> list[Path]:
+    return [folder / f"{first:07d}.hdf5" for first in range(0, scenes, SHARD)]
+
+
+def draw_scenes(settings: Settings) -> list[Path]:
+    """Draw all scenes that are not there yet, in parallel. Returns the files."""
+    shards = find_shards(settings.out / "scenes", settings.scenes)
+    jobs = [(draw_shard, path, i * SHARD) for i, path in enumerate(shards)]
+    make_context = partial(make_environments, settings.image_size)
+    for _ in run_in_parallel(jobs, settings.workers, "scenes", f"{SHARD} scenes", make_context):
+        pass
+    write_contact_sheet(shards[0], settings.out / "scenes.png")
+    return shards
+
+
+def write_contact_sheet(shard: Path, path: Path, rows: int = 8):
+    """The first scenes, with what each of their sentences asks for."""
+    with read_hdf5(shard, FORMAT) as root:
+        images = root["images"][:rows]  # (N, V, H, W, 3)
+        layers = root["layers"][:rows]  # (N, S, V, H, W, 4)
+        sentences = root["sentences"].asstr()[:rows]  # (N, S)
+    figure = Figure((2.2 * layers.shape[1], 2.5 * rows), layout="tight")
+    axes = figure.subplots(rows, layers.shape[1])
+    for row in range(rows):
+        for column in range(layers.shape[1]):
+            painted = alpha_composite(layers[row, column], images[row])  # (V, H, W, 3)
+            axes[row, column].imshow(two_columns(list(painted)), interpolation="nearest")
+            axes[row, column].set_title(sentences[row, column], fontsize=7)
+            axes[row, column].axis("off")
+    with write_whole(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+
+
+# ------------------------------------------------------------------------------------------ data
+class SceneDataset(torch.utils.data.Dataset):
+    """Item i is the whole batch of step i + 1: a function of seed and step alone."""
+
+    def __init__(self, shards: list[Path], batch_size: int, seed: int, augment: bool):
+        self.shards = shards
+        self.batch_size = batch_size
+        self.seed = seed
+        self.augmentation = Augmentation(hue=0.0) if augment else None  # sentences name colours
+        self.open_files = {}  # of this process
+
+    def __getitem__(self, step: int) -> dict:
+        rngs = [np.random.default_rng([self.seed, step, i]) for i in range(self.batch_size)]
+        pictures = []
+        prompts = []
+        kinds = []
+        for rng in rngs:
+            picture, sentence, kind = self.read_sample(rng)
+            pictures.append(picture)
+            prompts.append(PROMPT.format(sentence))
+            kinds.append(kind)
+        views = torch.from_numpy(np.stack(pictures)).permute(0, 1, 4, 2, 3)  # (B, V, 7, h, w)
+        tiled = tile_views(views).float() / 255  # (B, 7, H, W)
+        observation, layer = tiled.split((3, 4), dim=1)
+        condition = observation
+        if self.augmentation:
+            condition = colour_jitter(observation, rngs, self.augmentation)
+        return {
+            "condition": condition,  # (B, 3, H, W)
+            "observation": observation,  # (B, 3, H, W)
+            "layer": layer,  # (B, 4, H, W)
+            "prompts": prompts,
+            "kinds": kinds,
+        }
+
+    def read_sample(self, rng) -> tuple[np.ndarray, str, str]:
+        """A random scene with one of its sentences: (V, h, w, 3 + 4) uint8, sentence, kind."""
+        path = self.shards[rng.integers(len(self.shards))]
+        if path not in self.open_files:
+            self.open_files[path] = h5py.File(path, "r")
+        root = self.open_files[path]
+        scene = rng.integers(len(root["images"]))
+        which = rng.integers(len(KINDS))
+        picture = np.concatenate([root["images"][scene], root["layers"][scene, which]], axis=-1)
+        sentence = root["sentences"].asstr()[scene, which]
+        return picture, sentence, kind_of(sentence)
+
+
+def kind_of(sentence: str) -> str:
+    if sentence.startswith("the robot"):
+        return "A"
+    if " hand " in sentence:
+        return "C"
+    return "B"
+
+
+def all_sentences() -> list[str]:
+    """Every sentence of the scenes, and every instruction of the tasks, so that the tokenizer
+    knows all words. (Of the instructions the base learns no more than that.)"""
+    sentences = set()
+    for hand in ("open", "closed"):
+        sentences.add(f"the robot as it is, the hand {hand}")
+    for name, task in TASKS.items():
+        names = [*COLOURS, *task.names]
+        for thing in names:
+            sentences.update(phrase.format(thing) for phrase in THINGS[name])
+            sentences.update(template.format(thing) for template in task.templates)
+    sentences.update(f"the open hand {place} it" for place in ("at", "above"))
+    return sorted(sentences)
+
+
+# -------------------------------------------------------------------------------------- training
+def painting_loss(logits: torch.Tensor, batch: dict) -> torch.Tensor:
+    """Where to paint, and what it looks like; as stage 2's loss for tiny (train_controlnet.py)."""
+    layer = batch["layer"]
+    observation = batch["observation"]
+    alpha = layer[:, 3:]
+    where = F.binary_cross_entropy_with_logits(logits[:, 3:], alpha)
+    painted = composite(logits.sigmoid(), observation)
+    difference = (painted - composite(layer, observation)).abs()
+    return where + ((1 + 19 * alpha) * difference).mean()
+
+
+@torch.no_grad()
+def validate(painter, dataset: SceneDataset, count: int = 6) -> list[float]:
+    """The overlap (IoU) of painted and true spheres in scenes held out, for each kind."""
+    painter.eval()
+    intersection = dict.fromkeys("ABC", 0)
+    union = dict.fromkeys("ABC", 0)
+    for i in range(count):
+        batch = dataset[i]
+        observation = batch["observation"].to(painter.unet.device)
+        painted = painter.paint_tiled(observation, batch["prompts"]).cpu()
+        truth = composite(batch["layer"], batch["observation"])
+        is_painted = (painted - batch["observation"]).abs().amax(1) > 0.2  # (B, H, W)
+        is_sphere = (truth - batch["observation"]).abs().amax(1) > 0.2
+        for sample, kind in enumerate(batch["kinds"]):
+            intersection[kind] += (is_painted[sample] & is_sphere[sample]).sum().item()
+            union[kind] += (is_painted[sample] | is_sphere[sample]).sum().item()
+    painter.train()
+    return [intersection[kind] / max(union[kind], 1) for kind in "ABC"]
+
+
+COLUMNS = ("step", "loss", "iou_A", "iou_B", "iou_C")
+
+
+def main():
+    settings = tyro.cli(Settings, description=__doc__)
+    shards = draw_scenes(settings)
+    held_out = shards[-1:]
+    training = shards[:-1] if len(shards) > 1 else shards
+    bf16 = setup.choose_precision("tiny", "auto") == "bf16" or torch.cuda.is_available()
+    accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no")
+    config = {
+        "size": "tiny",
+        "objective": "one-step",
+        "num_inference_steps": 1,
+        "image_size": settings.image_size,
+        "resolution": 2 * settings.image_size,
+        "horizon": 0,  # it paints what is named, not what comes next
+        "cameras": list(CAMERAS),
+    }
+    torch.manual_seed(settings.seed)
+    painter = TinyPainter.from_scratch(all_sentences(), config)
+    painter = setup.prepare_tiny(painter, accelerator.device, bf16)
+    optimizer = setup.make_optimizer("adamw", painter, settings.learning_rate)
+
+    identity = {name: getattr(settings, name) for name in IDENTITY}
+    start, log = resume(settings.out, painter, optimizer, identity)
+    model, optimizer = accelerator.prepare(painter, optimizer)
+    dataset = SceneDataset(training, settings.batch_size, settings.seed, augment=True)
+    checks = SceneDataset(held_out, settings.batch_size, settings.seed, augment=False)
+    loader = batches(dataset, start, settings.steps, num_workers=settings.workers)
+    stopping = StopSignal()
+
+    bar = tqdm(loader, "base", settings.steps, unit="step", initial=start)
+    for step, batch in enumerate(bar, start + 1):
+        factor = min(warmup(step), half_cosine(step, settings.steps))
+        set_learning_rate(optimizer, settings.learning_rate * factor)
+        for part in setup.split_batch(batch, settings.batch_size, accelerator.device):
+            with accelerator.autocast():
+                logits = model(part["condition"], part["prompts"])
+            loss = painting_loss(logits.float(), part)
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        loss, stop = agree(accelerator, loss, stopping.requested)
+        log.append([step, loss, "", "", ""])
+        bar.set_postfix(loss=f"{np.mean([row[1] for row in log[-50:]]):.4f}", refresh=False)
+        due = step % settings.checkpoint_every == 0 or step == settings.steps
+        if due:
+            log[-1][2:] = validate(painter, checks)
+        if due or stop:
+            painter.save(settings.out)
+            write_losses(settings.out, COLUMNS, log, ["loss"], COLUMNS[2:], "overlap of spheres")
+            save(settings.out, painter, optimizer, identity, step, log)
+        if stop and step < settings.steps:
+            stop_training(step, say=True)
+    print(f"{settings.out}: overlap (IoU) in scenes held out, A, B and C: {log[-1][2:]}")
+
+
+IDENTITY = ("scenes", "steps", "batch_size", "learning_rate", "image_size", "seed")
+
+
+if __name__ == "__main__":
+    run_stage(main)
