@@ -1,18 +1,18 @@
-"""Before stage 2: the base. A painter that knows the things on the table by name, before any task.
+"""Before stage 2: the base. A painter that knows the things on the table by name.
 
 In:   nothing: random scenes of the embedded simulator (sims/random_scenes.py) are drawn here
-Out:  <out>/scenes/<shard>.hdf5    pictures, sentences, layers; resumable, may be removed afterwards
-      <out>/scenes.png             a contact sheet: look at it before you train for an hour
-      <out>/                       the painter in diffusers' layout, as train_controlnet.py writes it
+Out:  <out>/scenes/<shard>.hdf5   pictures, sentences and layers; may be removed afterwards
+      <out>/scenes.png            a contact sheet: look at it before you train for an hour
+      <out>/                      the painter in diffusers' layout, losses.csv, losses.png
 
-    python pretrain_painter.py                          scenes, then the training (make base)
-    python pretrain_painter.py --scenes 2000 --steps 50 --out runs/base_test      to try it out
-    python train_controlnet.py --base runs/base         stage 2 starts from it
+    python pretrain_painter.py                                make base: scenes, then training
+    python pretrain_painter.py --scenes 2000 --steps 50 --out runs/try      to try it out
+    python train_controlnet.py --base runs/base               stage 2 starts from it
 
 GENIMA starts from SD-Turbo, a network that ties words to places in pictures, whatever the table,
-the light or the colours look like. On a laptop that part is played by this small base. It has never
-seen a demonstration, an action or a task: every scene is a still picture, and a sentence says what
-to paint on it. Three kinds of sentence:
+the light or the colours look like. On a laptop this small base plays that part. It has never seen
+a demonstration, an action or a task: every scene is a still picture, and a sentence says what to
+paint on it. There are three kinds of sentence:
 
     A  "the robot as it is, the hand open"   the four spheres where the joints are now
     B  "the rose block"                      one magenta sphere on the thing that is named
@@ -62,13 +62,15 @@ from genima.views import composite, tile_views
 from sims.mujoco_panda import render_cameras
 from sims.mujoco_tasks import COLOURS, TASKS, TOOL_DOWN
 from sims.random_scenes import RandomSceneEnv
+from sims.rendering import choose_renderer
 
 FORMAT = "nanogenima-scenes-1"
 MAGENTA = (255, 0, 255)  # of the marker; no sphere of the robot has this colour
-SHARD = 250  # scenes a file: a killed run loses at most that many
+SHARD = 500  # scenes a file: a killed run loses at most that many
 KINDS = ("A", "B", "C", "C")  # of the sentences for each scene: a quarter, a quarter, a half
 ABOVE = 0.10  # metres between the hand and what it is above
-THINGS = {  # what the things of each task are called; {} is the name that the task gives a candidate
+# What the things of each task are called; {} is the name that the task gives a candidate.
+THINGS = {
     "reach_target": ("the {} ball", "the {} sphere", "the {} target"),
     "push_button": ("the {} button",),
     "pick_and_lift": ("the {} block", "the {} cube"),
@@ -133,7 +135,7 @@ def draw_arm(env, joint_poses: np.ndarray, gripper_open: bool) -> np.ndarray:
     layers = []
     for camera in env.cameras:
         spheres = target_spheres(joint_poses, gripper_open, camera)
-        layers.append(draw_spheres(*spheres, *env.camera(camera), env.height, env.width))
+        layers.append(draw_spheres(*spheres, *env.camera_parameters(camera), env.height, env.width))
     return np.stack(layers)
 
 
@@ -145,7 +147,9 @@ def draw_marker(env, point: np.ndarray) -> np.ndarray:
     layers = []
     for camera in env.cameras:
         radii = [RADIUS * RADIUS_FACTOR[camera]]
-        layer = draw_spheres(pose[None], radii, colours, *env.camera(camera), env.height, env.width)
+        layer = draw_spheres(
+            pose[None], radii, colours, *env.camera_parameters(camera), env.height, env.width
+        )
         layers.append(layer)
     return np.stack(layers)
 
@@ -160,7 +164,10 @@ def make_environments(image_size: int) -> dict:
 
 
 def draw_shard(environments: dict, path: Path, first: int):
-    """Draw scenes first, first + 1, ... into one file, unless it is there. Scene i is a function of i."""
+    """Draw scenes first, first + 1, ... into one file, unless it is there.
+
+    Scene i is a function of i alone.
+    """
     if path.exists():
         return
     images, layers, sentences = [], [], []
@@ -198,6 +205,7 @@ def draw_scenes(settings: Settings) -> list[Path]:
     """Draw all scenes that are not there yet, in parallel. Returns the files."""
     shards = find_shards(settings.out / "scenes", settings.scenes)
     jobs = [(draw_shard, path, i * SHARD) for i, path in enumerate(shards)]
+    choose_renderer()  # once, for all processes
     make_context = partial(make_environments, settings.image_size)
     for _ in run_in_parallel(jobs, settings.workers, "scenes", f"{SHARD} scenes", make_context):
         pass
@@ -362,10 +370,8 @@ def main():
     for step, batch in enumerate(bar, start + 1):
         factor = min(warmup(step), half_cosine(step, settings.steps))
         set_learning_rate(optimizer, settings.learning_rate * factor)
-        for part in setup.split_batch(batch, settings.batch_size, accelerator.device):
-            with accelerator.autocast():
-                logits = model(part["condition"], part["prompts"])
-            loss = painting_loss(logits.float(), part)
+        batch = next(setup.split_batch(batch, settings.batch_size, accelerator.device))
+        loss = painting_loss(model(batch["condition"], batch["prompts"]), batch)
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

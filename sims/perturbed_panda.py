@@ -12,7 +12,7 @@ objects at the same places, and the same instruction.
 import mujoco
 import numpy as np
 
-from sims.mujoco_panda import PandaEnv
+from sims.mujoco_panda import SKY_TEXELS, PandaEnv
 from sims.mujoco_tasks import PAINTED, add_box, rotation_from
 
 PERTURBATIONS = ("colours", "distractors", "light", "background", "table", "camera")
@@ -79,6 +79,9 @@ class PerturbedEnv(PandaEnv):
         """Change how the scene looks."""
         model = self.model
         model.geom_rgba[self.added, :3] = rng.random((len(self.added), 3))
+        if self.kind == "background":
+            sky = np.full((6 * SKY_TEXELS, SKY_TEXELS, 3), 255 * rng.random(3), np.uint8)
+            self.set_texture("sky", sky)
         if self.kind == "colours":
             shades = rng.uniform(-0.15, 0.15, (len(self.objects), 3))
             colours = model.geom_rgba[self.objects, :3] + shades

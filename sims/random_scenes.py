@@ -5,17 +5,17 @@ Out:  one picture per camera, where each thing lies, and where the arm is. Nothi
       demonstration is made, and no action is ever taken.
 Use:  env = RandomSceneEnv("push_button");  scene = env.draw_scene(seed=0)
 
-What is random in every scene: the colours and patterns of table and floor (plain, gradient, stripes,
-tiles, noise), the light, the shade of every object and of the arm, up to four distractors, every
-camera by up to 4 cm and 4 degrees, what the drawers and lids are open, what lies in the hand, and
-where the arm is. pretrain_painter.py trains the base on such scenes.
+What is random in every scene: the colours and patterns of table, floor and sky, the light, the
+shade of every object and of the arm, up to four distractors, every camera by up to 4 cm and 4
+degrees, how far drawers and lids are open, what is in the hand, and where the arm is.
+pretrain_painter.py trains the base on such scenes.
 """
 
 import mujoco
 import numpy as np
 
 from genima.files import UserError
-from sims.mujoco_panda import PandaEnv
+from sims.mujoco_panda import SKY_TEXELS, PandaEnv
 from sims.mujoco_tasks import PAINTED, TOOL_DOWN, add_box, rotation_from
 
 TEXELS = 64  # pixels a side of a texture
@@ -50,7 +50,7 @@ class RandomSceneEnv(PandaEnv):
         return spec
 
     def draw_scene(self, seed: int):
-        """Lay out the scene of this seed; pictures and poses can then be read from the environment."""
+        """Lay out the scene of this seed; pictures and poses are then the environment's."""
         self.restore_looks()
         self.reset(seed=seed)
         rng = np.random.default_rng([seed, 4])
@@ -85,12 +85,8 @@ class RandomSceneEnv(PandaEnv):
     def draw_looks(self, rng):
         model = self.model
         for surface in SURFACES:
-            texture = model.texture(surface).id
-            start = model.tex_adr[texture]
-            pattern = draw_pattern(rng)  # (TEXELS, TEXELS, 3)
-            model.tex_data[start : start + pattern.size] = pattern.ravel()
-            for renderer in self.renderers.values():
-                mujoco.mjr_uploadTexture(model, renderer._mjr_context, texture)
+            self.set_texture(surface, draw_pattern(rng))
+        self.set_texture("sky", draw_sky(rng))
 
         light = rng.uniform(0.6, 1.25) * rng.uniform(0.75, 1.2, 3)
         model.light_diffuse[:] *= light * rng.uniform(0.5, 1.5)
@@ -166,7 +162,7 @@ class RandomSceneEnv(PandaEnv):
         if not len(loose) or rng.random() > 0.2:
             return
         mujoco.mj_forward(model, self.data)
-        tool = self.tool()
+        tool = self.tool_pose()
         address = model.jnt_qposadr[rng.choice(loose)]
         self.data.qpos[address : address + 3] = tool[:3, 3]
         mujoco.mju_mat2Quat(self.data.qpos[address + 3 : address + 7], tool[:3, :3].ravel())
@@ -182,6 +178,16 @@ class RandomSceneEnv(PandaEnv):
         self.data.qpos[:] = before
         mujoco.mj_kinematics(self.model, self.data)
         return poses
+
+
+def draw_sky(rng) -> np.ndarray:
+    """The sky's six faces in one or two colours, (6 SKY_TEXELS, SKY_TEXELS, 3) uint8."""
+    colours = rng.uniform(0, 255, (2, 3))
+    if rng.random() < 0.5:
+        colours[1] = colours[0]
+    mix = rng.random((6 * SKY_TEXELS, 1, 1)) < rng.random()
+    picture = np.where(mix, colours[0], colours[1])
+    return np.broadcast_to(picture, (6 * SKY_TEXELS, SKY_TEXELS, 3)).astype(np.uint8)
 
 
 def draw_pattern(rng) -> np.ndarray:

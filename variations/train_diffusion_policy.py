@@ -114,7 +114,9 @@ def loss_of(network, batch):
 
 def diffusion_policy(run, device):
     """For evaluate.py: the controller alone."""
-    return ActPolicy(Controller(*loop.load(DiffusionPolicy, run / "diffusion_policy", device), device))
+    return ActPolicy(
+        Controller(*loop.load(DiffusionPolicy, run / "diffusion_policy", device), device)
+    )
 
 
 def main():
