@@ -233,41 +233,32 @@ def write_contact_sheet(shard: Path, path: Path, rows: int = 8):
 
 # ------------------------------------------------------------------------------------------ data
 class SceneDataset(torch.utils.data.Dataset):
-    """Item i is the whole batch of step i + 1: a function of seed and step alone."""
+    """Item i is the whole batch of step i + 1: a function of seed and step alone.
 
-    def __init__(self, shards: list[Path], batch_size: int, seed: int, augment: bool):
+    Pictures stay bytes here; prepare() makes numbers of them, on the device that trains.
+    """
+
+    def __init__(self, shards: list[Path], batch_size: int, seed: int):
         self.shards = shards
         self.batch_size = batch_size
         self.seed = seed
-        self.augmentation = Augmentation(hue=0.0) if augment else None  # sentences name colours
         self.open_files = {}  # of this process
 
     def __getitem__(self, step: int) -> dict:
-        rngs = [np.random.default_rng([self.seed, step, i]) for i in range(self.batch_size)]
+        rng = np.random.default_rng([self.seed, step])
         pictures = []
         prompts = []
         kinds = []
-        for rng in rngs:
-            picture, sentence, kind = self.read_sample(rng)
+        for _ in range(self.batch_size):
+            picture, sentence = self.read_sample(rng)
             pictures.append(picture)
             prompts.append(PROMPT.format(sentence))
-            kinds.append(kind)
-        views = torch.from_numpy(np.stack(pictures)).permute(0, 1, 4, 2, 3)  # (B, V, 7, h, w)
-        tiled = tile_views(views).float() / 255  # (B, 7, H, W)
-        observation, layer = tiled.split((3, 4), dim=1)
-        condition = observation
-        if self.augmentation:
-            condition = colour_jitter(observation, rngs, self.augmentation)
-        return {
-            "condition": condition,  # (B, 3, H, W)
-            "observation": observation,  # (B, 3, H, W)
-            "layer": layer,  # (B, 4, H, W)
-            "prompts": prompts,
-            "kinds": kinds,
-        }
+            kinds.append(kind_of(sentence))
+        pictures = torch.from_numpy(np.stack(pictures))  # (B, V, h, w, 7) uint8
+        return {"step": step, "pictures": pictures, "prompts": prompts, "kinds": kinds}
 
-    def read_sample(self, rng) -> tuple[np.ndarray, str, str]:
-        """A random scene with one of its sentences: (V, h, w, 3 + 4) uint8, sentence, kind."""
+    def read_sample(self, rng) -> tuple[np.ndarray, str]:
+        """A random scene and layer, (V, h, w, 3 + 4) uint8, with the sentence that asks for it."""
         path = self.shards[rng.integers(len(self.shards))]
         if path not in self.open_files:
             self.open_files[path] = h5py.File(path, "r")
@@ -275,8 +266,25 @@ class SceneDataset(torch.utils.data.Dataset):
         scene = rng.integers(len(root["images"]))
         which = rng.integers(len(KINDS))
         picture = np.concatenate([root["images"][scene], root["layers"][scene, which]], axis=-1)
-        sentence = root["sentences"].asstr()[scene, which]
-        return picture, sentence, kind_of(sentence)
+        return picture, root["sentences"].asstr()[scene, which]
+
+
+def prepare(batch: dict, device, augment: bool = True) -> dict:
+    """A batch of SceneDataset as floats, 0..1, on the device: the names of stage 2's batches."""
+    pictures = batch["pictures"].to(device).permute(0, 1, 4, 2, 3)  # (B, V, 7, h, w)
+    tiled = tile_views(pictures).float() / 255  # (B, 7, H, W)
+    observation, layer = tiled.split((3, 4), dim=1)
+    condition = observation
+    if augment:
+        rngs = [np.random.default_rng([batch["step"], i]) for i in range(len(tiled))]
+        no_hue = Augmentation(hue=0.0)  # the sentences name colours
+        condition = colour_jitter(observation, rngs, no_hue)
+    return {
+        "condition": condition,  # (B, 3, H, W)
+        "observation": observation,  # (B, 3, H, W)
+        "layer": layer,  # (B, 4, H, W)
+        "prompts": batch["prompts"],
+    }
 
 
 def kind_of(sentence: str) -> str:
@@ -321,13 +329,14 @@ def validate(painter, dataset: SceneDataset, count: int = 6) -> list[float]:
     intersection = dict.fromkeys("ABC", 0)
     union = dict.fromkeys("ABC", 0)
     for i in range(count):
-        batch = dataset[i]
-        observation = batch["observation"].to(painter.unet.device)
-        painted = painter.paint_tiled(observation, batch["prompts"]).cpu()
-        truth = composite(batch["layer"], batch["observation"])
-        is_painted = (painted - batch["observation"]).abs().amax(1) > 0.2  # (B, H, W)
-        is_sphere = (truth - batch["observation"]).abs().amax(1) > 0.2
-        for sample, kind in enumerate(batch["kinds"]):
+        kinds = dataset[i]["kinds"]
+        batch = prepare(dataset[i], painter.unet.device, augment=False)
+        observation = batch["observation"]
+        painted = painter.paint_tiled(observation, batch["prompts"])
+        truth = composite(batch["layer"], observation)
+        is_painted = (painted - observation).abs().amax(1) > 0.2  # (B, H, W)
+        is_sphere = (truth - observation).abs().amax(1) > 0.2
+        for sample, kind in enumerate(kinds):
             intersection[kind] += (is_painted[sample] & is_sphere[sample]).sum().item()
             union[kind] += (is_painted[sample] | is_sphere[sample]).sum().item()
     painter.train()
@@ -361,8 +370,8 @@ def main():
     identity = {name: getattr(settings, name) for name in IDENTITY}
     start, log = resume(settings.out, painter, optimizer, identity)
     model, optimizer = accelerator.prepare(painter, optimizer)
-    dataset = SceneDataset(training, settings.batch_size, settings.seed, augment=True)
-    checks = SceneDataset(held_out, settings.batch_size, settings.seed, augment=False)
+    dataset = SceneDataset(training, settings.batch_size, settings.seed)
+    checks = SceneDataset(held_out, settings.batch_size, settings.seed)
     loader = batches(dataset, start, settings.steps, num_workers=settings.workers)
     stopping = StopSignal()
 
@@ -370,7 +379,7 @@ def main():
     for step, batch in enumerate(bar, start + 1):
         factor = min(warmup(step), half_cosine(step, settings.steps))
         set_learning_rate(optimizer, settings.learning_rate * factor)
-        batch = next(setup.split_batch(batch, settings.batch_size, accelerator.device))
+        batch = prepare(batch, accelerator.device)
         loss = painting_loss(model(batch["condition"], batch["prompts"]), batch)
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
