@@ -23,7 +23,7 @@ was, and two runs on one folder share the work.
 
 import os
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -42,7 +42,7 @@ from sims.mujoco_tasks import TASKS, check_task
 from sims.rendering import choose_renderer
 from sims.rlbench_dataset import find_demonstrations, read_demonstration, read_notes
 from sims.rlbench_folders import episode_file, identify, not_importable
-from sims.rlbench_protocol import Protocol, choose_protocol, refuse_options
+from sims.rlbench_protocol import MAX_VARIATION, Protocol, choose_protocol, refuse_options
 
 DEFAULT_TASKS = ("reach_target", "push_button", "pick_and_lift")
 STARTS = ("anywhere", "near")
@@ -219,19 +219,13 @@ def chosen_tasks(settings: Settings) -> list[str]:
 
 def rlbench_protocol(settings: Settings) -> Protocol:
     """How to record in RLBench: its way or the paper's, with what is set besides."""
+    protocol = choose_protocol(settings)
     if len(settings.variations) > 1:
         raise UserError("--sim rlbench records one of the --variations, or draws from all of them.")
-    variation = None
     if settings.variations:
-        variation = settings.variations[0]
-    return choose_protocol(
-        settings.protocol,
-        variation=variation,
-        image_size=settings.image_size,
-        arm_velocity=settings.arm_velocity,
-        arm_acceleration=settings.arm_acceleration,
-        renderer=settings.renderer,
-    )
+        check_number("--variations", settings.variations[0], 0, MAX_VARIATION)
+        protocol = replace(protocol, variation=settings.variations[0])
+    return protocol
 
 
 def check_settings(settings: Settings):

@@ -1,12 +1,12 @@
 """How demonstrations are recorded in RLBench and policies evaluated: RLBench's way and the paper's.
 
-Use:  protocol = choose_protocol("paper", max_steps=300)     the paper's, but longer episodes
+Use:  protocol = choose_protocol(settings)     of collect_demos.py or evaluate.py
 
 The paper's numbers are the commands in GENIMA's README and the defaults of its evaluation. There,
 each evaluation episode also lays out the scene of a recorded demonstration again (--demos).
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from genima.files import UserError, check_number
 
@@ -42,6 +42,13 @@ class Protocol:
     max_steps: int = 200
     """Of an episode (paper)."""
 
+    @property
+    def variations(self) -> tuple[int, ...]:
+        """The variations to choose from, none named: all."""
+        if self.variation is None:
+            return ()
+        return (self.variation,)
+
 
 RLBENCH_PROTOCOL = Protocol()
 PAPER_PROTOCOL = Protocol(
@@ -54,14 +61,19 @@ PAPER_PROTOCOL = Protocol(
 )
 
 
-def choose_protocol(name: str | None, **changes) -> Protocol:
-    """The paper's protocol if name is "paper", else RLBench's, with what is not None in changes.
+def choose_protocol(settings) -> Protocol:
+    """The protocol of a stage's settings: the paper's or RLBench's, with what they set besides.
 
-    Raises UserError for numbers that nothing can be done with.
+    Where the settings have no such field, or None in it, the protocol decides. Raises UserError for
+    numbers that nothing can be done with.
     """
-    protocol = PAPER_PROTOCOL if name == "paper" else RLBENCH_PROTOCOL
-    changes = {field: value for field, value in changes.items() if value is not None}
-    protocol = replace(protocol, **changes)
+    protocol = RLBENCH_PROTOCOL
+    if settings.protocol == "paper":
+        protocol = PAPER_PROTOCOL
+    for field in fields(Protocol):
+        value = getattr(settings, field.name, None)
+        if value is not None:
+            protocol = replace(protocol, **{field.name: value})
     if protocol.variation is not None:
         check_number("--variation", protocol.variation, 0, MAX_VARIATION)
     check_number("--max-steps", protocol.max_steps, 1, MAX_STEPS)
