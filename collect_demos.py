@@ -7,9 +7,10 @@
     python collect_demos.py --tasks open_drawer --scenes 20 --run runs/drawer
     python collect_demos.py --from-rlbench DATASET --run runs/rlbench
     python collect_demos.py --sim rlbench --tasks open_box --run runs/rlbench
+    python collect_demos.py --sim rlbench --protocol paper --tasks open_box --run runs/paper
 
 Only successful attempts are kept. A dataset of RLBench is read without RLBench or CoppeliaSim;
---sim rlbench needs both, and records new demonstrations by RLBench's planner.
+--sim rlbench needs both, and records new demonstrations by RLBench's planner (docs/rlbench.md).
 
 Each scene (seed) is recorded once for every object that the instruction can name: the same image,
 other words, another target, so that the words decide. Half of the demonstrations begin anywhere
@@ -21,7 +22,8 @@ was, and two runs on one folder share the work.
 """
 
 import os
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -33,12 +35,14 @@ from genima.episodes import CAMERAS, Episode, read_episode, write_episode
 from genima.files import UserError, check_number, run_stage
 from genima.parallel import run_in_parallel, usable_cores
 from sims import Simulators
+from sims.coppeliasim import task_class
 from sims.demonstrator import record_demonstration
 from sims.mujoco_panda import MAX_HEIGHT
 from sims.mujoco_tasks import TASKS, check_task
 from sims.rendering import choose_renderer
-from sims.rlbench_dataset import find_demonstrations, read_demonstration
-from sims.rlbench_panda import NoSceneError, import_rlbench, task_class
+from sims.rlbench_dataset import find_demonstrations, read_demonstration, read_notes
+from sims.rlbench_folders import episode_file, identify, not_importable
+from sims.rlbench_protocol import MAX_VARIATION, Protocol, choose_protocol, refuse_options
 
 DEFAULT_TASKS = ("reach_target", "push_button", "pick_and_lift")
 STARTS = ("anywhere", "near")
@@ -46,6 +50,8 @@ ATTEMPTS = 5  # scenes that RLBench tries for one demonstration: not every one h
 MAX_SCENES = 100_000
 MAX_SEED = 2**31 - 1
 MAX_SIZE = 4096  # pixels, of RLBench's images
+MAX_REASONS = 3  # for failed attempts, to print
+ONLY_RLBENCH = ("protocol", "arm_velocity", "arm_acceleration", "renderer")
 CRASH = "A process died twice at an episode: run the same command again."
 
 
@@ -61,16 +67,26 @@ class Settings:
     name (three). With RLBench: demonstrations per task, 50 by default; from a dataset, at most this
     many of each variation."""
     image_size: int | None = None
-    """Height and width of the images, pixels: 64 by default, 128 with RLBench, from a dataset as
-    they were recorded."""
+    """Height and width of the images, pixels: 64 by default, 128 with RLBench (paper: 256), from a
+    dataset as they were recorded."""
     sim: Literal["mujoco", "rlbench"] = "mujoco"
     """The embedded simulator, or RLBench (see requirements-rlbench.txt)."""
+    protocol: Literal["paper"] | None = None
+    """For --sim rlbench: record as the paper does: variation 0, 256 pixels, velocity 2,
+    acceleration 8, OpenGL."""
+    arm_velocity: float | None = None
+    """Of RLBench's planner, rad/s: 1 by default, 2 in the paper."""
+    arm_acceleration: float | None = None
+    """Of RLBench's planner, rad/s^2: 4 by default, 8 in the paper."""
+    renderer: Literal["opengl", "opengl3"] | None = None
+    """CoppeliaSim's: opengl3, with shadows, by default, opengl in the paper."""
     from_rlbench: Path | None = None
     """Root of a dataset that RLBench recorded, to be turned into episodes."""
     cameras: tuple[str, ...] = CAMERAS
     """Which cameras of RLBench to record or import; the painter needs these four."""
     variations: tuple[int, ...] = ()
-    """Which variations to import; none named: all."""
+    """Which variations to import; none named: all. With --sim rlbench: the one to record; none
+    named: drawn in each scene."""
     seed: int = 1_000_000
     """Seed of the first scene; evaluation uses seeds below a million, so its scenes are unseen."""
     workers: int = usable_cores()
@@ -105,20 +121,23 @@ def record_rlbench(
     simulators: Simulators,
     folder: Path,
     seeds: range,
-    image_size: int,
     cameras: tuple[str, ...],
+    protocol: Protocol,
 ) -> list[str | None]:
     """One episode by RLBench's planner, of the first of these seeds that has a scene and a way."""
     for seed in seeds:
         if list(folder.glob(f"{seed:07d}_*.hdf5")):
             return []
+    env = simulators.get(folder.name, protocol.image_size, cameras, "rlbench", True, protocol)
     results = []
     for seed in seeds:
-        env = simulators.get(folder.name, image_size, cameras, sim="rlbench", images=True)
         try:
             episode = env.demonstrate(seed)
-        except NoSceneError as error:
-            results.append(str(error))
+        except (UserError, MemoryError):
+            raise
+        except Exception as error:  # of RLBench, PyRep or CoppeliaSim: the next seed is tried
+            words = " ".join(str(error).split())
+            results.append(f"{type(error).__name__}: {words}")
             continue
         write_new(folder / f"{seed:07d}_{episode.variation:02d}.hdf5", episode)
         results.append(None)
@@ -129,10 +148,8 @@ def record_rlbench(
 def import_one(
     folder: Path, source: Path, image_size: int | None, cameras: tuple[str, ...]
 ) -> list[str | None]:
-    """One episode from <task>/variation<N>/episodes/episode<M> of a dataset."""
-    number = int(source.name.removeprefix("episode"))
-    variation = int(source.parents[1].name.removeprefix("variation"))
-    path = folder / f"episode{number:03d}_variation{variation:02d}.hdf5"
+    """One episode from a folder episode<M> of a dataset."""
+    path = folder / episode_file(source)
     if path.exists():
         return []
     size = None
@@ -168,14 +185,14 @@ def embedded_jobs(settings: Settings, folder: Path) -> list[tuple]:
 def rlbench_jobs(settings: Settings, folder: Path) -> list[tuple]:
     tasks = chosen_tasks(settings)
     for task in tasks:
-        task_class(import_rlbench().tasks, task)
+        task_class(task)  # raises UserError if there is none
+    protocol = rlbench_protocol(settings)
     scenes = settings.scenes
     jobs = []
     for task in tasks:
         for seed in range(settings.seed, settings.seed + scenes):
             seeds = range(seed, seed + ATTEMPTS * scenes, scenes)
-            job = (record_rlbench, folder / task, seeds, settings.image_size, settings.cameras)
-            jobs.append(job)
+            jobs.append((record_rlbench, folder / task, seeds, settings.cameras, protocol))
     return jobs
 
 
@@ -183,9 +200,11 @@ def dataset_jobs(settings: Settings, folder: Path) -> list[tuple]:
     sources = find_demonstrations(
         settings.from_rlbench, settings.tasks, settings.variations, settings.scenes
     )
+    for note in read_notes(sources):
+        print(f"Note: {note}")
     jobs = []
     for source in sources:
-        task = source.parents[2].name
+        task, _, _ = identify(source)
         job = (import_one, folder / task, source, settings.image_size, settings.cameras)
         jobs.append(job)
     return jobs
@@ -198,14 +217,33 @@ def chosen_tasks(settings: Settings) -> list[str]:
     return list(dict.fromkeys(settings.tasks))
 
 
+def rlbench_protocol(settings: Settings) -> Protocol:
+    """How to record in RLBench: its way or the paper's, with what is set besides."""
+    protocol = choose_protocol(settings)
+    if len(settings.variations) > 1:
+        raise UserError("--sim rlbench records one of the --variations, or draws from all of them.")
+    if settings.variations:
+        check_number("--variations", settings.variations[0], 0, MAX_VARIATION)
+        protocol = replace(protocol, variation=settings.variations[0])
+    return protocol
+
+
 def check_settings(settings: Settings):
-    """Fill in what depends on the simulator. Raises UserError for numbers out of range."""
-    embedded = settings.sim == "mujoco" and settings.from_rlbench is None
-    if settings.from_rlbench is None:
+    """Fill in what depends on the simulator. Raises UserError for what cannot be recorded."""
+    embedded = False
+    if settings.from_rlbench is not None:
+        refuse_options(settings, ONLY_RLBENCH)
+    elif settings.sim == "rlbench":
+        settings.image_size = rlbench_protocol(settings).image_size
         if settings.scenes is None:
-            settings.scenes = 300 if embedded else 50
+            settings.scenes = 50
+    else:
+        embedded = True
+        refuse_options(settings, (*ONLY_RLBENCH, "variations"))
         if settings.image_size is None:
-            settings.image_size = 64 if embedded else 128
+            settings.image_size = 64
+        if settings.scenes is None:
+            settings.scenes = 300
     if settings.scenes is not None:
         check_number("--scenes", settings.scenes, 1, MAX_SCENES)
     if settings.image_size is not None:
@@ -253,14 +291,16 @@ def collect(settings: Settings):
     for job, result in results:
         attempts[job[1]] += [CRASH] if result is None else result
 
-    faults = set()
+    faults = Counter()
     for task_folder, outcomes in attempts.items():
         print(summary(task_folder, outcomes))
         faults.update(outcome for outcome in outcomes if outcome is not None)
-    if settings.from_rlbench is not None and faults:
-        raise UserError("\n".join(sorted(faults)))
-    if CRASH in faults:
-        print(CRASH)
+    if settings.from_rlbench is not None:
+        faults.update(not_importable(settings.from_rlbench, settings.tasks))
+        if faults:
+            raise UserError("\n".join(sorted(faults)))
+    for reason, count in faults.most_common(MAX_REASONS):
+        print(f"{count} times: {reason}")
 
 
 def summary(folder: Path, outcomes: list[str | None]) -> str:

@@ -29,8 +29,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-# One process per core does the work; threads would fight.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # one process per core; threads would compete
 
 import torch
 import tyro
@@ -42,13 +41,15 @@ from genima.language import check_language
 from genima.parallel import run_in_parallel, usable_cores
 from genima.policy import OraclePolicy, before_episode, rollout
 from genima.report import FinishedJobs, make_report, print_table, results_name, write_results
-from sims import make_env
+from sims import Simulators
+from sims.coppeliasim import task_class
 from sims.demonstrator import record_demonstration
 from sims.mujoco_panda import CONTROL_HZ
 from sims.mujoco_tasks import check_task
 from sims.perturbed_panda import PERTURBATIONS
 from sims.rlbench_dataset import HZ, find_demonstrations
-from sims.rlbench_panda import PAPER_TASKS, import_rlbench, task_class
+from sims.rlbench_panda import NoSceneError
+from sims.rlbench_protocol import PAPER_TASKS, choose_protocol, refuse_options
 
 LANGUAGE_TASKS = ("push_button", "pick_and_lift")  # whose objects differ in colour alone
 ATTEMPTS = 10  # RLBench: scenes to try for an episode, as not every scene has room for its task
@@ -69,10 +70,16 @@ class Settings:
     """mujoco: the embedded simulator, the default; rlbench: RLBench, the default of the paper's
     protocol."""
     protocol: Literal["paper"] | None = None
-    """paper: 25 tasks of RLBench, at most 200 steps an episode, mean of the last 3 checkpoints."""
+    """paper: 25 tasks of RLBench, variation 0, OpenGL, 20 steps of each chunk, mean of the last 3
+    checkpoints; with --demos in the scenes of recorded demonstrations, as the paper's."""
     demos: Path | None = None
-    """For rlbench: root of a dataset whose demonstrations' scenes are laid out again, as in the
-    paper."""
+    """For rlbench: root of a dataset whose demonstrations' scenes are laid out again."""
+    variation: int | None = None
+    """For rlbench: of every task; drawn in each episode by default, 0 in the paper."""
+    renderer: Literal["opengl", "opengl3"] | None = None
+    """For rlbench, as in training: opengl3 (shadows) by default, opengl in the paper."""
+    max_steps: int | None = None
+    """For rlbench: steps of an episode at most, 200 by default."""
     checkpoints: int | None = None
     """Average over the last so many step-<N>/ in controlnet/ and act/ (written with --keep). 1:
     the networks in these folders themselves, the default without a protocol."""
@@ -83,8 +90,8 @@ class Settings:
     policy: str = "genima"
     """genima: painter and controller; act: the controller on plain views; oracle: the controller
     with true spheres; or FILE:FUNCTION, which is called as function(run, device)."""
-    execution_horizon: int = 8
-    """Steps of each chunk to execute before looking again."""
+    execution_horizon: int | None = None
+    """Steps of each chunk to execute before looking again: 8 by default, 20 in the paper."""
     drop_state: bool = False
     """Leave the joint state out of the controller's input."""
     perturb: Literal[PERTURBATIONS] | None = None
@@ -121,13 +128,7 @@ class Workspace:
         torch.set_num_threads(1)  # the results must not depend on the number of processes
         self.checkpoints = checkpoints
         self.networks = {}  # of the last checkpoint, by its number
-        self.environments = {}
-
-    def environment(self, *arguments):
-        """What make_env makes of these arguments, made once."""
-        if arguments not in self.environments:
-            self.environments[arguments] = make_env(*arguments)
-        return self.environments[arguments]
+        self.simulators = Simulators()
 
     def policy(self, checkpoint: int, task: str):
         """The policy of a checkpoint. Its networks are loaded once; only the last ones are kept."""
@@ -141,7 +142,7 @@ class Workspace:
 
     def demonstrate(self, task, env):
         """The scripted demonstration of the scene in env. Raises UserError if out of reach."""
-        blind = self.environment(task, 0, ())
+        blind = self.simulators.get(task, 0, ())
         return record_demonstration(blind, task, env.seed, env.variation, start="anywhere")
 
 
@@ -149,38 +150,34 @@ def run_episode(workspace, checkpoint, task, seed):
     """One episode in closed loop -> its outcome and log, as rollout gives them."""
     settings = workspace.checkpoints[checkpoint]
     policy = workspace.policy(checkpoint, task)
+    protocol = choose_protocol(settings)
     sim = settings.perturb or settings.sim
-    env = workspace.environment(task, tuple(policy.image_size), tuple(policy.cameras), sim)
+    size = tuple(policy.image_size)
+    env = workspace.simulators.get(task, size, policy.cameras, sim, protocol=protocol)
     number = seed - settings.seed
+    film = number < settings.videos
     attempts = 1
     options = {}
     if settings.demos:  # their scenes, spread over all variations
-        scenes = find_demonstrations(settings.demos, (task,))
+        scenes = find_demonstrations(settings.demos, (task,), protocol.variations)
         options["demonstration"] = scenes[number * len(scenes) // settings.episodes]
     elif settings.sim == "rlbench":
         attempts = ATTEMPTS
     for attempt in range(attempts):
-        outcome, log = rollout(
-            env,
-            policy,
-            seed + attempt * settings.episodes,
-            options,
-            settings.execution_horizon,
-            film=number < settings.videos,
-        )
-        if outcome["variation"] is not None:
+        scene = seed + attempt * settings.episodes
+        outcome, log = rollout(env, policy, scene, options, settings.execution_horizon, film)
+        if not outcome.get("error", "").startswith(NoSceneError.__name__):
             if attempt:
                 outcome["failed_resets"] = attempt
             return outcome, log
-    outcome["seed"] = seed
     outcome["failed_resets"] = attempts
-    return outcome, log
+    return outcome | {"seed": seed}, log
 
 
 def run_language_check(workspace, checkpoint, task, seed):
     """One scene -> for each of its objects, whether naming it moves the painted gripper there."""
     policy = workspace.policy(checkpoint, task)
-    env = workspace.environment(task, policy.image_size, policy.cameras, "mujoco")
+    env = workspace.simulators.get(task, policy.image_size, policy.cameras)
     demonstrate = partial(workspace.demonstrate, task)
     horizon = policy.controller.config["horizon"]
     return check_language(env, policy.painter, demonstrate, horizon, seed)
@@ -198,6 +195,7 @@ def resolve_settings(settings: Settings) -> list[Settings]:
         settings.sim = "rlbench" if is_paper else "mujoco"
     if settings.checkpoints is None:
         settings.checkpoints = 3 if is_paper else 1
+    settings.execution_horizon = choose_protocol(settings).execution_horizon
     if settings.policy != "genima" or settings.sim == "rlbench" or settings.perturb:
         settings.language = 0  # nothing is painted, or nobody knows where it belongs
     if settings.out is None:
@@ -242,8 +240,10 @@ def check_options(settings):
     rlbench = settings.sim == "rlbench"
     if rlbench and (settings.policy == "oracle" or settings.perturb):
         raise UserError("--policy oracle and --perturb are for the embedded simulator.")
-    if settings.demos and not rlbench:
-        raise UserError("--demos is for --sim rlbench.")
+    if not rlbench:
+        refuse_options(settings, ("demos", "variation", "renderer", "max_steps"))
+    elif settings.protocol and not settings.demos:
+        print("Note: these scenes are new; the paper's are those of demonstrations (--demos).")
 
 
 def resolve_tasks(settings):
@@ -263,11 +263,11 @@ def resolve_tasks(settings):
     settings.tasks = tuple(dict.fromkeys(settings.tasks))  # each one once
     for task in settings.tasks:
         if rlbench:
-            task_class(import_rlbench().tasks, task)
+            task_class(task)  # raises UserError if there is none
         else:
             check_task(task)
-    if settings.demos:
-        find_demonstrations(settings.demos, settings.tasks)
+        if settings.demos:
+            find_demonstrations(settings.demos, (task,), choose_protocol(settings).variations)
     unknown = [task for task in settings.tasks if task not in known]
     if recorded and unknown:
         print(f"Note: {folder} has no {', '.join(unknown)}; the networks may never have seen it.")

@@ -115,6 +115,8 @@ def make_report(checkpoints: list, episodes: dict, language: list[bool]) -> dict
     report = {
         "policy": policy_name(settings.policy),
         "sim": settings.sim,
+        "protocol": settings.protocol,
+        "demos": None if settings.demos is None else str(settings.demos),
         "git_commit": git_commit(),
         "execute": settings.execution_horizon,
         "perturb": settings.perturb,

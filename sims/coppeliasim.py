@@ -87,8 +87,9 @@ def import_rlbench():
     return rlbench
 
 
-def task_class(tasks, name):
+def task_class(name):
     """RLBench's class of a task. Raises UserError with the nearest name if there is none."""
+    tasks = import_rlbench().tasks
     names = [module.name for module in pkgutil.iter_modules(tasks.__path__)]
     if name not in names:
         nearest = difflib.get_close_matches(name, names, 1, 0)[0]
@@ -136,7 +137,7 @@ class Simulator:
             self.start(rlbench, settings)
         if self.task_name != name:
             self.task_name = None
-            self.task = self.environment.get_task(task_class(rlbench.tasks, name))
+            self.task = self.environment.get_task(task_class(name))
             self.task_name = name
         return self.task
 

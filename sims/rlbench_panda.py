@@ -11,7 +11,6 @@ only a virtual one. Angles are RLBench's: its joint 4 has its zero 0.0698 rad fr
 """
 
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,62 +19,13 @@ from PIL import Image
 from genima.episodes import CAMERAS
 from genima.files import UserError
 from genima.kinematics import JOINT_LIMITS
-from sims.coppeliasim import SimulatorSettings, import_rlbench, missing, simulator, task_class
+from sims.coppeliasim import SimulatorSettings, import_rlbench, simulator, task_class
 from sims.mujoco_panda import ArmEnv
 from sims.rlbench_dataset import HZ, arm, camera_matrices, convert, identify, load
+from sims.rlbench_protocol import RLBENCH_PROTOCOL
 
-__all__ = [
-    "PAPER_PROTOCOL",
-    "PAPER_TASKS",
-    "NoSceneError",
-    "RLBenchEnv",
-    "import_rlbench",
-    "missing",
-]
-
-# What the paper evaluates: 25 tasks of RLBench. It does not list them with its code; these are the
-# 23 that the authors' laboratory configured for RLBench in its RoboBase library, and two others
-# that GENIMA's code names. The paper's own table may list others.
-PAPER_TASKS = tuple(
-    "basketball_in_hoop insert_usb_in_computer lamp_on meat_on_grill open_door open_drawer "
-    "open_microwave open_oven phone_on_base pick_up_cup press_switch put_books_on_bookshelf "
-    "put_item_in_drawer put_money_in_safe put_rubbish_in_bin reach_target slide_block_to_target "
-    "stack_wine sweep_to_dustpan take_lid_off_saucepan take_plate_off_colored_dish_rack "
-    "toilet_seat_up turn_tap move_hanger open_box".split()
-)
-MAX_STEPS = 200  # paper
 RANDOM_STATE = 624  # length of the Mersenne Twister's state
 MAX_ATTEMPTS = 40  # RLBench's, to lay out a scene
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """How demonstrations are recorded in RLBench and policies evaluated."""
-
-    variation: int | None = None
-    """Of every task; None: drawn in each episode."""
-    image_size: int = 128
-    arm_velocity: float = 1.0
-    """Of RLBench's planner, rad/s along the path in joint space; RLBench's default."""
-    arm_acceleration: float = 4.0
-    renderer: str = "opengl3"
-    """CoppeliaSim's: opengl3 with shadows, opengl without."""
-    execution_horizon: int = 8
-    """Steps of each chunk that are run."""
-    max_steps: int = MAX_STEPS
-
-
-RLBENCH_PROTOCOL = Protocol()
-# The commands in GENIMA's README and its evaluation's defaults; there, too, each evaluation
-# episode lays out the scene of a recorded demonstration again (reset's "demonstration").
-PAPER_PROTOCOL = Protocol(
-    variation=0,
-    image_size=256,
-    arm_velocity=2.0,
-    arm_acceleration=8.0,
-    renderer="opengl",
-    execution_horizon=20,
-)
 
 
 class NoSceneError(Exception):
@@ -101,7 +51,7 @@ class RLBenchEnv(ArmEnv):
         images=True,
         protocol=RLBENCH_PROTOCOL,
     ):
-        task_class(import_rlbench().tasks, task)
+        task_class(task)  # raises UserError if there is none
         super().__init__(image_size, cameras, images, *JOINT_LIMITS["panda"])
         self.name = task
         self.protocol = protocol

@@ -52,7 +52,8 @@ def untrained(folder, **changes):
 
 def settings(run, **changes):
     values = {"tasks": ("reach_target",), "episodes": 2, "videos": 0, "policy": "oracle"}
-    return evaluate.Settings(run=run, **(values | {"sim": "mujoco"} | changes))
+    values |= {"sim": "mujoco", "execution_horizon": 8}
+    return evaluate.Settings(run=run, **(values | changes))
 
 
 def workspace_of(networks, one):
@@ -181,15 +182,16 @@ class Failing:
 )
 def test_a_failing_simulator_costs_one_episode(tmp_path, method, count, steps):
     workspace = workspace_of(Puppet(), settings(tmp_path, policy="a:b"))
-    key = ("reach_target", (16, 24), ("front",), "mujoco")
-    env = workspace.environment(*key)
+    arguments = ("reach_target", (16, 24), ("front",))
+    env = workspace.simulators.get(*arguments)
+    ((key, _),) = workspace.simulators.environments.items()
     good, _ = evaluate.run_episode(workspace, 0, "reach_target", 0)
     error = RuntimeError("The call failed\non the V-REP side.")
-    workspace.environments[key] = Failing(env, method, count, error)
+    workspace.simulators.environments[key] = Failing(env, method, count, error)
     bad, log = evaluate.run_episode(workspace, 0, "reach_target", 0)
     assert bad["error"] == "RuntimeError: The call failed on the V-REP side."
     assert not bad["success"] and bad["steps"] == steps
-    workspace.environments[key] = env
+    workspace.simulators.environments[key] = env
     assert evaluate.run_episode(workspace, 0, "reach_target", 0)[0] == good
 
     report = summarise([good, bad], [log, log])
@@ -220,7 +222,7 @@ class KnowingPainter:
         self.workspace, self.task, self.seed, self.deaf = workspace, task, seed, deaf
 
     def paint(self, images, instructions):
-        env = self.workspace.environment(self.task, (64, 64), CAMERAS, "mujoco")
+        env = self.workspace.simulators.get(self.task, (64, 64), CAMERAS)
         names = [env.task.names[v] for v in range(env.task.candidates)]
         painted = []
         for i, instruction in enumerate(instructions):
@@ -251,7 +253,7 @@ def test_language_check_needs_a_sphere(tmp_path):
 
 def test_language_check_without_a_demonstration_says_nothing(tmp_path):
     workspace = workspace_of(None, settings(tmp_path, policy="genima"))
-    env = workspace.environment("push_button", (64, 64), CAMERAS, "mujoco")
+    env = workspace.simulators.get("push_button", (64, 64), CAMERAS)
 
     def out_of_reach(env):
         raise UserError("The arm cannot reach it.")
@@ -448,11 +450,11 @@ def test_bad_checkpoints_are_one_sentence(tmp_path, monkeypatch):
     usual = {"horizon": 8, "image_size": 64, "cameras": list(CAMERAS), "size": "tiny"}
     for what, value in (("horizon", 20), ("image_size", 128), ("cameras", ["front"])):
         loaded = SimpleNamespace(config=usual | {what: value})
-        monkeypatch.setattr(genima.checkpoints.Painter, "load", lambda *_, it=loaded: it)
+        monkeypatch.setattr(genima.checkpoints, "load_painter", lambda *_, it=loaded: it)
         with pytest.raises(UserError, match=f"controlnet was trained with {what} "):
             load_policy(painter, controller)
     loaded = SimpleNamespace(config=usual)
-    monkeypatch.setattr(genima.checkpoints.Painter, "load", lambda *_: loaded)
+    monkeypatch.setattr(genima.checkpoints, "load_painter", lambda *_: loaded)
     assert load_policy(painter, controller, size="tiny").painter is loaded
     with pytest.raises(UserError, match="controlnet was trained with --size tiny, not sd-turbo"):
         load_policy(painter, controller, size="sd-turbo")

@@ -34,13 +34,14 @@ import evaluate  # noqa: E402
 from genima.episodes import CAMERAS, check_episode, find_episodes, read_episode, write_episode  # noqa: E402
 from genima.files import UserError  # noqa: E402
 from genima.kinematics import Chain  # noqa: E402
+from genima.report import summarise  # noqa: E402
 from genima.spheres import draw_spheres  # noqa: E402
-from sims import rlbench_panda  # noqa: E402
 from sims.coppeliasim import missing, simulator  # noqa: E402
 from sims.mujoco_panda import PandaEnv  # noqa: E402
 from sims.rlbench_arm import JOINT_4_ZERO, rlbench_chain  # noqa: E402
 from sims.rlbench_dataset import find_demonstrations, load, read_demonstration  # noqa: E402
 from sims.rlbench_panda import RLBenchEnv  # noqa: E402
+from sims.rlbench_protocol import PAPER_TASKS  # noqa: E402
 
 SIZE = (40, 48)  # height, width
 
@@ -571,8 +572,8 @@ def test_stages_1_to_3_run_on_an_imported_dataset(tmp_path):
         ["collect_demos.py", "--from-rlbench", tmp_path / "data"],
         ["episodes.py", "--check", tmp_path / "run/episodes"],
         ["render_spheres.py", "--horizon", 4, "--preview"],
-        ["train_controlnet.py", "--steps", 2, "--batch", 2],
-        ["train_act.py", "--steps", 2, "--batch", 2],
+        ["train_controlnet.py", "--steps", 2, "--batch-size", 2],
+        ["train_act.py", "--steps", 2, "--batch-size", 2],
     ):
         done = run(
             *words,
@@ -741,24 +742,40 @@ def test_collecting_survives_what_goes_wrong(tmp_path):
 
 # -------------------------------------------------------------------------------------- evaluation
 class Knowing:
-    """A controller that is told where to go, and goes there in eight steps."""
+    """A policy that is told where to go, and goes there in eight steps."""
 
-    config = test_evaluate.CONFIG | {"image_size": [16, 16]}
+    cameras = CAMERAS
+    image_size = (16, 16)
 
-    def __call__(self, images, qpos, instructions, drop_state):
-        assert all(image.shape == (1, 16, 16, 3) for image in images.values())
+    def act(self, images, qpos, instruction):
+        assert all(image.shape == (16, 16, 3) for image in images.values())
         goal = simulator.task._task.goal
         steps = np.linspace(0, 1, 9)[1:, None]
-        return np.concatenate(
-            [qpos[:, :7] + steps * (goal - qpos[:, :7]), np.ones((8, 1))], axis=1
-        )[None]
+        joints = qpos[:7] + steps * (goal - qpos[:7])
+        return np.concatenate([joints, np.ones((8, 1))], axis=1), images
 
 
-def test_a_good_controller_succeeds_in_rlbench(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "networks", lambda *_: (None, Knowing()))
-    settings = evaluate.Settings(run=tmp_path, sim="rlbench", policy="act", episodes=4, videos=1)
+class Staying:
+    """A policy that stays where it is."""
+
+    cameras = CAMERAS
+    image_size = (16, 16)
+
+    def act(self, images, qpos, instruction):
+        return np.repeat(qpos[None], 8, axis=0), images
+
+
+def rlbench_settings(run, **changes):
+    """Settings of an evaluation in RLBench."""
+    values = {"sim": "rlbench", "policy": "a:b", "episodes": 4, "videos": 0}
+    values |= {"execution_horizon": 8}
+    return evaluate.Settings(run=run, **(values | changes))
+
+
+def test_a_good_controller_succeeds_in_rlbench(tmp_path):
+    settings = rlbench_settings(tmp_path, videos=1)
     for seed in (0, 1):
-        outcome, log = evaluate.drive("reach_target", seed, settings)
+        outcome, log = test_evaluate.drive(Knowing(), "reach_target", seed, settings)
         assert outcome["success"] and outcome["steps"] == 8 and outcome["seed"] == seed
         assert (
             len(log["frames"]) == (9 if seed == 0 else 0)
@@ -766,25 +783,28 @@ def test_a_good_controller_succeeds_in_rlbench(tmp_path, monkeypatch):
         )
     demos = write_dataset(tmp_path / "data", variations=(0, 4), episodes=2)
     for seed in range(4):
-        evaluate.drive("reach_target", seed, replace(settings, demos=tmp_path / "data"))
+        one = replace(settings, demos=tmp_path / "data")
+        test_evaluate.drive(Knowing(), "reach_target", seed, one)
         goal = simulator.task._task.goal
         assert np.allclose(goal, demos[(0, 4)[seed // 2], seed % 2][0][-1].joint_positions)
 
 
 def test_scenes_without_room_are_tried_again_and_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "networks", lambda *_: (None, test_evaluate.Stayer()))
-    settings = evaluate.Settings(run=tmp_path, sim="rlbench", policy="act", episodes=4, videos=0)
-    outcomes = [evaluate.drive("crowded_table", seed, settings)[0] for seed in range(4)]
+    settings = rlbench_settings(tmp_path)
+    outcomes = []
+    for seed in range(4):
+        outcomes.append(test_evaluate.drive(Staying(), "crowded_table", seed, settings)[0])
     retried = [outcome for outcome in outcomes if outcome.get("failed_resets")]
     assert retried and all(outcome["seed"] % 4 == i for i, outcome in enumerate(outcomes))
     assert all(
         outcome["seed"] == i + 4 * outcome.get("failed_resets", 0)
         for i, outcome in enumerate(outcomes)
     )
-    report = evaluate.summary(outcomes, [{"paint": [], "control": []}] * 4)
+    report = summarise(outcomes, [{"paint": [], "control": []}] * 4)
     assert report["failed_resets"] == sum(outcome.get("failed_resets", 0) for outcome in outcomes)
     monkeypatch.setattr(evaluate, "ATTEMPTS", 1)
-    given_up = evaluate.drive("crowded_table", outcomes.index(retried[0]), settings)[0]
+    seed = outcomes.index(retried[0])
+    given_up = test_evaluate.drive(Staying(), "crowded_table", seed, settings)[0]
     assert (
         not given_up["success"]
         and given_up["failed_resets"] == 1
@@ -793,7 +813,7 @@ def test_scenes_without_room_are_tried_again_and_counted(tmp_path, monkeypatch):
 
 
 def test_the_paper_s_protocol(tmp_path):
-    assert len(rlbench_panda.PAPER_TASKS) == len(set(rlbench_panda.PAPER_TASKS)) == 25
+    assert len(PAPER_TASKS) == len(set(PAPER_TASKS)) == 25
     for folder in ("act_rgb", "act_rgb/step-900", "act_rgb/step-1100", "act_rgb/step-1000"):
         test_evaluate.untrained(
             tmp_path / "held" / folder, observation="rgb", vocabulary=["red"], image_size=[16, 16]
@@ -845,4 +865,4 @@ def test_bad_settings_are_one_sentence(tmp_path, changes, sentence):
     settings = {"run": tmp_path, "sim": "rlbench", "policy": "act", "tasks": ("reach_target",)}
     settings |= {"controller": tmp_path / "act_rgb"} | changes
     with pytest.raises(UserError, match=sentence):
-        evaluate.check_settings(evaluate.Settings(**settings))
+        evaluate.resolve_settings(evaluate.Settings(**settings))

@@ -3,12 +3,23 @@
 import numpy as np
 import pytest
 import test_evaluate
-from test_rlbench import CAMERAS, SIZE, dumps, load, only, simulator, write_dataset
+from test_rlbench import (
+    CAMERAS,
+    SIZE,
+    Staying,
+    dumps,
+    load,
+    only,
+    rlbench_settings,
+    simulator,
+    write_dataset,
+)
 from test_rlbench import no_simulator_left as no_simulator_left  # a fixture
 
-import evaluate
 from genima.files import UserError
-from sims.rlbench_panda import PAPER_PROTOCOL, NoSceneError, Protocol, RLBenchEnv
+from genima.report import summarise
+from sims.rlbench_panda import NoSceneError, RLBenchEnv
+from sims.rlbench_protocol import PAPER_PROTOCOL, Protocol
 
 
 def failing_seed(env):
@@ -33,18 +44,20 @@ def test_a_failing_simulator_goes_through_and_the_next_reset_works():
     env.step(np.append(observation["qpos"][:7], 1))
 
 
-def test_a_failing_simulator_costs_its_episode_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "networks", lambda *_: (None, test_evaluate.Stayer()))
-    settings = evaluate.Settings(
-        run=tmp_path, sim="rlbench", policy="act", episodes=6, videos=0, max_steps=5
-    )
-    outcomes = [evaluate.drive("failing", seed, settings)[0] for seed in range(6)]
+def test_a_failing_simulator_costs_its_episode_alone(tmp_path):
+    settings = rlbench_settings(tmp_path, episodes=6, max_steps=5)
+    outcomes = []
+    for seed in range(6):
+        outcomes.append(test_evaluate.drive(Staying(), "failing", seed, settings)[0])
     failed = [outcome for outcome in outcomes if "error" in outcome]
     assert 0 < len(failed) < 6
     for outcome in failed:
-        assert "RuntimeError" in outcome["error"] and not outcome["success"]
+        assert outcome["error"].startswith("RuntimeError: The call failed")
+        assert not outcome["success"] and "failed_resets" not in outcome
     for outcome in outcomes:
         assert "error" in outcome or outcome["steps"] == 5
+    report = summarise(outcomes, [{"paint": [], "control": []}] * 6)
+    assert report["errors"] == {"RuntimeError": len(failed)}
 
 
 @pytest.mark.parametrize("variation", [99, -1, 12])
