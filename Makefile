@@ -1,11 +1,14 @@
 # make try         sets up; the shipped checkpoint drives the robot and leaves a film
 # make demo        sets up, then runs the whole method on the smallest rung
+# make base        sets up, then makes the base that make demo starts from
+# make scratch     as make demo, but from random weights and with 2,700 demonstrations
 # make test        sets up, then runs lint and the fast tests
 # make notebooks   sets up, then runs all notebooks and stores their outputs
-# Another interpreter or folder: make setup PYTHON=python3.12, make demo RUN=runs/mine
+# Another interpreter or folder: make setup PYTHON=python3.12, make demo RUN=runs/mine DEMOS=20
 
 PYTHON = python3
 RUN = runs/demo
+DEMOS = 50
 PY = .venv/bin/python
 RUFF = .venv/bin/ruff
 
@@ -27,7 +30,7 @@ NO_DRAWING = No library to draw with: install EGL or OSMesa \
 	(Debian, Ubuntu: apt-get install libegl1 libgl1 libosmesa6).
 NO_UV = uv cannot fetch the $(TORCH_BACKEND) build of PyTorch here: pip takes the one it finds.
 
-.PHONY: setup try demo lint format test test-slow notebooks clean
+.PHONY: setup try demo base scratch lint format test test-slow notebooks clean
 
 # the virtual environment with everything in requirements.txt
 setup: .venv/.installed
@@ -55,13 +58,25 @@ try: setup
 	$(PY) evaluate.py --run checkpoints/demo --episodes 2 --language 0 --videos 2 --out runs/try
 	@echo "Films: $$(echo runs/try/*.mp4)"
 
-# the five stages, one after the other, on any laptop
+# the five stages, one after the other, on any laptop; DEMOS demonstrations of each task
 demo: setup
-	$(PY) collect_demos.py --run $(RUN)
+	$(PY) collect_demos.py --run $(RUN) --demos $(DEMOS)
 	$(PY) render_spheres.py --run $(RUN) --preview
 	$(PY) train_controlnet.py --run $(RUN)
 	$(PY) train_act.py --run $(RUN)
 	$(PY) evaluate.py --run $(RUN)
+
+# the base, from nothing: random scenes, then the training
+base: setup
+	$(PY) pretrain_painter.py --out runs/base
+
+# the five stages without the base: every object of 300 scenes, and eight times the training
+scratch: setup
+	$(PY) collect_demos.py --run runs/scratch --scenes 300
+	$(PY) render_spheres.py --run runs/scratch --preview
+	$(PY) train_controlnet.py --run runs/scratch --base none
+	$(PY) train_act.py --run runs/scratch
+	$(PY) evaluate.py --run runs/scratch
 
 # faults and layout of every Python file; changes nothing
 lint: setup

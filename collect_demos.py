@@ -3,8 +3,9 @@
     In:   the tasks of sims/mujoco_tasks.py; or RLBench, live or a dataset that it recorded
     Out:  <run>/episodes/<task>/<seed>_<variation>.hdf5, see genima/episodes.py
 
-    python collect_demos.py                                 what `make demo` trains on
-    python collect_demos.py --tasks open_drawer --scenes 20 --run runs/drawer
+    python collect_demos.py                                 50 demonstrations of three tasks
+    python collect_demos.py --tasks open_drawer --demos 20 --run runs/drawer
+    python collect_demos.py --scenes 300                    every object of 300 scenes
     python collect_demos.py --from-rlbench DATASET --run runs/rlbench
     python collect_demos.py --sim rlbench --tasks open_box --run runs/rlbench
     python collect_demos.py --sim rlbench --protocol paper --tasks open_box --run runs/paper
@@ -12,10 +13,12 @@
 Only successful attempts are kept. A dataset of RLBench is read without RLBench or CoppeliaSim;
 --sim rlbench needs both, and records new demonstrations by RLBench's planner (docs/rlbench.md).
 
-Each scene (seed) is recorded once for every object that the instruction can name: the same image,
-other words, another target, so that the words decide. Half of the demonstrations begin anywhere
-over the table, half near the object: a painter that has only seen one path continues the arm's path
-instead of looking, and one that has never been a little off the path never comes back to it.
+Each demonstration has a scene (seed) and an instruction of its own, as in the paper. With --scenes
+each scene is recorded once for every object that the instruction can name: the same image, other
+words, another target, so that the words decide. A painter that starts from random weights needs
+that. Half of the demonstrations begin anywhere over the table, half near the object: a painter that
+has only seen one path continues the arm's path instead of looking, and one that has never been a
+little off the path never comes back to it.
 
 An episode that is there already is not recorded again, so a run that was stopped resumes where it
 was, and two runs on one folder share the work.
@@ -62,10 +65,11 @@ class Settings:
     tasks: tuple[str, ...] = ()
     """Which tasks to record; none named: reach_target, push_button and pick_and_lift, or all that a
     dataset has."""
+    demos: int | None = None
+    """Demonstrations per task, each of a scene of its own; 50 by default (paper: 20 to 50)."""
     scenes: int | None = None
-    """Scenes per task, 300 by default. Each gives one episode per object that the instruction can
-    name (three). With RLBench: demonstrations per task, 50 by default; from a dataset, at most this
-    many of each variation."""
+    """In place of --demos: scenes per task, each recorded for every object that the instruction can
+    name (three). From a dataset of RLBench: at most this many of each variation."""
     image_size: int | None = None
     """Height and width of the images, pixels: 64 by default, 128 with RLBench (paper: 256), from a
     dataset as they were recorded."""
@@ -175,9 +179,13 @@ def embedded_jobs(settings: Settings, folder: Path) -> list[tuple]:
         check_task(task)
     size = settings.image_size
     jobs = []
-    for seed in range(settings.seed, settings.seed + settings.scenes):
+    count = settings.demos if settings.scenes is None else settings.scenes
+    for seed in range(settings.seed, settings.seed + count):
         for task in tasks:
-            for variation in range(TASKS[task].candidates):
+            variations = range(TASKS[task].candidates)
+            if settings.scenes is None:
+                variations = [seed % len(variations)]  # each object equally often
+            for variation in variations:
                 jobs.append((record_one, folder / task, seed, variation, size))
     return jobs
 
@@ -187,7 +195,7 @@ def rlbench_jobs(settings: Settings, folder: Path) -> list[tuple]:
     for task in tasks:
         task_class(task)  # raises UserError if there is none
     protocol = rlbench_protocol(settings)
-    scenes = settings.scenes
+    scenes = settings.demos
     jobs = []
     for task in tasks:
         for seed in range(settings.seed, settings.seed + scenes):
@@ -235,15 +243,19 @@ def check_settings(settings: Settings):
         refuse_options(settings, ONLY_RLBENCH)
     elif settings.sim == "rlbench":
         settings.image_size = rlbench_protocol(settings).image_size
-        if settings.scenes is None:
-            settings.scenes = 50
+        if settings.demos is None:
+            settings.demos = settings.scenes  # here a scene has one demonstration anyway
     else:
         embedded = True
         refuse_options(settings, (*ONLY_RLBENCH, "variations"))
         if settings.image_size is None:
             settings.image_size = 64
-        if settings.scenes is None:
-            settings.scenes = 300
+    if settings.demos is None and settings.scenes is None:
+        settings.demos = 50
+    if embedded and settings.demos is not None and settings.scenes is not None:
+        raise UserError("Give --demos or --scenes, not both.")
+    if settings.demos is not None:
+        check_number("--demos", settings.demos, 1, MAX_SCENES)
     if settings.scenes is not None:
         check_number("--scenes", settings.scenes, 1, MAX_SCENES)
     if settings.image_size is not None:
