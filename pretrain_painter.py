@@ -46,7 +46,7 @@ from genima.painter import PROMPT, TinyPainter
 from genima.painter_data import Augmentation, colour_jitter
 from genima.parallel import run_in_parallel, usable_cores
 from genima.plots import two_columns, write_losses
-from genima.spheres import RADIUS, RADIUS_FACTOR, alpha_composite, draw_spheres, target_spheres
+from genima.spheres import alpha_composite
 from genima.training import (
     StopSignal,
     agree,
@@ -60,35 +60,23 @@ from genima.training import (
 )
 from genima.views import composite, tile_views
 from sims.mujoco_panda import render_cameras
-from sims.mujoco_tasks import COLOURS, TASKS, TOOL_DOWN
+from sims.mujoco_tasks import COLOURS, TASKS
 from sims.random_scenes import RandomSceneEnv
 from sims.rendering import choose_renderer
+from sims.scene_sentences import THINGS, draw_sentence
 
 FORMAT = "nanogenima-scenes-1"
-MAGENTA = (255, 0, 255)  # of the marker; no sphere of the robot has this colour
 SHARD = 500  # scenes a file: a killed run loses at most that many
 KINDS = ("A", "B", "C", "C")  # of the sentences for each scene: a quarter, a quarter, a half
-ABOVE = 0.10  # metres between the hand and what it is above
-# What the things of each task are called; {} is the name that the task gives a candidate.
-THINGS = {
-    "reach_target": ("the {} ball", "the {} sphere", "the {} target"),
-    "push_button": ("the {} button",),
-    "pick_and_lift": ("the {} block", "the {} cube"),
-    "slide_block_to_target": ("the block",),
-    "open_drawer": ("the {} drawer", "the {} handle"),
-    "take_lid_off_saucepan": ("the lid", "the knob of the lid", "the saucepan"),
-    "close_box": ("the lid", "the lid of the box"),
-    "stack_blocks": ("the {} block", "the {} cube"),
-}
 
 
 @dataclass
 class Settings:
     out: Path = Path("runs/base")
     """Folder of the base: scenes/ and the trained painter."""
-    scenes: int = 60_000
-    """Random scenes to draw, each with four sentences; 0.9 GB on disk."""
-    steps: int = 6000
+    scenes: int = 22_500
+    """Random scenes to draw, each with four sentences; 0.6 GB on disk."""
+    steps: int = 900
     """Gradient steps."""
     batch_size: int = 64
     """Samples a step."""
@@ -105,55 +93,6 @@ class Settings:
 
 
 # ---------------------------------------------------------------------------------------- scenes
-def draw_sentence(kind: str, env, rng) -> tuple[str, np.ndarray]:
-    """A sentence of this kind about the scene, and what to paint for it: (V, H, W, 4) uint8 RGBA.
-
-    Raises UserError where the arm cannot get there.
-    """
-    gripper_open = bool(rng.random() < 0.5)
-    hand = "open" if gripper_open else "closed"
-    if kind == "A":
-        layers = draw_arm(env, env.joint_poses(), gripper_open)
-        return f"the robot as it is, the hand {hand}", layers
-
-    env.variation = int(rng.integers(env.task.candidates))
-    thing = str(rng.choice(THINGS[env.task_name])).format(env.task.names[env.variation])
-    point = env.task.focus(env)
-    if kind == "B":
-        return thing, draw_marker(env, point)
-
-    place = rng.choice(["at", "above"])
-    if place == "above":
-        point = point + (0, 0, ABOVE)
-    joints = env.ik(point, TOOL_DOWN)
-    layers = draw_arm(env, env.joint_poses_at(joints), gripper_open)
-    return f"the {hand} hand {place} {thing}", layers
-
-
-def draw_arm(env, joint_poses: np.ndarray, gripper_open: bool) -> np.ndarray:
-    """The four spheres of an arm at joint_poses (8, 4, 4), in all views: (V, H, W, 4)."""
-    layers = []
-    for camera in env.cameras:
-        spheres = target_spheres(joint_poses, gripper_open, camera)
-        layers.append(draw_spheres(*spheres, *env.camera_parameters(camera), env.height, env.width))
-    return np.stack(layers)
-
-
-def draw_marker(env, point: np.ndarray) -> np.ndarray:
-    """A magenta sphere at a point (3,) of the world, in all views: (V, H, W, 4)."""
-    pose = np.eye(4)
-    pose[:3, 3] = point
-    colours = np.array([MAGENTA], np.uint8)
-    layers = []
-    for camera in env.cameras:
-        radii = [RADIUS * RADIUS_FACTOR[camera]]
-        layer = draw_spheres(
-            pose[None], radii, colours, *env.camera_parameters(camera), env.height, env.width
-        )
-        layers.append(layer)
-    return np.stack(layers)
-
-
 def make_environments(image_size: int) -> dict:
     """One environment a task, made once in each process."""
     environments = {}
