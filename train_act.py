@@ -37,6 +37,7 @@ from genima.act import ACT, SIZES, make_bag_of_words
 from genima.demonstrations import describe, read_demonstrations, split_scenes
 from genima.files import UserError, check_number, run_stage, write_whole
 from genima.motions import Motion, Motions, misplace_camera
+from genima.painter_training import choose_precision
 from genima.plots import write_losses
 from genima.spheres import draw_spheres, target_spheres
 from genima.textures import fade_and_soften, jitter_and_add_noise, random_background, random_crop
@@ -74,7 +75,7 @@ GRADIENT_CLIP = 1.0
 # otherwise the controller continues its path without looking at the spheres.
 STATE_DROPOUT = 0.3
 PAINTER_ERROR = 0.5  # pixels, standard deviation: see draw_target
-CAMERAS_MOVED = 0.5  # of the samples: all cameras are a little off, see misplace_camera
+CAMERAS_MOVED = 0.3  # of the samples: all cameras are a little off, see misplace_camera
 VALIDATE_EVERY = 250  # steps
 VALIDATION_BATCHES = 6
 FOLDERS = {"spheres": "act", "rgb": "act_rgb"}
@@ -294,7 +295,10 @@ def main():
     if settings.learning_rate is None:
         settings.learning_rate = SIZES[settings.size]["learning_rate"]
     folder = settings.run / FOLDERS[settings.observation]
-    accelerator = Accelerator(cpu=settings.device == "cpu")
+    precision = choose_precision(settings.size, "auto")
+    accelerator = Accelerator(
+        cpu=settings.device == "cpu", mixed_precision="bf16" if precision == "bf16" else "no"
+    )
     check_settings(settings, accelerator)
     device = accelerator.device
     process = accelerator.process_index
@@ -302,7 +306,9 @@ def main():
     held_out = send_to_device(held_out, device)
     torch.manual_seed(settings.seed)
     network = ACT(config).to(device)
-    optimizer = AdamW(network.parameters(), settings.learning_rate, weight_decay=WEIGHT_DECAY)
+    optimizer = AdamW(
+        network.parameters(), settings.learning_rate, weight_decay=WEIGHT_DECAY, fused=True
+    )
     start, log = training.resume(folder, network, optimizer, identity)
     if start == settings.steps:
         accelerator.print(f"{folder} is trained already, {start} steps.")
