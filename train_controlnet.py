@@ -44,6 +44,7 @@ from tqdm import tqdm
 from genima.diffusion import LatentCache, add_noise, draw_noise
 from genima.files import run_stage
 from genima.hub import push, write_card
+from genima.micro_batch import resolve_micro_batch
 from genima.painter import TIMESTEP, TinyPainter, TurboPainter
 from genima.painter_data import Augmentation, PainterDataset, find_frames, read_batch
 from genima.painter_training import (
@@ -94,8 +95,8 @@ class Settings:
     """Gradient steps; default 4,800 for tiny, 10,000 for sd-turbo (documents: up to 50,000)."""
     batch_size: int = 8
     """Samples a step, in all processes together (documents: 8 to 16)."""
-    micro_batch_size: int | None = None
-    """Samples computed at once; gradients accumulate; default: all for tiny, 1 for sd-turbo."""
+    micro_batch_size: int | Literal["auto"] = "auto"
+    """Samples computed at once; gradients add up. auto: all for tiny, what fits for sd-turbo."""
     learning_rate: float | None = None
     """By default 8e-4, falling as a cosine, for tiny; 1e-5, constant, for sd-turbo (published)."""
     optimizer: Literal["adamw", "adafactor"] = "adamw"
@@ -174,14 +175,12 @@ def painting_loss(logits, layer, observation):
 
 
 # ------------------------------------------------------------------------------------------ set-up
-def fill_in_defaults(settings, num_processes, data):
+def fill_in_defaults(settings, data):
     """Set what is None: values that depend on the size, and on the recorded views."""
-    defaults = {"steps": 10_000, "learning_rate": 1e-5, "resolution": 512, "micro_batch_size": 1}
+    defaults = {"steps": 10_000, "learning_rate": 1e-5, "resolution": 512}
     if settings.size == "tiny":
         rows, _ = grid_of(len(data.cameras))
-        share = settings.batch_size // num_processes
-        defaults = {"steps": 4800, "learning_rate": 8e-4}
-        defaults |= {"resolution": rows * data.image_size, "micro_batch_size": share}
+        defaults = {"steps": 4800, "learning_rate": 8e-4, "resolution": rows * data.image_size}
     for name, value in defaults.items():
         if getattr(settings, name) is None:
             setattr(settings, name, value)
@@ -222,7 +221,8 @@ def make_batches(settings, data, accelerator, start):
         accelerator.num_processes,
     )
     on_cpu = accelerator.device.type == "cpu"  # whose cores loading would take away
-    return batches(dataset, start, settings.steps, num_workers=0 if on_cpu else 2)
+    num_workers = 0 if on_cpu else 8
+    return batches(dataset, start, settings.steps, num_workers, pin_memory=not on_cpu)
 
 
 def learning_rate_at(step, settings):
@@ -288,13 +288,14 @@ def main():
     accelerator = Accelerator(mixed_precision="bf16" if settings.precision == "bf16" else "no")
     is_main_process = accelerator.is_main_process  # the one that writes and prints
     data = find_frames(settings.run)
-    fill_in_defaults(settings, accelerator.num_processes, data)
+    fill_in_defaults(settings, data)
     check_settings(settings, accelerator.num_processes, data.cameras)
-    parts = settings.batch_size // accelerator.num_processes // settings.micro_batch_size
-    accelerator.gradient_accumulation_steps = parts
 
     painter = build_painter(settings, data, accelerator.device)
     objective = OBJECTIVES[settings.size, settings.objective]
+    resolve_micro_batch(settings, painter, objective, accelerator)
+    parts = settings.batch_size // accelerator.num_processes // settings.micro_batch_size
+    accelerator.gradient_accumulation_steps = parts
     latent_cache = LatentCache(painter)
     optimizer = make_optimizer(settings.optimizer, painter, settings.learning_rate)
     folder = settings.run / "controlnet"
