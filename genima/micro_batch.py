@@ -70,7 +70,7 @@ def resolve_micro_batch(settings, painter, objective, accelerator):
         compute, partial(switch_checkpointing, painter), share, later
     )
     painter.zero_grad()
-    counts = accelerator.gather(torch.tensor([count], device=accelerator.device))
+    counts = accelerator.gather(torch.tensor([count], device=painter.unet.device))
     settings.micro_batch_size = int(counts.min())
     if accelerator.is_main_process:
         print(sentence)

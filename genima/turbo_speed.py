@@ -58,9 +58,7 @@ def record(function, passes: int = WARM_UP):
     function must read nothing but tensors that stay where they are, and wait for nothing.
     """
     before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = (
-        True  # it tries its algorithms; the graph keeps the best
-    )
+    torch.backends.cudnn.benchmark = True  # it tries its algorithms; the graph keeps the best
     side_stream = torch.cuda.Stream()
     side_stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side_stream):

@@ -9,7 +9,6 @@ import time
 from contextlib import nullcontext
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -199,7 +198,6 @@ def test_the_trial_computes_what_training_does_and_keeps_the_weights(base, monke
         autocast=nullcontext,
         gather=lambda counts: counts,
     )
-    monkeypatch.setattr(micro_batch.torch, "tensor", lambda values, device: np.array(values))
     settings = Settings(size="sd-turbo", batch_size=8)
     resolve_micro_batch(settings, painter, one_step_loss, accelerator)
     assert settings.micro_batch_size == 4  # 8 would take 8 GB beside the optimiser
