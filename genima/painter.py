@@ -40,7 +40,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from genima.diffusion import TIMESTEP, initial_latents
 from genima.files import UserError
-from genima.hub import fetch_folder, load_part, load_parts, save_parts
+from genima.hub import fetch_folder, load_part, load_parts, read_config, save_parts
 from genima.tiny import PATCH, build_tiny
 from genima.tokenizer import tokenize
 from genima.views import composite, resize, stack_views, tile_views, untile_views
@@ -285,16 +285,3 @@ def load_painter(
         for part in (painter.unet, painter.controlnet, painter.vae.decoder):
             part.compile()
     return painter
-
-
-def read_config(folder: Path) -> dict:
-    path = folder / "painter.json"
-    if not path.exists():
-        raise UserError(f"{folder} holds no painter: train one first (python train_controlnet.py).")
-    config = json.loads(path.read_text())
-    if "resolution" not in config:
-        raise UserError(
-            f"{path} is of an earlier version: in it, rename 'picture' to 'resolution' and "
-            "'steps' to 'num_inference_steps'."
-        )
-    return config
