@@ -267,11 +267,7 @@ def prepare_data(settings: Settings, process: int, processes: int):
 
 
 def check_settings(settings: Settings, accelerator: Accelerator):
-    numbers = [settings.steps, settings.batch_size, settings.checkpoint_every]
-    if min(numbers) < 1 or settings.keep < 0:
-        raise UserError(
-            "--steps, --batch-size and --checkpoint-every must be 1 or more, --keep 0 or more."
-        )
+    training.check_numbers(settings)
     if settings.device not in ("auto", accelerator.device.type):
         raise UserError(f"There is no {settings.device} device here: use --device auto.")
     if settings.batch_size % accelerator.num_processes:
@@ -333,8 +329,8 @@ def main():
                 log[-1] += validate(network, held_out, config["state_std"])
             if step % settings.checkpoint_every == 0 or is_last or stop:
                 save_controller(folder, network, config, log)
-                training.save(folder, network, optimizer, identity, step, log)
                 training.keep_last(folder, FILES, step, settings.keep)
+                training.save(folder, network, optimizer, identity, step, log)
         if stop and not is_last:
             training.stop_training(step, say=accelerator.is_main_process)
 
