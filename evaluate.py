@@ -230,7 +230,7 @@ def resolve_settings(settings: Settings) -> list[Settings]:
 def check_options(settings):
     """Raises UserError for an option that nothing can be done with."""
     for name, least in LEAST.items():
-        most = 2**31 if name == "seed" else 10**6
+        most = {"seed": 2**31, "workers": 1024}.get(name, 10**6)
         if not least <= getattr(settings, name) <= most:
             raise UserError(f"--{name.replace('_', '-')} must be {least} or more, up to {most}.")
     if settings.policy not in ("genima", "act", "oracle") and ":" not in settings.policy:

@@ -35,7 +35,7 @@ from tqdm import tqdm
 from genima import training
 from genima.act import ACT, SIZES, make_bag_of_words
 from genima.demonstrations import describe, read_demonstrations, split_scenes
-from genima.files import UserError, check_number, run_stage, write_whole
+from genima.files import UserError, run_stage, write_whole
 from genima.motions import Motion, Motions, misplace_camera
 from genima.painter_training import choose_precision
 from genima.plots import write_losses
@@ -272,9 +272,7 @@ def prepare_data(settings: Settings, process: int, processes: int):
 
 
 def check_settings(settings: Settings, accelerator: Accelerator):
-    for name in ("steps", "batch_size", "checkpoint_every"):
-        check_number(f"--{name.replace('_', '-')}", getattr(settings, name), 1, 10**9)
-    check_number("--keep", settings.keep, 0, 10**6)
+    training.check_numbers(settings)
     if settings.device not in ("auto", accelerator.device.type):
         raise UserError(f"There is no {settings.device} device here: use --device auto.")
     if settings.batch_size % accelerator.num_processes:
@@ -339,8 +337,8 @@ def main():
                 log[-1] += validate(network, held_out, config["state_std"])
             if step % settings.checkpoint_every == 0 or is_last or stop:
                 save_controller(folder, network, config, log)
-                training.save(folder, network, optimizer, identity, step, log)
                 training.keep_last(folder, FILES, step, settings.keep)
+                training.save(folder, network, optimizer, identity, step, log)
         if stop and not is_last:
             training.stop_training(step, say=accelerator.is_main_process)
 

@@ -21,7 +21,6 @@ ahead), cameras, and for sd-turbo base (where its frozen parts come from).
 Trained by train_controlnet.py; loaded by load_painter, at the end of this file.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +38,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from genima.diffusion import TIMESTEP, VAE_PATCH, initial_latents
 from genima.files import UserError
-from genima.hub import fetch_folder, load_part, load_parts, save_parts
+from genima.hub import fetch_folder, load_part, load_parts, read_config, save_parts
 from genima.tiny import PATCH, build_tiny
 from genima.tokenizer import tokenize
 from genima.turbo_speed import speed_up
@@ -285,16 +284,3 @@ def load_painter(
     if compile:
         print(speed_up(painter))
     return painter
-
-
-def read_config(folder: Path) -> dict:
-    path = folder / "painter.json"
-    if not path.exists():
-        raise UserError(f"{folder} holds no painter: train one first (python train_controlnet.py).")
-    config = json.loads(path.read_text())
-    if "resolution" not in config:
-        raise UserError(
-            f"{path} is of an earlier version: in it, rename 'picture' to 'resolution' and "
-            "'steps' to 'num_inference_steps'."
-        )
-    return config

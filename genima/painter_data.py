@@ -79,7 +79,7 @@ def find_frames(run: Path) -> PainterData:
         with read_hdf5(path, EPISODE_FORMAT) as root:
             instructions = [str(text) for text in root.attrs["instructions"]]
             length = len(root["action"])
-            seed = root.attrs["seed"]
+            seed = int(root.attrs["seed"])
             images = root["observations/images"]
             sizes = {camera: images[camera].shape[1:3] for camera in images}
         with read_hdf5(spheres, SPHERES_FORMAT) as root:

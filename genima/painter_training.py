@@ -5,11 +5,14 @@ from diffusers.models.attention_processor import AttnProcessor
 from transformers.optimization import Adafactor
 
 from genima.base import SHIPPED
-from genima.files import UserError
+from genima.files import UserError, check_number
 from genima.hub import check_hub
 from genima.painter import PROMPT, TinyPainter, TurboPainter
-from genima.training import trained_parameters
+from genima.training import check_numbers, trained_parameters
 from genima.views import grid_of
+
+MAX_RESOLUTION = 4096  # pixels
+TRAINED_STEPS = 1000  # of noise, in a training; painting can take no more
 
 
 def fill_in_defaults(settings, data):
@@ -35,16 +38,16 @@ def check_settings(settings, num_processes: int, cameras: list[str]):
             f"There are more processes ({num_processes}) than samples a step ({samples}): "
             "raise --batch-size."
         )
-    at_least_one = "batch_size micro_batch_size steps checkpoint_every num_inference_steps"
-    for name in at_least_one.split():
-        if getattr(settings, name) != "auto" and getattr(settings, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be 1 or more.")
-    if settings.keep < 0 or settings.crop < 0:
-        raise UserError("--keep and --crop must be 0 or more.")
+    check_numbers(settings)
+    if settings.micro_batch_size != "auto":
+        check_number("--micro-batch-size", settings.micro_batch_size, 1)
+    check_number("--num-inference-steps", settings.num_inference_steps, 1, TRAINED_STEPS)
+    check_number("--resolution", settings.resolution, 1, MAX_RESOLUTION)
+    rows, columns = grid_of(len(cameras))
+    check_number("--crop", settings.crop, 0, settings.resolution // rows - 1)
     unit = 8  # pixels of one latent
     if settings.size == "tiny":
         unit = 16  # of one latent, 4, which the UNet halves twice
-    rows, columns = grid_of(len(cameras))
     height = settings.resolution
     width = height * columns // rows
     if height < unit or height % unit or width % unit:
