@@ -1,136 +1,308 @@
-"""Variation: Diffusion Policy (Chi et al. 2023), the paper's second baseline: noise becomes a chunk of actions, no picture is painted.
+"""Variation of stage 3: Diffusion Policy (Chi et al. 2023). Noise becomes a chunk of actions.
 
-    python variations/train_diffusion_policy.py                 trains, into runs/demo/diffusion_policy/
-    python variations/train_diffusion_policy.py --evaluate      drives it in 50 unseen scenes of each task
+In:   <run>/episodes, <run>/spheres (for the horizon K; no sphere is drawn)
+Out:  <run>/diffusion_policy/   config.json, model.safetensors, losses.csv, losses.png, training.pt
 
-What changed against train_act.py --observation rgb (the same episodes, views, words, ResNet, transformer sizes):
-  1. no CVAE: where demonstrators differ, it is the noise that chooses;
-  2. the decoder's learned queries become the noisy chunk itself, plus the noise level: the decoder takes the noise out;
-  3. the loss is the squared error of the chunk, at a random level of noise, instead of L1;
-  4. to act, start from noise and take it out in ten steps (DDIM).
-What it gave (--steps 3000): 12, 6 and 24 of 50 in reach_target, push_button and pick_and_lift, where ACT has 48, 49 and 49 after 1800. It
-is not trained to the end (--bf16 and 1800 steps: 4, 0 and 6). In held-out scenes its chunks end 0.02 rad off in the median, as ACT's do,
-but one in ten is 0.1 off, often at another object. With a single step of denoising it is as good: it is not the sampler. Diffusion Policy
-trains for hundreds of epochs, this is one.
+    python variations/train_diffusion_policy.py
+    python evaluate.py --policy variations/train_diffusion_policy.py:policy
+    diff train_act.py variations/train_diffusion_policy.py          what changed
+
+The paper's second baseline: nothing is painted, the policy reads plain views and the instruction.
+Against train_act.py --observation rgb (the same episodes, views, words, ResNet and transformer):
+
+1. There is no CVAE: where demonstrators differ, the noise chooses.
+2. The decoder's queries are the noisy chunk and the level of its noise; the decoder removes it.
+3. The loss is the squared error of the clean chunk, from a random level of noise.
+4. To act, the policy starts from noise and removes it in ten steps (DDIM).
+
+What it gave with an earlier revision, `--steps 3000` on 2,700 demonstrations: 12, 6 and 24 of 50 in
+reach_target, push_button and pick_and_lift (ACT: 48, 49, 49 after 1,800 steps). It was not trained
+to the end: Diffusion Policy trains for hundreds of epochs, this was one. On held-out scenes its
+chunks end 0.02 rad off in the median, as ACT's do, but one in ten is 0.1 rad off, often at another
+object. A single denoising step is as good, so the sampler is not the cause.
 """
 
+import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
+import tyro
+from accelerate import Accelerator
 from diffusers import DDIMScheduler
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from numpy.random import Generator
+from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.optim import AdamW
+from torch.utils.data import Dataset, default_collate
+from tqdm import tqdm
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parent.parent)
-)  # the stages' scripts are one folder up
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # genima/ is one folder up
 
-import loop  # noqa: E402
+from genima import training
+from genima.act import LAYER, SIZES, Controller, make_bag_of_words, make_encoder
+from genima.demonstrations import describe, read_demonstrations, split_scenes
+from genima.files import UserError, run_stage, write_whole
+from genima.image_encoder import ImageEncoder
+from genima.motions import Motions
+from genima.plots import write_losses
+from genima.policy import ActPolicy
+from genima.textures import jitter_and_add_noise, random_crop
 
-from genima.act import ACT, Controller  # noqa: E402
-from genima.files import run_stage  # noqa: E402
-from genima.policy import ActPolicy  # noqa: E402
-
-LEVELS, DENOISE = (
-    100,
-    10,
-)  # of noise in training; steps of DDIM to act (Diffusion Policy on a real robot: 100, 10 to 16)
-DRAWS = 4  # noisy chunks per picture in training: the ResNet is what costs, and is shared by them
-
-
-class DiffusionPolicy(ACT):
-    """In the shapes: B samples, K steps, D joints, E the transformer's width, A = D+1 joints and gripper."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        del self.posterior_encoder, self.class_token, self.posterior, self.latent, self.queries
-        width = self.action.in_features
-        self.chunk_position = nn.Parameter(torch.randn(config["horizon"], width) * 0.02)
-        self.level = nn.Sequential(Timesteps(width, True, 0), TimestepEmbedding(width, width))
-        self.register_buffer(
-            "scale", torch.tensor(config["chunk_scale"])
-        )  # (A,): the data lie within -1..1, as the noise expects
-        # The network predicts the chunk, not the noise: few steps suffice (as in 3D Diffusion Policy, Ze et al. 2024).
-        self.scheduler = DDIMScheduler(
-            LEVELS, beta_schedule="squaredcos_cap_v2", prediction_type="sample", clip_sample=True
-        )
-
-    def look(self, pictures, state, state_given, words):
-        """-> what the decoder looks at, (B, 1+N, E)."""
-        state = torch.where(state_given[:, None], self.state(state), self.no_state)[:, None]
-        return self.encoder(torch.cat([state, self.see(pictures, words)], 1))
-
-    def denoise(self, noisy, level, memory, present):
-        """Noisy chunks (B, K, A) and their levels (B,) -> the chunks (B, K, A). The head is ACT's, see there."""
-        queries = (
-            self.action_in(noisy) + self.chunk_position + self.level(level)[:, None]
-        )  # (B, K, E)
-        joints = present.shape[-1]
-        goal, more, gripper = self.action(self.decoder(queries, memory)).split(
-            [joints, joints, 1], -1
-        )
-        u = torch.linspace(0, 1, noisy.shape[1] + 1, device=noisy.device)[1:, None]  # (K, 1)
-        return torch.cat([u * (goal - present) + more, gripper], -1) / self.scale
-
-    def forward(self, pictures, state, state_given, words):
-        """-> joints (B, K, D) relative to the present, gripper logits (B, K): what Controller expects of a network."""
-        memory, generator = (
-            self.look(pictures, state, state_given, words),
-            torch.Generator().manual_seed(0),
-        )  # the same way each time
-        chunk = torch.randn(
-            len(state), len(self.chunk_position), len(self.scale), generator=generator
-        ).to(state)
-        self.scheduler.set_timesteps(DENOISE)
-        for level in self.scheduler.timesteps:
-            cleaner = self.denoise(
-                chunk, level.expand(len(chunk)).to(state.device), memory, state[:, None, :-1]
-            )
-            chunk = self.scheduler.step(cleaner, level, chunk).prev_sample
-        return chunk[..., :-1] * self.scale[:-1], 10 * chunk[..., -1]
+NAME = "diffusion_policy"
+NOISE_LEVELS = 100  # in training (Diffusion Policy)
+DENOISING_STEPS = 10  # to act (Diffusion Policy on a real robot: 10 to 16)
+# Noisy chunks for each picture in training. The ResNet is what costs; they share it.
+CHUNKS_PER_IMAGE = 4
+STATE_DROPOUT = 0.3
+WEIGHT_DECAY = 1e-4
+GRADIENT_CLIP = 1.0
+VALIDATION_BATCHES = 6
+COLUMNS = ("step", "loss", "held_out")
 
 
-def loss_of(network, batch):
-    """Squared error of the chunk, from a random level of noise; the gripper is a number like any other, -1 or 1.
+@dataclass
+class Settings:
+    run: Path = Path("runs/demo")
+    """Folder of the run: reads episodes/ and spheres/, writes diffusion_policy/."""
+    out: Path | None = None
+    """Folder for the policy, if it is not <run>/diffusion_policy."""
+    steps: int = 3000
+    """Gradient steps; the learning rate falls to zero over them."""
+    batch_size: int = 32
+    """Samples a step."""
+    learning_rate: float = 1e-3
+    """Highest learning rate of AdamW."""
+    seed: int = 0
+    """Seed of the weights, the samples and the noise."""
+    checkpoint_every: int = 300
+    """Steps between two checkpoints."""
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    """Where to train; auto takes a GPU if there is one."""
 
-    Steps after the episode's end repeat its last action, and count (published code of Diffusion Policy): the robot learns to hold still.
+
+# ------------------------------------------------------------------------------------------ network
+class DiffusionPolicy(nn.Module):
+    """ACT's eyes and transformer; the decoder reads a noisy chunk.
+
+    B samples, K steps, D joints, A = D+1 numbers of an action, E the transformer's width.
     """
-    memory = network.look(*(batch[name] for name in ("pictures", "state", "state_given", "words")))
-    chunk = torch.cat(
-        [batch["joints"] / network.scale[:-1], 2 * batch["gripper"][..., None] - 1], -1
-    )  # (B, K, A)
-    memory, chunk, state = (x.repeat_interleave(DRAWS, 0) for x in (memory, chunk, batch["state"]))
-    level, noise = (
-        torch.randint(LEVELS, (len(chunk),), device=chunk.device),
-        torch.randn_like(chunk),
-    )
-    denoised = network.denoise(
-        network.scheduler.add_noise(chunk, noise, level), level, memory, state[:, None, :-1]
-    )
-    return (denoised - chunk).square().mean()
+
+    def __init__(self, config: dict):
+        super().__init__()
+        size = SIZES[config["size"]]
+        width = size["layer"]["d_model"]
+        joints = config["joints"]
+        self.horizon = config["horizon"]
+        self.image_encoder = ImageEncoder(config, size)
+        self.project_state = nn.Linear(joints + 1, width)
+        self.no_state = nn.Parameter(torch.zeros(width))
+        self.encoder = make_encoder(size)
+        layer = nn.TransformerDecoderLayer(**size["layer"], **LAYER)
+        self.decoder = nn.TransformerDecoder(layer, size["decoder_layers"], nn.LayerNorm(width))
+        self.project_action = nn.Linear(joints + 1, width)
+        self.step_position = nn.Parameter(torch.randn(self.horizon, width) * 0.02)
+        self.embed_level = nn.Sequential(Timesteps(width, True, 0), TimestepEmbedding(width, width))
+        self.action_head = nn.Linear(width, 2 * joints + 1)
+        # The noise expects numbers between -1 and 1.
+        self.register_buffer("action_scale", torch.tensor(config["action_scale"]))  # (A,)
+        # The network predicts the clean chunk, so few steps suffice (as in 3D Diffusion Policy).
+        self.scheduler = DDIMScheduler(
+            NOISE_LEVELS,
+            beta_schedule="squaredcos_cap_v2",
+            prediction_type="sample",
+            clip_sample=True,
+        )
+
+    def encode(self, images, state, has_state, bag_of_words) -> torch.Tensor:
+        """What the decoder attends to: (B, 1+N, E)."""
+        state_token = torch.where(has_state[:, None], self.project_state(state), self.no_state)
+        tokens = [state_token[:, None], self.image_encoder(images, bag_of_words)]
+        return self.encoder(torch.cat(tokens, 1))
+
+    def denoise(self, noisy, level, encoded, current) -> torch.Tensor:
+        """Noisy chunks (B, K, A) at noise levels (B,) -> the clean chunks (B, K, A).
+
+        current: the normalised joints (B, 1, D). The head is ACT's: a part of the straight way to a
+        target, plus a correction.
+        """
+        queries = self.project_action(noisy) + self.step_position  # (B, K, E)
+        queries = queries + self.embed_level(level)[:, None]
+        outputs = self.action_head(self.decoder(queries, encoded))  # (B, K, 2*D+1)
+        joints = current.shape[-1]
+        target, correction, gripper = outputs.split([joints, joints, 1], -1)
+        part = torch.linspace(0, 1, self.horizon + 1, device=noisy.device)[1:, None]  # (K, 1)
+        chunk = part * (target - current) + correction
+        return torch.cat([chunk, gripper], -1) / self.action_scale
+
+    def forward(self, images, state, has_state, bag_of_words):
+        """As ACT.forward: joints (B, K, D), gripper logits (B, K), and None for the posterior."""
+        encoded = self.encode(images, state, has_state, bag_of_words)
+        generator = torch.Generator().manual_seed(0)  # the same noise in the same situation
+        shape = (len(state), self.horizon, len(self.action_scale))
+        chunk = torch.randn(shape, generator=generator).to(state)  # (B, K, A)
+        self.scheduler.set_timesteps(DENOISING_STEPS)
+        for timestep in self.scheduler.timesteps:
+            level = timestep.expand(len(chunk)).to(state.device)
+            clean = self.denoise(chunk, level, encoded, state[:, None, :-1])
+            chunk = self.scheduler.step(clean, timestep, chunk).prev_sample
+        joints = chunk[..., :-1] * self.action_scale[:-1]
+        return joints, 10 * chunk[..., -1], None
 
 
-def diffusion_policy(run, device):
-    """For evaluate.py: the controller alone."""
-    return ActPolicy(
-        Controller(*loop.load(DiffusionPolicy, run / "diffusion_policy", device), device)
+def diffusion_loss(network, batch: dict) -> torch.Tensor:
+    """Squared error of the clean chunk. The gripper is a number like any other, -1 or 1.
+
+    Steps after the episode's end repeat its last action and count (published code of Diffusion
+    Policy): the robot learns to hold still.
+    """
+    encoded = network.encode(
+        batch["images"], batch["state"], batch["has_state"], batch["bag_of_words"]
     )
+    joints = batch["actions"][..., :-1] / network.action_scale[:-1]  # (B, K, D)
+    gripper = 2 * batch["actions"][..., -1:] - 1  # (B, K, 1)
+    chunk = torch.cat([joints, gripper], -1)  # (B, K, A)
+
+    chunk = chunk.repeat_interleave(CHUNKS_PER_IMAGE, 0)
+    encoded = encoded.repeat_interleave(CHUNKS_PER_IMAGE, 0)
+    current = batch["state"][:, None, :-1].repeat_interleave(CHUNKS_PER_IMAGE, 0)
+    level = torch.randint(NOISE_LEVELS, (len(chunk),), device=chunk.device)
+    noisy = network.scheduler.add_noise(chunk, torch.randn_like(chunk), level)
+    return (network.denoise(noisy, level, encoded, current) - chunk).square().mean()
+
+
+# --------------------------------------------------------------------------------------------- data
+class Samples(Dataset):
+    """Item i is batch i: a function of seed and i alone."""
+
+    def __init__(self, motions: Motions, config: dict, settings: Settings):
+        self.motions = motions
+        self.config = config
+        self.seed = settings.seed
+        self.batch_size = settings.batch_size
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        rngs = [np.random.default_rng((self.seed, i, place)) for place in range(self.batch_size)]
+        return default_collate([self.sample(rng) for rng in rngs])
+
+    def sample(self, rng: Generator) -> dict[str, np.ndarray]:
+        config = self.config
+        motion = self.motions.draw(rng)
+        demonstration = motion.demonstration
+        views = [demonstration.images[camera][motion.t] for camera in config["cameras"]]
+        images = np.stack([random_crop(rng, view) for view in views]).astype(np.float32)
+        images = jitter_and_add_noise(rng, images)
+
+        state = motion.current.copy()
+        if rng.random() < 0.5:  # otherwise the gripper continues what it does
+            state[-1] = rng.random()
+        state = (state - config["state_mean"]) / config["state_std"]
+        actions = (motion.actions - motion.current) / config["state_std"]
+        actions[:, -1] = motion.actions[:, -1]
+        texts = demonstration.texts()
+        text = texts[rng.integers(len(texts))]
+        return {
+            "images": images.transpose(0, 3, 1, 2),  # (V, 3, H, W) uint8
+            "state": state.astype(np.float32),  # (D+1,)
+            "has_state": np.array(rng.random() >= STATE_DROPOUT),  # ()
+            "bag_of_words": make_bag_of_words(text, config["vocabulary"]),  # (W,)
+            "actions": actions.astype(np.float32),  # (K, D+1)
+        }
+
+
+def prepare_data(settings: Settings):
+    """The network's config, samples, and samples of held-out scenes."""
+    demonstrations = read_demonstrations(settings.run, images=True, seed=settings.seed)
+    training_set, held_out = split_scenes(demonstrations)
+    config = {"size": "tiny", "observation": "rgb", **describe(demonstrations, with_words=True)}
+    motions = Motions(training_set, demonstrations, shifted=False)
+    config.update(motions.state_statistics(settings.seed))
+    samples = Samples(motions, config, settings)
+    unseen = Samples(Motions(held_out, demonstrations, shifted=False), config, settings)
+    scale = np.zeros(config["joints"])
+    for i in range(1000):
+        actions = samples.sample(np.random.default_rng((settings.seed, i)))["actions"]
+        scale = np.maximum(scale, np.abs(actions[:, :-1]).max(0))
+    config["action_scale"] = [*scale.tolist(), 1.0]
+    return config, samples, unseen
+
+
+# ----------------------------------------------------------------------------------------- training
+@torch.no_grad()
+def validate(network, batches: list[dict]) -> float:
+    """The loss in held-out scenes, always from the same noise."""
+    network.eval()
+    torch.manual_seed(0)
+    losses = [diffusion_loss(network, batch).item() for batch in batches]
+    network.train()
+    return float(np.mean(losses))
+
+
+def save_policy(folder: Path, network: nn.Module, config: dict, log: list):
+    with write_whole(folder / "config.json") as path:
+        path.write_text(json.dumps(config, indent=1))
+    with write_whole(folder / "model.safetensors") as path:
+        save_file(network.state_dict(), path)
+    write_losses(folder, COLUMNS, log, ["loss"], ["held_out"], "loss")
+
+
+def policy(run: Path, device: str) -> ActPolicy:
+    """For evaluate.py --policy: what was trained in <run>/diffusion_policy."""
+    folder = Path(run) / NAME
+    if not (folder / "model.safetensors").exists():
+        raise UserError(f"{folder} holds no policy: run variations/train_{NAME}.py first.")
+    config = json.loads((folder / "config.json").read_text())
+    network = DiffusionPolicy(config)
+    network.load_state_dict(load_file(folder / "model.safetensors"))
+    return ActPolicy(Controller(network.to(device).eval(), config, device))
 
 
 def main():
-    settings = loop.settle(loop.Settings, __doc__)
-    folder = settings.run / "diffusion_policy"
-    if settings.evaluate:
-        return loop.drive(diffusion_policy, settings, folder)
-    samples, checks, config = loop.prepare(settings)
-    joints = np.stack(
-        [samples.sample(np.random.default_rng((settings.seed, i)))["joints"] for i in range(1000)]
-    )  # (1000, K, D)
-    config["chunk_scale"] = [*np.abs(joints).max((0, 1)).tolist(), 1.0]  # (D+1,)
+    settings = tyro.cli(Settings, description=__doc__)
+    training.check_numbers(settings)
+    folder = settings.run / NAME if settings.out is None else settings.out
+    accelerator = Accelerator(cpu=settings.device == "cpu")
+    device = accelerator.device
+    config, samples, unseen = prepare_data(settings)
+    held_out = [unseen[settings.steps + i] for i in range(VALIDATION_BATCHES)]
+    held_out = [{name: x.to(device) for name, x in batch.items()} for batch in held_out]
+
     torch.manual_seed(settings.seed)
-    loop.train(DiffusionPolicy(config), loss_of, samples, checks, settings, folder, config)
+    network = DiffusionPolicy(config).to(device)
+    optimizer = AdamW(network.parameters(), settings.learning_rate, weight_decay=WEIGHT_DECAY)
+    identity = {**config, "steps": settings.steps, "batch_size": settings.batch_size}
+    identity |= {"learning_rate": settings.learning_rate, "seed": settings.seed}
+    start, log = training.resume(folder, network, optimizer, identity)
+
+    stopping = training.StopSignal()
+    batches = training.batches(samples, start, settings.steps, num_workers=2)
+    bar = tqdm(batches, NAME, settings.steps, initial=start)
+    for step, batch in enumerate(bar, start + 1):
+        factor = training.warmup(step) * training.half_cosine(step, settings.steps)
+        training.set_learning_rate(optimizer, settings.learning_rate * factor)
+        torch.manual_seed(settings.seed + step)  # of the noise: a resumed training draws the same
+        loss = diffusion_loss(network, {name: x.to(device) for name, x in batch.items()})
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), GRADIENT_CLIP)
+        optimizer.step()
+
+        log.append([step, loss.item(), ""])
+        bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+        is_last = step == settings.steps
+        due = step % settings.checkpoint_every == 0 or is_last
+        if due:
+            log[-1][2] = validate(network, held_out)
+        if due or stopping.requested:
+            save_policy(folder, network, config, log)
+            training.save(folder, network, optimizer, identity, step, log)
+        if stopping.requested and not is_last:
+            training.stop_training(step, say=True)
+    print(f"{folder}: loss in held-out scenes {log[-1][2]:.4f}.")
 
 
 if __name__ == "__main__":

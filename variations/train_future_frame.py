@@ -1,234 +1,358 @@
-"""Variation: paint the future camera pictures instead of spheres, as SuSIE does (Black et al. 2023), and follow those.
+"""Variation of stages 2 and 3: paint the future camera pictures instead of spheres (SuSIE).
 
-    python variations/train_future_frame.py                 trains painter and controller, into runs/demo/future_frame/
-    python variations/train_future_frame.py --evaluate      drives them in 50 unseen scenes of each task
+In:   <run>/episodes, <run>/spheres (for the horizon K; no sphere is drawn)
+Out:  <run>/future_frame/painter/      as <run>/controlnet, and validation.png
+      <run>/future_frame/controller/   config.json, model.safetensors, losses.csv, training.pt
 
-What changed against train_controlnet.py and train_act.py (the same episodes, networks, K):
-  1. the painter's layer is the cameras' own pictures K steps later, opaque where they differ from the present ones;
-  2. the controller sees eight pictures, the present views and the painted goals, all over their own scenes;
-  3. it is trained on true futures, half of them softened, since painted ones are; there are no others to draw afresh, so present and
-     goal cannot be shifted, and it has only the recorded motions to learn from.
-What it gave (--painter-steps 2400, two thirds of GENIMA's): 40, 42 and 46 of 50 in reach_target, push_button and pick_and_lift, where
-GENIMA has 49, 49 and 50. One step of denoising gives the mean of all futures that it thinks possible: the painted arm is soft at its
-edges, a fog at first (painter/validation.png). After 900 steps of painter and controller it was 10, 0 and 3: four spheres are learned
-sooner than an arm with all its edges.
+    python variations/train_future_frame.py
+    python evaluate.py --policy variations/train_future_frame.py:policy
+    diff train_act.py variations/train_future_frame.py              what changed in stage 3
+
+After Black et al. 2023. Against GENIMA (the same episodes, networks, base and K):
+
+1. The painter's layer is the cameras' own pictures K steps later, opaque where they differ from the
+   present ones.
+2. The controller sees eight pictures: the present views and the painted goals.
+3. It is trained on true futures, half of them softened, because painted ones are soft. There are no
+   others to draw, so both ends of a motion cannot be shifted: it learns from recorded motions only.
+
+What it gave with an earlier revision, from random weights on 2,700 demonstrations (2,400 + 1,800
+steps): 40, 42 and 46 of 50 in reach_target, push_button and pick_and_lift (GENIMA: 49, 49, 50). One
+step of denoising gives the mean of all futures that the painter thinks possible: the painted arm is
+soft at its edges, a fog at first. Four spheres are learned sooner than an arm with all its edges.
 """
 
+import json
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import h5py
 import numpy as np
 import torch
+import tyro
+from accelerate import Accelerator
+from numpy.random import Generator
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn import functional as F
+from torch.optim import AdamW
+from torch.utils.data import Dataset, default_collate
+from tqdm import tqdm
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parent.parent)
-)  # the stages' scripts are one folder up
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # genima/ is one folder up
 
-import loop  # noqa: E402
+from genima import textures, training
+from genima.act import ACT, Controller
+from genima.base import SHIPPED, load_base
+from genima.demonstrations import describe, read_demonstrations, split_scenes
+from genima.files import run_stage, write_whole
+from genima.motions import Motions
+from genima.painter import PROMPT, load_painter
+from genima.painter_data import Augmentation, colour_jitter, find_frames, random_crop
+from genima.painter_training import make_optimizer
+from genima.plots import write_grid, write_losses
+from genima.policy import follow
+from genima.views import composite, tile_views
 
-from genima.act import ACT, Controller  # noqa: E402
-from genima.episodes import CAMERAS  # noqa: E402
-from genima.files import run_stage  # noqa: E402
-from genima.painter import PROMPT, Painter, build_tiny, composite, tile  # noqa: E402
-from genima.plots import write_grid  # noqa: E402
-from genima.policy import GenimaPolicy  # noqa: E402
-from train_act import Samples, crop, losses_of  # noqa: E402
-from train_controlnet import Batches, colour_jitter, find_frames, painting_loss  # noqa: E402
-
-DIFFERENT = 0.08  # of 1: where a pixel's colour changes by more, the layer is opaque
+NAME = "future_frame"
+DIFFERENT = 0.08  # of 1: where a pixel changes by more, the layer is opaque
+CHANGE_WEIGHT = 20  # a pixel that changes counts as much as 20 others
+GRIPPER_WEIGHT = 0.1
+STATE_DROPOUT = 0.3
+WEIGHT_DECAY = 1e-4
+GRADIENT_CLIP = 1.0
+COLUMNS = ("step", "loss")
 
 
 @dataclass
-class Settings(loop.Settings):
-    painter_steps: int = 3600
-    """Gradient steps of the painter (steps: of the controller)."""
-    painter_batch: int = 8
+class Settings:
+    run: Path = Path("runs/demo")
+    """Folder of the run: reads episodes/ and spheres/, writes future_frame/."""
+    out: Path | None = None
+    """Folder for both networks, if it is not <run>/future_frame."""
+    base: str = str(SHIPPED)
+    """The base that the painter starts from."""
+    painter_steps: int = 900
+    """Gradient steps of the painter."""
+    steps: int = 1800
+    """Gradient steps of the controller."""
+    painter_batch_size: int = 8
     """Samples a step for the painter."""
-    painter_learning_rate: float = 8e-4
-    """Highest learning rate of the painter."""
+    batch_size: int = 32
+    """Samples a step for the controller."""
+    painter_learning_rate: float = 3e-4
+    """Highest learning rate of the painter; both fall as half a cosine."""
+    learning_rate: float = 1e-3
+    """Highest learning rate of the controller."""
+    seed: int = 0
+    """Seed of the weights and the samples."""
+    checkpoint_every: int = 300
+    """Steps between two checkpoints."""
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    """Where to train; auto takes a GPU if there is one."""
 
 
-# ------------------------------------------------------------------------------------------------------------ the painter
-class Futures(Batches):
-    """train_controlnet.py's batches, with future pictures for layers."""
+# -------------------------------------------------------------------------------- stage 2: futures
+class Futures(Dataset):
+    """Item i is batch i of the painter: views now, and the layer of their future."""
 
-    def __init__(self, frames, horizon, settings, augment=True):
-        super().__init__(frames, settings, augment=augment)
-        self.horizon = horizon
+    def __init__(self, data, settings: Settings):
+        self.frames = data.training
+        self.cameras = data.cameras
+        self.horizon = data.horizon
+        self.seed = settings.seed
+        self.batch_size = settings.painter_batch_size
 
-    def __getitem__(self, step):
-        rngs = [np.random.default_rng([self.settings.seed, step, i]) for i in self.mine]
-        chosen = [self.episodes[rng.integers(len(self.episodes))] for rng in rngs]
-        return self.load(
-            [frames[int(len(frames) * rng.random() ** 2)] for frames, rng in zip(chosen, rngs)],
-            rngs,
-        )  # early ones more often
+    def __getitem__(self, i: int) -> dict:
+        rngs = [np.random.default_rng((self.seed, i, place)) for place in range(self.batch_size)]
+        frames = [self.frames[rng.integers(len(self.frames))] for rng in rngs]
+        return self.read(frames, rngs, Augmentation(hue=0.0))
 
-    def load(self, chosen, rngs):
-        pictures, prompts = [], []
-        for (path, _, t, instructions), rng in zip(chosen, rngs):
-            with h5py.File(path, "r") as root:
-                later = min(t + self.horizon, len(root["action"]) - 1)
-                both = np.stack(
-                    [
-                        np.concatenate(
-                            [root[f"observations/images/{camera}"][frame] for frame in (t, later)],
-                            axis=-1,
-                        )
-                        for camera in CAMERAS
-                    ]
-                )  # (4, H, W, 6): now and later
-            if self.augment:  # the same crop for both
-                dy, dx = rng.integers(0, 5, size=2)
-                height, width = both.shape[1:3]
-                both = np.pad(both, ((0, 0), (2, 2), (2, 2), (0, 0)), mode="reflect")[
-                    :, dy : dy + height, dx : dx + width
-                ]
-            pictures.append(
-                tile(torch.from_numpy(both).permute(0, 3, 1, 2).float()[None] / 255)[0]
-            )  # (6, 2H, 2W)
-            prompts.append(PROMPT.format(instructions[rng.integers(len(instructions))]))
-        observation, future = torch.stack(pictures).chunk(2, 1)  # (B, 3, 2H, 2W) each
-        condition = colour_jitter(observation, rngs, hue=0) if self.augment else observation
-        different = ((future - observation).abs().amax(1, keepdim=True) > DIFFERENT).float()
-        return dict(
-            condition=condition,
-            observation=observation,
-            layer=torch.cat([future, different], 1),
-            prompts=prompts,
-        )
+    def read(self, frames, rngs, augmentation=None) -> dict:
+        pictures = torch.stack([self.read_frame(frame) for frame in frames])  # (B, 6, H, W)
+        if augmentation is not None:
+            pictures = random_crop(pictures, rngs, augmentation.crop, len(self.cameras))
+        now, future = pictures.split(3, dim=1)  # (B, 3, H, W) each
+        change = (future - now).abs().amax(1, keepdim=True) > DIFFERENT
+        condition = now
+        if augmentation is not None:
+            condition = colour_jitter(now, rngs, augmentation)
+        prompts = []
+        for frame, rng in zip(frames, rngs):
+            instruction = frame.instructions[rng.integers(len(frame.instructions))]
+            prompts.append(PROMPT.format(instruction))
+        return {
+            "condition": condition,
+            "observation": now,
+            "layer": torch.cat([future, change.float()], dim=1),  # (B, 4, H, W)
+            "prompts": prompts,
+        }
+
+    def read_frame(self, frame) -> torch.Tensor:
+        """The views now and K steps later, tiled: (6, H, W), 0..1."""
+        views = []
+        with h5py.File(frame.episode, "r") as root:
+            later = min(frame.t + self.horizon, len(root["action"]) - 1)
+            for camera in self.cameras:
+                images = root["observations/images"][camera]
+                views.append(np.concatenate([images[frame.t], images[later]], axis=-1))
+        views = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2)  # (V, 6, h, w)
+        return tile_views(views[None])[0].float() / 255
 
 
-def paint_loss(painter, batch):
-    return painting_loss(
-        painter(batch["condition"], batch["prompts"]), batch["layer"], batch["observation"]
-    )
+def painting_loss(logits, batch) -> torch.Tensor:
+    """As train_controlnet.py's, with what changes in place of spheres."""
+    change = batch["layer"][:, 3:]
+    where = F.binary_cross_entropy_with_logits(logits[:, 3:], change)
+    painted = composite(logits.sigmoid(), batch["observation"])
+    future = composite(batch["layer"], batch["observation"])
+    weight = 1 + (CHANGE_WEIGHT - 1) * change
+    return where + (weight * (painted - future).abs()).mean()
 
 
 @torch.no_grad()
-def show(painter, futures, path):
-    """Observation, true and painted future at the first frames of unseen scenes."""
-    firsts = [frames[0] for frames in futures.episodes]
-    batch = futures.load(
-        [firsts[i] for i in np.linspace(0, len(firsts) - 1, 5).astype(int)],
-        [np.random.default_rng(0)] * 5,
-    )
-    painter.eval()
-    painted = (
-        painter(batch["observation"].to(painter.unet.device), batch["prompts"]).sigmoid().cpu()
-    )
-    future, painted = (
-        composite(layer, batch["observation"]) for layer in (batch["layer"], painted)
-    )
-    columns = {"now": batch["observation"], "true future": future, "painted future": painted}
+def show_futures(painter, futures: Futures, frames, path: Path):
+    """Now, true future and painted future at the first frames of held-out scenes."""
+    firsts = [frame for frame in frames if frame.t == 0]
+    chosen = [firsts[i] for i in np.linspace(0, len(firsts) - 1, 5).astype(int)]
+    batch = futures.read(chosen, [np.random.default_rng(0)] * len(chosen))
+    painted = painter.paint_tiled(batch["observation"].to(painter.unet.device), batch["prompts"])
+    columns = {
+        "now": batch["observation"],
+        "true future": composite(batch["layer"], batch["observation"]),
+        "painted future": painted.cpu(),
+    }
     write_grid(path, columns, [prompt.split("'")[1] for prompt in batch["prompts"]])
 
 
-# --------------------------------------------------------------------------------------------------------- the controller
-class Goals(Samples):
-    """train_act.py's samples of plain views, and beside each view the one of K steps later."""
+# ---------------------------------------------------------------------------- stage 3: the goals
+class Goals(Dataset):
+    """Item i is batch i of the controller: present views, true future views, and the actions."""
 
-    def see(self, random, episode, t, present, target):
-        """-> (2V, H, W, 3): the views now, and the views then."""
-        later = min(t + self.config["horizon"], len(episode.qpos) - 1)
-        views = [
-            np.concatenate([episode.images[camera][frame] for frame in (t, later)], -1)
-            for camera in self.config["cameras"]
-        ]
-        views = np.stack([crop(random, view) for view in views]).astype(np.float32)  # (V, H, W, 6)
-        now, goal = views[..., :3], views[..., 3:]
-        if random.random() < 0.5:  # mean of 3x3 pixels: painted goals are soft
-            goal = np.pad(goal, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
-            goal = (
-                sum(
-                    goal[:, y : y + now.shape[1], x : x + now.shape[2]]
-                    for y in range(3)
-                    for x in range(3)
-                )
-                / 9
-            )
-        return np.concatenate([now, goal])
+    def __init__(self, motions: Motions, config: dict, settings: Settings):
+        self.motions = motions
+        self.config = config
+        self.seed = settings.seed
+        self.batch_size = settings.batch_size
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        rngs = [np.random.default_rng((self.seed, i, place)) for place in range(self.batch_size)]
+        return default_collate([self.sample(rng) for rng in rngs])
+
+    def sample(self, rng: Generator) -> dict[str, np.ndarray]:
+        config = self.config
+        motion = self.motions.draw(rng)
+        recorded = motion.demonstration.images
+        later = min(motion.t + config["horizon"], len(motion.demonstration.qpos) - 1)
+        now = []
+        goals = []
+        for camera in recorded:
+            both = np.concatenate([recorded[camera][motion.t], recorded[camera][later]], axis=-1)
+            both = textures.random_crop(rng, both)  # (H, W, 6), both alike
+            now.append(both[..., :3])
+            goals.append(both[..., 3:])
+        goals = np.stack(goals).astype(np.float32)
+        if rng.random() < 0.5:  # painted goals are soft
+            goals = blur(goals)
+        images = np.concatenate([np.stack(now).astype(np.float32), goals])  # (2V, H, W, 3)
+        images = textures.jitter_and_add_noise(rng, images)
+
+        state = motion.current.copy()
+        if rng.random() < 0.5:  # otherwise the gripper continues what it does
+            state[-1] = rng.random()
+        state = (state - config["state_mean"]) / config["state_std"]
+        actions = (motion.actions - motion.current) / config["state_std"]
+        actions[:, -1] = motion.actions[:, -1]
+        return {
+            "images": images.transpose(0, 3, 1, 2),  # (2V, 3, H, W) uint8
+            "state": state.astype(np.float32),  # (D+1,)
+            "has_state": np.array(rng.random() >= STATE_DROPOUT),  # ()
+            "bag_of_words": np.zeros(0, np.float32),  # the painter has read the instruction
+            "actions": actions.astype(np.float32),  # (K, D+1)
+            "action_is_pad": motion.action_is_pad,  # (K,)
+        }
 
 
-class Following:
-    """For evaluate.py, painter and controller in one: the controller looks at what the painter saw, too."""
-
-    def __init__(self, painter, controller):
-        self.painter, self.controller = painter, controller
-        self.config = controller.config | {"cameras": painter.config["cameras"]}
-
-    def paint(self, images, instructions):
-        self.now = images
-        return self.painter.paint(images, instructions)
-
-    def __call__(self, goals, qpos, instructions=None, drop_state=False):
-        goals = {f"goal_{camera}": picture for camera, picture in goals.items()}
-        return self.controller(self.now | goals, qpos, drop_state=drop_state)
+def blur(images: np.ndarray) -> np.ndarray:
+    """The mean of 3x3 pixels of images (V, H, W, 3)."""
+    padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
+    rows = (padded[:, :-2] + padded[:, 1:-1] + padded[:, 2:]) / 3
+    return (rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:]) / 3
 
 
-def future_frame(run, device):
-    folder = run / "future_frame"
-    following = Following(
-        Painter.load(folder / "painter", device), Controller.load(folder / "controller", device)
+def act_loss(network: ACT, batch: dict) -> torch.Tensor:
+    """L1 of the joints and cross-entropy of the gripper; padded steps count as zeros."""
+    joints, gripper_logits, _ = network(
+        batch["images"], batch["state"], batch["has_state"], batch["bag_of_words"]
     )
-    return GenimaPolicy(following, following)
+    is_action = ~batch["action_is_pad"]  # (B, K)
+    l1 = (joints - batch["actions"][..., :-1]).abs().mean(-1)
+    wrong = F.binary_cross_entropy_with_logits(
+        gripper_logits, batch["actions"][..., -1], reduction="none"
+    )
+    return ((l1 + GRIPPER_WEIGHT * wrong) * is_action).mean()
+
+
+# ----------------------------------------------------------------------------------------- training
+def fit(network, dataset, loss_of, optimizer, peak, steps, settings, folder, identity, save_all):
+    """Minimise loss_of(network, batch). The loop of both stages."""
+    device = next(network.parameters()).device
+    start, log = training.resume(folder, network, optimizer, identity)
+    stopping = training.StopSignal()
+    batches = training.batches(dataset, start, steps, num_workers=2)
+    for step, batch in enumerate(tqdm(batches, folder.name, steps, initial=start), start + 1):
+        factor = training.warmup(step) * training.half_cosine(step, steps)
+        training.set_learning_rate(optimizer, peak * factor)
+        for name, value in batch.items():
+            if isinstance(value, torch.Tensor):
+                batch[name] = value.to(device)
+        loss = loss_of(network, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), GRADIENT_CLIP)
+        optimizer.step()
+
+        log.append([step, loss.item()])
+        is_last = step == steps
+        if step % settings.checkpoint_every == 0 or is_last or stopping.requested:
+            save_all()
+            write_losses(folder, COLUMNS, log, ["loss"], [], "")
+            training.save(folder, network, optimizer, identity, step, log)
+        if stopping.requested and not is_last:
+            training.stop_training(step, say=True)
+
+
+def train_painter(settings: Settings, folder: Path, device):
+    data = find_frames(settings.run)
+    config = {
+        "size": "tiny",
+        "objective": "one-step",
+        "num_inference_steps": 1,
+        "image_size": data.image_size,
+        "resolution": 2 * data.image_size,
+        "horizon": data.horizon,
+        "cameras": data.cameras,
+    }
+    torch.manual_seed(settings.seed)
+    painter = load_base(settings.base, config, data.instructions()).to(device)
+    peak = settings.painter_learning_rate
+    optimizer = make_optimizer("adamw", painter, peak)
+    steps = settings.painter_steps
+    identity = {"steps": steps, "learning_rate": peak, "frames": len(data.training), **config}
+    futures = Futures(data, settings)
+
+    def loss_of(painter, batch):
+        return painting_loss(painter(batch["condition"], batch["prompts"]), batch)
+
+    def save_all():
+        painter.save(folder)
+
+    fit(painter, futures, loss_of, optimizer, peak, steps, settings, folder, identity, save_all)
+    frames = data.held_out
+    if not frames:
+        frames = data.training
+    show_futures(painter.eval(), futures, frames, folder / "validation.png")
+
+
+def train_controller(settings: Settings, folder: Path, device):
+    demonstrations = read_demonstrations(settings.run, images=True, seed=settings.seed)
+    training_set, _ = split_scenes(demonstrations)
+    config = {"size": "tiny", "observation": "rgb", **describe(demonstrations, with_words=False)}
+    config["cameras"] = [*config["cameras"], *[f"goal_{name}" for name in config["cameras"]]]
+    motions = Motions(training_set, demonstrations, shifted=False)
+    config.update(motions.state_statistics(settings.seed))
+    torch.manual_seed(settings.seed)
+    network = ACT(config).to(device)
+    peak = settings.learning_rate
+    optimizer = AdamW(network.parameters(), peak, weight_decay=WEIGHT_DECAY)
+    identity = {"steps": settings.steps, "learning_rate": peak, "seed": settings.seed, **config}
+
+    def save_all():
+        with write_whole(folder / "config.json") as path:
+            path.write_text(json.dumps(config, indent=1))
+        with write_whole(folder / "model.safetensors") as path:
+            save_file(network.state_dict(), path)
+
+    goals = Goals(motions, config, settings)
+    steps = settings.steps
+    fit(network, goals, act_loss, optimizer, peak, steps, settings, folder, identity, save_all)
+
+
+# ------------------------------------------------------------------------------------------- policy
+class FuturePolicy:
+    """Paints the future views, and follows them beside the present ones."""
+
+    def __init__(self, painter, controller: Controller):
+        self.painter = painter
+        self.controller = controller
+        self.cameras = tuple(painter.config["cameras"])
+        self.image_size = tuple(controller.config["image_size"])
+
+    def act(self, images, qpos, instruction):
+        batch = {camera: image[None] for camera, image in images.items()}
+        painted = self.painter.paint(batch, [instruction])
+        painted = {camera: image[0] for camera, image in painted.items()}
+        goals = {f"goal_{camera}": image for camera, image in painted.items()}
+        return follow(self.controller, images | goals, qpos, instruction, False), painted
+
+
+def policy(run: Path, device: str) -> FuturePolicy:
+    """For evaluate.py --policy: what was trained in <run>/future_frame."""
+    folder = Path(run) / NAME
+    painter = load_painter(folder / "painter", device)
+    return FuturePolicy(painter, Controller.load(folder / "controller", device))
 
 
 def main():
-    settings = loop.settle(Settings, __doc__)
-    folder = settings.run / "future_frame"
-    if settings.evaluate:
-        return loop.drive(future_frame, settings, folder)
-    training, held_out, horizon = find_frames(settings.run)
-    samples, checks, config = loop.prepare(settings, Goals, language=False)
-
-    instructions = sorted({sentence for frame in training for sentence in frame[3]})
-    size = config["image_size"][0]
-    paints = dict(
-        size="tiny",
-        objective="one-step",
-        steps=1,
-        image_size=size,
-        picture=2 * size,
-        horizon=horizon,
-        cameras=list(CAMERAS),
-    )
-    torch.manual_seed(settings.seed)
-    painter = Painter(build_tiny(instructions, size), paints)
-    its = replace(
-        settings,
-        steps=settings.painter_steps,
-        batch=settings.painter_batch,
-        learning_rate=settings.painter_learning_rate,
-    )
-    unseen = Futures(held_out or training, horizon, its, augment=False)
-    loop.train(
-        painter,
-        paint_loss,
-        Futures(training, horizon, its),
-        unseen,
-        its,
-        folder / "painter",
-        paints,
-    )
-    painter.save(folder / "painter")
-    show(painter, unseen, folder / "painter/validation.png")
-
-    sees = config | {
-        "cameras": [*config["cameras"], *(f"goal_{camera}" for camera in config["cameras"])]
-    }
-    torch.manual_seed(settings.seed)
-    loop.train(
-        ACT(sees),
-        lambda network, batch: losses_of(network, batch)[0],
-        samples,
-        checks,
-        settings,
-        folder / "controller",
-        sees,
-    )
+    settings = tyro.cli(Settings, description=__doc__)
+    training.check_numbers(settings)
+    folder = settings.run / NAME if settings.out is None else settings.out
+    device = Accelerator(cpu=settings.device == "cpu").device
+    train_painter(settings, folder / "painter", device)
+    train_controller(settings, folder / "controller", device)
+    print(f"Painter and controller are in {folder}; look at painter/validation.png.")
 
 
 if __name__ == "__main__":
