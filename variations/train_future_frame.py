@@ -10,8 +10,7 @@ Out:  <run>/future_frame/painter/      as <run>/controlnet, and validation.png
 
 After Black et al. 2023. Against GENIMA (the same episodes, networks, base and K):
 
-1. The painter's layer is the cameras' own pictures K steps later, opaque where they differ from the
-   present ones.
+1. The painter's layer is the cameras' pictures K steps later, opaque where they differ from now.
 2. The controller sees eight pictures: the present views and the painted goals.
 3. It is trained on true futures, half of them softened, because painted ones are soft. There are no
    others to draw, so both ends of a motion cannot be shifted: it learns from recorded motions only.
@@ -33,6 +32,7 @@ import numpy as np
 import torch
 import tyro
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from numpy.random import Generator
 from safetensors.torch import save_file
 from torch import nn
@@ -154,9 +154,9 @@ def painting_loss(logits, batch) -> torch.Tensor:
 
 @torch.no_grad()
 def show_futures(painter, futures: Futures, frames, path: Path):
-    """Now, true future and painted future at the first frames of held-out scenes."""
+    """Now, true future and painted future at the first frames of five scenes."""
     firsts = [frame for frame in frames if frame.t == 0]
-    chosen = [firsts[i] for i in np.linspace(0, len(firsts) - 1, 5).astype(int)]
+    chosen = firsts[:5]
     batch = futures.read(chosen, [np.random.default_rng(0)] * len(chosen))
     painted = painter.paint_tiled(batch["observation"].to(painter.unet.device), batch["prompts"])
     columns = {
@@ -188,7 +188,7 @@ class Goals(Dataset):
         later = min(motion.t + config["horizon"], len(motion.demonstration.qpos) - 1)
         now = []
         goals = []
-        for camera in recorded:
+        for camera in config["cameras"][: len(recorded)]:
             both = np.concatenate([recorded[camera][motion.t], recorded[camera][later]], axis=-1)
             both = textures.random_crop(rng, both)  # (H, W, 6), both alike
             now.append(both[..., :3])
@@ -245,10 +245,7 @@ def fit(network, dataset, loss_of, optimizer, peak, steps, settings, folder, ide
     for step, batch in enumerate(tqdm(batches, folder.name, steps, initial=start), start + 1):
         factor = training.warmup(step) * training.half_cosine(step, steps)
         training.set_learning_rate(optimizer, peak * factor)
-        for name, value in batch.items():
-            if isinstance(value, torch.Tensor):
-                batch[name] = value.to(device)
-        loss = loss_of(network, batch)
+        loss = loss_of(network, send_to_device(batch, device))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), GRADIENT_CLIP)
@@ -290,9 +287,7 @@ def train_painter(settings: Settings, folder: Path, device):
         painter.save(folder)
 
     fit(painter, futures, loss_of, optimizer, peak, steps, settings, folder, identity, save_all)
-    frames = data.held_out
-    if not frames:
-        frames = data.training
+    frames = data.held_out + data.training
     show_futures(painter.eval(), futures, frames, folder / "validation.png")
 
 
