@@ -96,7 +96,7 @@ class Settings:
     resolution: int | None = None
     """Height of the tiled views, pixels; by default as recorded for tiny, 512 for sd-turbo."""
     steps: int | None = None
-    """Gradient steps; default 600 for tiny from its base, 4,800 from random weights, 10,000 for
+    """Gradient steps; default 1,200 for tiny from its base, 4,800 from random weights, 10,000 for
     sd-turbo (documents: up to 50,000)."""
     batch_size: int = 8
     """Samples a step, in all processes together (documents: 8 to 16)."""

@@ -21,7 +21,7 @@ def fill_in_defaults(settings, data):
     defaults["base"] = "stabilityai/sd-turbo"
     if settings.size == "tiny":
         rows, _ = grid_of(len(data.cameras))
-        defaults = {"base": str(SHIPPED), "steps": 600, "learning_rate": 3e-4}
+        defaults = {"base": str(SHIPPED), "steps": 1200, "learning_rate": 3e-4}
         if settings.base == "none":
             defaults |= {"steps": 4800, "learning_rate": 8e-4}
         defaults["resolution"] = rows * data.image_size
