@@ -35,8 +35,8 @@ from tqdm import tqdm
 from genima import training
 from genima.act import ACT, SIZES, make_bag_of_words
 from genima.demonstrations import describe, read_demonstrations, split_scenes
-from genima.files import UserError, run_stage, write_whole
-from genima.motions import Motion, Motions
+from genima.files import UserError, check_number, run_stage, write_whole
+from genima.motions import Motion, Motions, misplace_camera
 from genima.plots import write_losses
 from genima.spheres import draw_spheres, target_spheres
 from genima.textures import fade_and_soften, jitter_and_add_noise, random_background, random_crop
@@ -74,6 +74,7 @@ GRADIENT_CLIP = 1.0
 # otherwise the controller continues its path without looking at the spheres.
 STATE_DROPOUT = 0.3
 PAINTER_ERROR = 0.5  # pixels, standard deviation: see draw_target
+CAMERAS_MOVED = 0.5  # of the samples: all cameras are a little off, see misplace_camera
 VALIDATE_EVERY = 250  # steps
 VALIDATION_BATCHES = 6
 FOLDERS = {"spheres": "act", "rgb": "act_rgb"}
@@ -156,11 +157,14 @@ class Samples(Dataset):
         current_poses = chain.forward_kinematics(motion.current[:-1])  # (J, 4, 4)
         target_poses = chain.forward_kinematics(motion.target[:-1])  # (J, 4, 4)
         height, width = self.config["image_size"]
+        is_moved = rng.random() < CAMERAS_MOVED
         layers = []
         for camera in self.config["cameras"]:
             poses, radii, colours = target_spheres(target_poses, motion.target[-1] > 0.5, camera)
             intrinsics = demonstration.intrinsics[camera]
             world_from_camera = chain.camera_pose(camera, current_poses)
+            if is_moved:
+                world_from_camera = misplace_camera(rng, world_from_camera)
             right_and_down = world_from_camera[:3, :2]
             forward = world_from_camera[:3, 2]
 
@@ -267,11 +271,9 @@ def prepare_data(settings: Settings, process: int, processes: int):
 
 
 def check_settings(settings: Settings, accelerator: Accelerator):
-    numbers = [settings.steps, settings.batch_size, settings.checkpoint_every]
-    if min(numbers) < 1 or settings.keep < 0:
-        raise UserError(
-            "--steps, --batch-size and --checkpoint-every must be 1 or more, --keep 0 or more."
-        )
+    for name in ("steps", "batch_size", "checkpoint_every"):
+        check_number(f"--{name.replace('_', '-')}", getattr(settings, name), 1, 10**9)
+    check_number("--keep", settings.keep, 0, 10**6)
     if settings.device not in ("auto", accelerator.device.type):
         raise UserError(f"There is no {settings.device} device here: use --device auto.")
     if settings.batch_size % accelerator.num_processes:
@@ -296,9 +298,7 @@ def main():
     check_settings(settings, accelerator)
     device = accelerator.device
     process = accelerator.process_index
-    processes = accelerator.num_processes
-
-    config, samples, held_out, identity = prepare_data(settings, process, processes)
+    config, samples, held_out, identity = prepare_data(settings, process, accelerator.num_processes)
     held_out = send_to_device(held_out, device)
     torch.manual_seed(settings.seed)
     network = ACT(config).to(device)

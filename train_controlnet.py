@@ -5,7 +5,8 @@ Out:  <run>/controlnet, in diffusers' layout: controlnet/, and for tiny unet/ te
       tokenizer/ scheduler/ (safetensors); painter.json, validation.png (observation, truth,
       painted; unseen scenes), losses.csv, losses.png, README.md (a model card), training.pt
 
-    python train_controlnet.py                                       tiny, from scratch, on a laptop
+    python train_controlnet.py                                       tiny, from the shipped base
+    python train_controlnet.py --base none --run runs/scratch        tiny, from random weights
     python train_controlnet.py --size sd-turbo --run runs/turbo      SD-Turbo, on one GPU
     accelerate launch train_controlnet.py --size sd-turbo --run ...  the same batch, on many GPUs
     python train_controlnet.py --objective noise --run runs/noise    the paper's objective
@@ -41,6 +42,7 @@ import tyro
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from genima.base import fingerprint, load_base
 from genima.diffusion import LatentCache, add_noise, draw_noise
 from genima.files import run_stage
 from genima.hub import push, write_card
@@ -51,6 +53,7 @@ from genima.painter_training import (
     check_settings,
     choose_precision,
     describe_training,
+    fill_in_defaults,
     make_optimizer,
     prepare_tiny,
     prepare_turbo,
@@ -70,7 +73,7 @@ from genima.training import (
     stop_training,
     warmup,
 )
-from genima.views import composite, grid_of
+from genima.views import composite
 
 SPHERE_WEIGHT = 20  # a pixel of a sphere counts as much as 20 others; ours: spheres are small
 HUE = {"tiny": 0.0, "sd-turbo": 0.05}  # published code: 0.05; but instructions name colours
@@ -83,21 +86,24 @@ class Settings:
     run: Path = Path("runs/demo")
     """Folder of the run: reads episodes/ and spheres/, writes controlnet/."""
     size: Literal["tiny", "sd-turbo"] = "tiny"
-    """tiny: built small and trained from scratch; sd-turbo: a ControlNet for SD-Turbo, on a GPU."""
+    """tiny: small networks, for a laptop; sd-turbo: a ControlNet for SD-Turbo, on a GPU."""
     objective: Literal["one-step", "noise"] = "one-step"
     """one-step: reconstruct the target in one pass; noise: predict the noise in it (the paper)."""
-    base: str = "stabilityai/sd-turbo"
-    """For sd-turbo: a model on the Hugging Face Hub, or a folder in its layout."""
+    base: str | None = None
+    """Where training starts; for sd-turbo its folder or name on the Hub (stabilityai/sd-turbo),
+    for tiny a folder of pretrain_painter.py (checkpoints/base), or none for random weights."""
     resolution: int | None = None
     """Height of the tiled views, pixels; by default as recorded for tiny, 512 for sd-turbo."""
     steps: int | None = None
-    """Gradient steps; default 4,800 for tiny, 10,000 for sd-turbo (documents: up to 50,000)."""
+    """Gradient steps; default 600 for tiny from its base, 4,800 from random weights, 10,000 for
+    sd-turbo (documents: up to 50,000)."""
     batch_size: int = 8
     """Samples a step, in all processes together (documents: 8 to 16)."""
     micro_batch_size: int | None = None
     """Samples computed at once; gradients accumulate; default: all for tiny, 1 for sd-turbo."""
     learning_rate: float | None = None
-    """By default 8e-4, falling as a cosine, for tiny; 1e-5, constant, for sd-turbo (published)."""
+    """By default 3e-4 for tiny from its base and 8e-4 from random weights, both falling as a
+    cosine; 1e-5, constant, for sd-turbo (published)."""
     optimizer: Literal["adamw", "adafactor"] = "adamw"
     """adafactor keeps fewer numbers for a weight than adamw: 2.3 GB less for sd-turbo."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -174,19 +180,6 @@ def painting_loss(logits, layer, observation):
 
 
 # ------------------------------------------------------------------------------------------ set-up
-def fill_in_defaults(settings, num_processes, data):
-    """Set what is None: values that depend on the size, and on the recorded views."""
-    defaults = {"steps": 10_000, "learning_rate": 1e-5, "resolution": 512, "micro_batch_size": 1}
-    if settings.size == "tiny":
-        rows, _ = grid_of(len(data.cameras))
-        share = settings.batch_size // num_processes
-        defaults = {"steps": 4800, "learning_rate": 8e-4}
-        defaults |= {"resolution": rows * data.image_size, "micro_batch_size": share}
-    for name, value in defaults.items():
-        if getattr(settings, name) is None:
-            setattr(settings, name, value)
-
-
 def build_painter(settings, data, device):
     """The painter to train, on its device."""
     torch.manual_seed(settings.seed)
@@ -203,7 +196,10 @@ def build_painter(settings, data, device):
         config["num_inference_steps"] = 1
     bf16 = settings.precision == "bf16"
     if settings.size == "tiny":
-        painter = TinyPainter.from_scratch(data.instructions(), config)
+        if settings.base == "none":
+            painter = TinyPainter.from_scratch(data.instructions(), config)
+        else:
+            painter = load_base(settings.base, config, data.instructions())
         return prepare_tiny(painter, device, bf16)
     painter = TurboPainter.from_base(settings.base, config)
     return prepare_turbo(painter, device, bf16, data.instructions())
@@ -271,6 +267,8 @@ def identity_of(settings, data):
     identity = {name: getattr(settings, name) for name in names.split()}
     identity |= {"image_size": data.image_size, "horizon": data.horizon}
     identity |= {"cameras": data.cameras, "frames": len(data.training)}
+    if settings.size == "tiny" and settings.base != "none":
+        identity["base"] = fingerprint(settings.base)
     return identity
 
 

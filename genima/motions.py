@@ -22,6 +22,10 @@ CURRENT_NOISE = (0, 0.02, 0.05)
 TARGET_NOISE = (0, 0.01, 0.02)
 TOWARDS_ANOTHER = (0, 0.15, 0.4)
 
+# A camera is never quite where calibration says. At most so far along and about each axis:
+CAMERA_SHIFT = 0.03  # metres
+CAMERA_TURN = np.deg2rad(3)
+
 
 @dataclass
 class Motion:
@@ -95,3 +99,16 @@ class Motions:
         states = np.stack(states)  # (samples, D+1)
         std = states.std(0) + 1e-3
         return {"state_mean": states.mean(0).tolist(), "state_std": std.tolist()}
+
+
+def misplace_camera(rng: np.random.Generator, world_from_camera: np.ndarray) -> np.ndarray:
+    """The camera's pose (4, 4), shifted and turned a little about its own axes."""
+    shift = rng.uniform(-CAMERA_SHIFT, CAMERA_SHIFT, 3)
+    x, y, z = rng.uniform(-CAMERA_TURN, CAMERA_TURN, 3)
+    small_turn = np.array([[1, -z, y], [z, 1, -x], [-y, x, 1]])  # of small angles
+    rotation, _ = np.linalg.qr(small_turn)
+    rotation *= np.sign(np.diagonal(rotation))  # QR leaves the signs of the columns open
+    moved = world_from_camera.copy()
+    moved[:3, :3] = world_from_camera[:3, :3] @ rotation
+    moved[:3, 3] += shift
+    return moved

@@ -270,7 +270,8 @@ def colour_jitter(pictures: torch.Tensor, rngs: list, strength: Augmentation) ->
         else:
             numbers.append(0.0)
         drawn.append(numbers)
-    drawn = torch.tensor(drawn, dtype=torch.float32)[:, :, None, None, None]  # (B, 4, 1, 1, 1)
+    drawn = torch.tensor(drawn, dtype=torch.float32, device=pictures.device)
+    drawn = drawn[:, :, None, None, None]  # (B, 4, 1, 1, 1)
     brightness, contrast, saturation, turn = drawn.unbind(1)
 
     pictures = pictures * brightness

@@ -4,11 +4,28 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor
 from transformers.optimization import Adafactor
 
+from genima.base import SHIPPED
 from genima.files import UserError
 from genima.hub import check_hub
 from genima.painter import PROMPT, TinyPainter, TurboPainter
 from genima.training import trained_parameters
 from genima.views import grid_of
+
+
+def fill_in_defaults(settings, num_processes, data):
+    """Set what is None: values that depend on the size, and on the recorded views."""
+    defaults = {"steps": 10_000, "learning_rate": 1e-5, "resolution": 512, "micro_batch_size": 1}
+    defaults["base"] = "stabilityai/sd-turbo"
+    if settings.size == "tiny":
+        rows, _ = grid_of(len(data.cameras))
+        share = settings.batch_size // num_processes
+        defaults = {"base": str(SHIPPED), "steps": 600, "learning_rate": 3e-4}
+        if settings.base == "none":
+            defaults |= {"steps": 4800, "learning_rate": 8e-4}
+        defaults |= {"resolution": rows * data.image_size, "micro_batch_size": share}
+    for name, value in defaults.items():
+        if getattr(settings, name) is None:
+            setattr(settings, name, value)
 
 
 def check_settings(settings, num_processes: int, cameras: list[str]):
