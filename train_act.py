@@ -2,7 +2,7 @@
 
 In:   runs/demo/episodes/<task>/<name>.hdf5   collect_demos.py
       runs/demo/spheres/<task>/<name>.hdf5    render_spheres.py: targets, horizon K
-Out:  runs/demo/act/    config.json, model.safetensors: for Controller.load
+Out:  runs/demo/act/    (or --out) config.json, model.safetensors: for Controller.load
                         losses.csv, losses.png; training.pt, to resume
 
     python train_act.py                             the tiny network, on a laptop
@@ -15,7 +15,6 @@ scene, so all that it can learn is to follow spheres. `Samples` makes its data: 
 (genima/motions.py), the target's spheres, and what is behind them (genima/textures.py).
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -26,16 +25,15 @@ import tyro
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from numpy.random import Generator
-from safetensors.torch import save_file
 from torch.nn import functional as F
 from torch.optim import AdamW
 from torch.utils.data import Dataset, default_collate
 from tqdm import tqdm
 
 from genima import training
-from genima.act import ACT, SIZES, make_bag_of_words
+from genima.act import ACT, SIZES, make_bag_of_words, save_controller
 from genima.demonstrations import describe, read_demonstrations, split_scenes
-from genima.files import UserError, run_stage, write_whole
+from genima.files import UserError, run_stage
 from genima.motions import Motion, Motions, misplace_camera
 from genima.painter_training import choose_precision
 from genima.plots import write_losses
@@ -46,7 +44,9 @@ from genima.textures import fade_and_soften, jitter_and_add_noise, random_backgr
 @dataclass
 class Settings:
     run: Path = Path("runs/demo")
-    """Folder of the run: reads episodes/ and spheres/, writes act/ (for rgb: act_rgb/)."""
+    """Folder of the run: reads episodes/ and spheres/."""
+    out: Path | None = None
+    """Folder of the trained controller; by default act/ (for rgb: act_rgb/) in the run."""
     size: Literal["tiny", "sd-turbo"] = "tiny"
     """tiny: a narrow network for a laptop; sd-turbo: the paper's, for the SD-Turbo painter."""
     observation: Literal["spheres", "rgb"] = "spheres"
@@ -258,6 +258,8 @@ def prepare_data(settings: Settings, process: int, processes: int):
         "episodes": len(demonstrations),
         "frames": sum(len(one.qpos) for one in demonstrations),
     }
+    config["tasks"] = sorted({one.task for one in demonstrations})
+    config["fps"] = demonstrations[0].fps
     motions = Motions(training_set, demonstrations, shifted=spheres)
     config.update(motions.state_statistics(settings.seed))
     scenes = [one.images for one in demonstrations if one.images]
@@ -279,19 +281,13 @@ def check_settings(settings: Settings, accelerator: Accelerator):
         raise UserError("--batch-size must be a multiple of the number of processes.")
 
 
-def save_controller(folder: Path, network: ACT, config: dict, log: list):
-    with write_whole(folder / "config.json") as path:
-        path.write_text(json.dumps(config, indent=1))
-    with write_whole(folder / "model.safetensors") as path:
-        save_file(network.state_dict(), path)
-    write_losses(folder, COLUMNS, log, TRAINING_COLUMNS, VALIDATION_COLUMNS[:3], "error, rad")
-
-
 def main():
     settings = tyro.cli(Settings, description=__doc__)
     if settings.learning_rate is None:
         settings.learning_rate = SIZES[settings.size]["learning_rate"]
-    folder = settings.run / FOLDERS[settings.observation]
+    folder = settings.out
+    if folder is None:
+        folder = settings.run / FOLDERS[settings.observation]
     precision = "no"
     if settings.size == "tiny" and choose_precision("tiny", "auto") == "bf16":
         precision = "bf16"  # faster on a CPU that multiplies in it
@@ -335,7 +331,9 @@ def main():
             if step % VALIDATE_EVERY == 0 or is_last:
                 log[-1] += validate(network, held_out, config["state_std"])
             if step % settings.checkpoint_every == 0 or is_last or stop:
-                save_controller(folder, network, config, log)
+                save_controller(folder, network, config)
+                errors = VALIDATION_COLUMNS[:3]
+                write_losses(folder, COLUMNS, log, TRAINING_COLUMNS, errors, "error, rad")
                 training.keep_last(folder, FILES, step, settings.keep)
                 training.save(folder, network, optimizer, identity, step, log)
         if stop and not is_last:

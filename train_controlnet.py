@@ -1,9 +1,9 @@
 """Stage 2: a diffusion model with a ControlNet learns to paint where the robot should go.
 
 In:   <run>/episodes (pictures, instructions) and <run>/spheres (the targets, render_spheres.py)
-Out:  <run>/controlnet, in diffusers' layout: controlnet/, and for tiny unet/ text_encoder/
-      tokenizer/ scheduler/ (safetensors); painter.json, validation.png (observation, truth,
-      painted; unseen scenes), losses.csv, losses.png, README.md (a model card), training.pt
+Out:  <run>/controlnet (or --out), in diffusers' layout: controlnet/, and for tiny unet/
+      text_encoder/ tokenizer/ scheduler/ (safetensors); painter.json, validation.png (observation,
+      truth, painted; unseen scenes), losses.csv, losses.png, README.md (a card), training.pt
 
     python train_controlnet.py                                       tiny, from the shipped base
     python train_controlnet.py --base none --run runs/scratch        tiny, from random weights
@@ -42,7 +42,7 @@ import tyro
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from genima.base import fingerprint, load_base
+from genima.base import FROM_SCRATCH, check_base, load_base
 from genima.diffusion import LatentCache, add_noise, draw_noise
 from genima.files import run_stage
 from genima.hub import push, write_card
@@ -55,6 +55,7 @@ from genima.painter_training import (
     choose_precision,
     describe_training,
     fill_in_defaults,
+    identity_of,
     make_optimizer,
     prepare_tiny,
     prepare_turbo,
@@ -85,14 +86,16 @@ PUSHED_FILES = ("painter.json", "README.md", "validation.png", "losses.csv", "lo
 @dataclass
 class Settings:
     run: Path = Path("runs/demo")
-    """Folder of the run: reads episodes/ and spheres/, writes controlnet/."""
+    """Folder of the run: reads episodes/ and spheres/."""
+    out: Path | None = None
+    """Folder of the trained painter; by default controlnet/ in the run."""
     size: Literal["tiny", "sd-turbo"] = "tiny"
     """tiny: small networks, for a laptop; sd-turbo: a ControlNet for SD-Turbo, on a GPU."""
     objective: Literal["one-step", "noise"] = "one-step"
     """one-step: reconstruct the target in one pass; noise: predict the noise in it (the paper)."""
     base: str | None = None
-    """Where training starts; for sd-turbo its folder or name on the Hub (stabilityai/sd-turbo),
-    for tiny a folder of pretrain_painter.py (checkpoints/base), or none for random weights."""
+    """Where training starts. sd-turbo: its folder or name on the Hub (stabilityai/sd-turbo);
+    tiny: a folder of pretrain_painter.py (checkpoints/base), or none for random weights."""
     resolution: int | None = None
     """Height of the tiled views, pixels; by default as recorded for tiny, 512 for sd-turbo."""
     steps: int | None = None
@@ -192,15 +195,17 @@ def build_painter(settings, data, device):
         "resolution": settings.resolution,
         "horizon": data.horizon,
         "cameras": data.cameras,
+        "tasks": data.tasks,
+        "fps": data.fps,
     }
     if settings.objective == "one-step":
         config["num_inference_steps"] = 1
     bf16 = settings.precision == "bf16"
     if settings.size == "tiny":
-        if settings.base == "none":
+        if settings.base == FROM_SCRATCH:
             painter = TinyPainter.from_scratch(data.instructions(), config)
         else:
-            painter = load_base(settings.base, config, data.instructions())
+            painter = load_base(settings.base, config)
         return prepare_tiny(painter, device, bf16)
     painter = TurboPainter.from_base(settings.base, config)
     return prepare_turbo(painter, device, bf16, data.instructions())
@@ -263,17 +268,6 @@ def validate(painter, data, settings, folder):
 
 
 # ---------------------------------------------------------------------------------------- training
-def identity_of(settings, data):
-    """Settings and facts about the data that must be the same when a training is resumed."""
-    names = "size objective resolution steps batch_size learning_rate optimizer precision crop seed"
-    identity = {name: getattr(settings, name) for name in names.split()}
-    identity |= {"image_size": data.image_size, "horizon": data.horizon}
-    identity |= {"cameras": data.cameras, "frames": len(data.training)}
-    if settings.size == "tiny" and settings.base != "none":
-        identity["base"] = fingerprint(settings.base)
-    return identity
-
-
 def save_painter(folder, painter, settings, data, log):
     """Everything in <folder> but training.pt."""
     painter.save(folder)
@@ -290,6 +284,8 @@ def main():
     data = find_frames(settings.run)
     fill_in_defaults(settings, data)
     check_settings(settings, accelerator.num_processes, data.cameras)
+    folder = settings.out
+    check_base(settings.size, settings.base, folder)
 
     painter = build_painter(settings, data, accelerator.device)
     objective = OBJECTIVES[settings.size, settings.objective]
@@ -298,14 +294,13 @@ def main():
     accelerator.gradient_accumulation_steps = parts
     latent_cache = LatentCache(painter)
     optimizer = make_optimizer(settings.optimizer, painter, settings.learning_rate)
-    folder = settings.run / "controlnet"
     identity = identity_of(settings, data)
     start, log = resume(folder, painter, optimizer, identity)  # log: rows of losses.csv
     model, optimizer = accelerator.prepare(painter, optimizer)
     loader = make_batches(settings, data, accelerator, start)
     quiet = not is_main_process or start == settings.steps
     if not quiet:
-        print(describe_training(painter, accelerator, len(data.training), len(data.held_out)))
+        print(describe_training(painter, accelerator, data))
 
     stopping = StopSignal()
     bar = tqdm(loader, "painter", settings.steps, unit="step", initial=start, disable=quiet)

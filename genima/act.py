@@ -23,11 +23,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from genima.files import UserError
+from genima.files import UserError, write_whole
 from genima.image_encoder import ImageEncoder
 
 SIZES = {
@@ -176,6 +176,14 @@ def make_encoder(size: dict) -> nn.TransformerEncoder:
 
 
 # ------------------------------------------------------------------------------ trained controller
+def save_controller(folder: Path, network: ACT, config: dict):
+    """Write config.json and model.safetensors, each whole."""
+    with write_whole(folder / "config.json") as path:
+        path.write_text(json.dumps(config, indent=1))
+    with write_whole(folder / "model.safetensors") as path:
+        save_file(network.state_dict(), path)
+
+
 def words_of(text: str) -> list[str]:
     return re.findall(r"[a-z0-9]+", text.lower())
 

@@ -10,46 +10,57 @@ from genima.files import UserError
 from genima.painter import TinyPainter, load_painter
 
 SHIPPED = Path(__file__).resolve().parent.parent / "checkpoints/base"
+FROM_SCRATCH = "none"  # in place of a folder: random weights
+OWN = "make a base of its own (pretrain_painter.py), or start from random weights (--base none)"
 
 
-def load_base(base: str, config: dict, instructions: list[str]) -> TinyPainter:
-    """The base's painter, to be trained further with this config.
+def check_base(size: str, base: str, out: Path):
+    """Raise a UserError for a base that a painter of this size cannot start from.
 
-    Raises UserError for a folder without a base, or one that does not fit the run. Prints which
-    words of the instructions the base has never read.
+    out: the folder of the painter to be trained, which must not be the base itself.
     """
     folder = Path(base)
-    if not (folder / "painter.json").exists():
-        raise UserError(
-            f"{folder} holds no base: make one (make base), or start from random weights "
-            "(--base none)."
-        )
-    painter = load_painter(folder).train()
-    for name in ("size", "cameras", "image_size", "resolution"):
-        if painter.config[name] != config[name]:
+    if folder.is_dir() and folder.resolve() == out.resolve():
+        raise UserError(f"--out {out} is the base itself: give another folder.")
+    is_tiny = (folder / "painter.json").exists()
+    if size == "sd-turbo":
+        if is_tiny or base == FROM_SCRATCH:
             raise UserError(
-                f"The base {folder} is for {name} {painter.config[name]}, this run has "
-                f"{config[name]}: make a base of its own (pretrain_painter.py), or start from "
-                "random weights (--base none)."
+                f"--base {base} is for --size tiny: sd-turbo starts from SD-Turbo's folder, or its "
+                "name on the Hugging Face Hub (--base stabilityai/sd-turbo)."
             )
-    unknown = unknown_words(painter.tokenizer, instructions)
-    if unknown:
-        print(f"The base has never read {', '.join(unknown)}: it spells them letter by letter.")
+    elif base != FROM_SCRATCH and not is_tiny:
+        raise UserError(
+            f"{base} holds no base for --size tiny: make one (make base), or start from random "
+            "weights (--base none)."
+        )
+
+
+def load_base(base: str, config: dict) -> TinyPainter:
+    """The base's painter, to be trained further with this config.
+
+    Raises UserError for a base of other cameras or sizes, and for one that cannot be read.
+    """
+    painter = load_painter(base).train()
+    for name in ("size", "cameras", "image_size", "resolution"):
+        theirs = painter.config.get(name)
+        if theirs != config[name]:
+            raise UserError(
+                f"The base {base} is for {name} {theirs}, this run has {config[name]}: {OWN}."
+            )
     painter.config = config
     return painter
 
 
-def unknown_words(tokenizer, instructions: list[str]) -> list[str]:
-    """The words that are more than one token."""
-    words = set()
-    for instruction in instructions:
-        words.update(instruction.lower().split())
-    return sorted(word for word in words if len(tokenizer.tokenize(word)) > 1 and word.isalpha())
+def fingerprint(base: str) -> str | None:
+    """A hash of a base's parts: a training is resumed from the same base only.
 
-
-def fingerprint(base: str) -> str:
-    """A hash of the base's weights: a training is resumed from the same base only."""
+    None for random weights.
+    """
+    if base == FROM_SCRATCH:
+        return None
     digest = hashlib.sha256()
-    for path in sorted(Path(base).rglob("*.safetensors")):
-        digest.update(path.read_bytes())
+    for part in TinyPainter.saved_parts:
+        for path in sorted((Path(base) / part).glob("*.*")):
+            digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

@@ -51,6 +51,8 @@ class PainterData:
     horizon: int
     cameras: list[str]
     image_size: int
+    tasks: list[str]  # sorted
+    fps: float
 
     def instructions(self) -> list[str]:
         """All different instructions, sorted."""
@@ -68,6 +70,7 @@ def find_frames(run: Path) -> PainterData:
     training = []
     held_out = []
     horizons = set()
+    tasks = set()
     first_sizes = None
     for path in find_episodes(run / "episodes"):
         spheres = run / "spheres" / path.relative_to(run / "episodes")
@@ -80,6 +83,8 @@ def find_frames(run: Path) -> PainterData:
             instructions = [str(text) for text in root.attrs["instructions"]]
             length = len(root["action"])
             seed = int(root.attrs["seed"])
+            fps = float(root.attrs["fps"])
+            tasks.add(str(root.attrs["task"]))
             images = root["observations/images"]
             sizes = {camera: images[camera].shape[1:3] for camera in images}
         with read_hdf5(spheres, SPHERES_FORMAT) as root:
@@ -107,7 +112,9 @@ def find_frames(run: Path) -> PainterData:
             f"{run / 'spheres'} was drawn with different horizons {sorted(horizons)}: "
             f"draw all with one (python render_spheres.py --run {run})."
         )
-    return PainterData(training, held_out, horizons.pop(), order_cameras(first_sizes), image_size)
+    cameras = order_cameras(first_sizes)
+    horizon = horizons.pop()
+    return PainterData(training, held_out, horizon, cameras, image_size, sorted(tasks), fps)
 
 
 def order_cameras(cameras) -> list[str]:

@@ -4,10 +4,12 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor
 from transformers.optimization import Adafactor
 
-from genima.base import SHIPPED
+from genima.base import FROM_SCRATCH, SHIPPED, fingerprint
 from genima.files import UserError, check_number
 from genima.hub import check_hub
 from genima.painter import PROMPT, TinyPainter, TurboPainter
+from genima.painter_data import PainterData
+from genima.tokenizer import unknown_words
 from genima.training import check_numbers, trained_parameters
 from genima.views import grid_of
 
@@ -15,16 +17,17 @@ MAX_RESOLUTION = 4096  # pixels
 TRAINED_STEPS = 1000  # of noise, in a training; painting can take no more
 
 
-def fill_in_defaults(settings, data):
-    """Set what is None: values that depend on the size, and on the recorded views."""
+def fill_in_defaults(settings, data: PainterData):
+    """Set what is None: values that depend on the size, the base and the recorded views."""
     defaults = {"steps": 10_000, "learning_rate": 1e-5, "resolution": 512}
     defaults["base"] = "stabilityai/sd-turbo"
     if settings.size == "tiny":
         rows, _ = grid_of(len(data.cameras))
         defaults = {"base": str(SHIPPED), "steps": 1200, "learning_rate": 3e-4}
-        if settings.base == "none":
+        if settings.base == FROM_SCRATCH:
             defaults |= {"steps": 4800, "learning_rate": 8e-4}
         defaults["resolution"] = rows * data.image_size
+    defaults["out"] = settings.run / "controlnet"
     for name, value in defaults.items():
         if getattr(settings, name) is None:
             setattr(settings, name, value)
@@ -63,6 +66,17 @@ def check_settings(settings, num_processes: int, cameras: list[str]):
         )
     if settings.push_to_hub:
         check_hub(settings.push_to_hub)
+
+
+def identity_of(settings, data: PainterData) -> dict:
+    """Settings and facts about the data that must be the same when a training is resumed."""
+    names = "size objective resolution steps batch_size learning_rate optimizer precision crop seed"
+    identity = {name: getattr(settings, name) for name in names.split()}
+    identity |= {"image_size": data.image_size, "horizon": data.horizon}
+    identity |= {"cameras": data.cameras, "frames": len(data.training)}
+    if settings.size == "tiny":
+        identity["base"] = fingerprint(settings.base)
+    return identity
 
 
 # ------------------------------------------------------------------------- precision and memory
@@ -131,13 +145,19 @@ def make_optimizer(name: str, painter: torch.nn.Module, learning_rate: float):
     )
 
 
-def describe_training(painter, accelerator, training: int, held_out: int) -> str:
-    """One sentence about what is going to be trained, on how many frames, and where."""
+def describe_training(painter, accelerator, data: PainterData) -> str:
+    """What is going to be trained, on how many frames, where, and which words are new to it."""
     trained = sum(parameter.numel() for parameter in trained_parameters(painter).values())
-    return (
-        f"{training} frames to train on, {held_out} held out, {trained / 1e6:.1f} M parameters to "
-        f"train, on {accelerator.num_processes} processes ({accelerator.device.type})."
+    words = (
+        f"{len(data.training)} frames to train on, {len(data.held_out)} held out, "
+        f"{trained / 1e6:.1f} M parameters to train, on {accelerator.num_processes} processes "
+        f"({accelerator.device.type})."
     )
+    if isinstance(painter, TinyPainter):
+        unknown = unknown_words(painter.tokenizer, data.instructions())
+        if unknown:
+            words += f"\nNew to the text encoder, which spells them in bytes: {', '.join(unknown)}."
+    return words
 
 
 def split_batch(batch: dict, size: int, device: torch.device):

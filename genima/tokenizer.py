@@ -30,6 +30,17 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> torch.Tensor:
     return tokens.input_ids
 
 
+def unknown_words(tokenizer: CLIPTokenizer, sentences: list[str]) -> list[str]:
+    """The words of the sentences that the tokenizer's training did not have: more than one token.
+
+    Numbers are not among them: digits are always bytes.
+    """
+    words = set()
+    for sentence in sentences:
+        words.update(re.findall(r"[^\W\d_]+", sentence.lower()))
+    return sorted(word for word in words if len(tokenizer.tokenize(word)) > 1)
+
+
 def train_tokenizer(sentences: list[str]) -> CLIPTokenizer:
     """A tokenizer for which every word of the sentences is one token, whatever their order."""
     word_counts = Counter()

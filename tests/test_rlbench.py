@@ -572,7 +572,7 @@ def test_stages_1_to_3_run_on_an_imported_dataset(tmp_path):
         ["collect_demos.py", "--from-rlbench", tmp_path / "data"],
         ["episodes.py", "--check", tmp_path / "run/episodes"],
         ["render_spheres.py", "--horizon", 4, "--preview"],
-        ["train_controlnet.py", "--steps", 2, "--batch-size", 2],
+        ["train_controlnet.py", "--base", "none", "--steps", 2, "--batch-size", 2],
         ["train_act.py", "--steps", 2, "--batch-size", 2],
     ):
         done = run(

@@ -218,7 +218,8 @@ def test_train_load_and_paint(base, recorded, tmp_path):
     kept = {path.name for path in (folder / "step-3").iterdir()}
     assert kept == {"controlnet", "painter.json"} and not (folder / "step-2").exists()
     assert (folder / "validation.png").exists()
-    assert json.loads((folder / "painter.json").read_text()) == CONFIG | {"base": str(base)}
+    facts = {"base": str(base), "tasks": ["push_button"], "fps": 10.0}
+    assert json.loads((folder / "painter.json").read_text()) == CONFIG | facts
     card = (folder / "README.md").read_text()
     assert "stability-ai-community" in card and "| objective | one-step |" in card
 

@@ -47,6 +47,8 @@ CONFIG = {
     "resolution": 2 * SIZE,
     "horizon": 8,
     "cameras": list(CAMERAS),
+    "tasks": ["push_button"],
+    "fps": 10.0,
 }
 
 
@@ -448,6 +450,8 @@ def child(main, log, arguments):
 def start(run, *arguments, main=train_controlnet.main):
     """The stage in a process of its own; what it prints goes to <run>.out and <run>.err."""
     settings = ["--steps", STEPS, "--batch-size", 2, "--checkpoint-every", CHECKPOINT]
+    if "--base" not in arguments:
+        settings += ["--base", "none"]
     process = FORKS.Process(target=child, args=(main, run, ["--run", run, *settings, *arguments]))
     process.start()
     return process

@@ -1,0 +1,185 @@
+"""Stage 2 from a base: what it takes over, where it writes, and bases that do not fit."""
+
+import json
+import shutil
+import signal
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import train_controlnet
+from genima.base import fingerprint, load_base
+from genima.episodes import CAMERAS
+from genima.files import run_stage
+from genima.painter import TinyPainter, load_painter
+from genima.tokenizer import unknown_words
+
+SIZE = 16  # pixels a view
+CONFIG = {
+    "size": "tiny",
+    "objective": "one-step",
+    "num_inference_steps": 1,
+    "image_size": SIZE,
+    "resolution": 2 * SIZE,
+    "horizon": 0,
+    "cameras": list(CAMERAS),
+}
+SENTENCES = ["the robot as it is", "push the rose button"]
+
+
+def make_base(folder, sentences=SENTENCES, **config):
+    folder.mkdir()
+    torch.manual_seed(0)
+    TinyPainter.from_scratch(sentences, CONFIG | config).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return make_base(tmp_path_factory.mktemp("bases") / "base")
+
+
+@pytest.fixture
+def run(recorded, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("episodes", "spheres"):
+        (folder / name).symlink_to(recorded / name)
+    return folder
+
+
+def train(run, base, *options, steps=2):
+    """Run the stage in this process; the exit code."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    words = ["--run", run, "--base", base, "--steps", steps, "--batch-size", 2]
+    words += ["--precision", "fp32", *options]  # one precision for all runs in this process
+    try:
+        sys.argv = ["train_controlnet.py", *map(str, words)]
+        run_stage(train_controlnet.main)
+        return 0
+    except SystemExit as ended:
+        return ended.code
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_a_painter_starts_from_its_base(base, run, capsys):
+    out = run.parent / "elsewhere/painter"
+    assert train(run, base, "--out", out, "--learning-rate", 0) == 0
+    assert not (run / "controlnet").exists()
+    printed = capsys.readouterr().out
+    assert printed.count("New to the text encoder, which spells them in bytes: ") == 1
+    config = json.loads((out / "painter.json").read_text())
+    assert config == CONFIG | {"horizon": 8, "tasks": ["push_button"], "fps": 10.0}
+    trained = load_painter(out)
+    start = load_painter(base)
+    assert trained.tokenizer.get_vocab() == start.tokenizer.get_vocab()
+    for name, weight in start.state_dict().items():  # nothing was learned
+        torch.testing.assert_close(trained.state_dict()[name], weight, atol=0, rtol=0)
+
+    assert train(run, base, "--out", run / "painter") == 0  # now something is
+    learned = load_painter(run / "painter").state_dict()
+    changed = set()
+    for name, weight in start.state_dict().items():
+        if not torch.equal(learned[name], weight):
+            changed.add(name.split(".")[0])
+    assert changed == {"unet", "controlnet", "text_encoder"}
+
+
+def test_the_base_decides_the_defaults(base, run):
+    data = train_controlnet.find_frames(run)
+    expected = {str(base): (600, 3e-4), "none": (4800, 8e-4)}
+    for name, defaults in expected.items():
+        settings = train_controlnet.Settings(run=run, base=name)
+        train_controlnet.fill_in_defaults(settings, 1, data)
+        assert (settings.steps, settings.learning_rate) == defaults
+        assert settings.out == run / "controlnet"
+    settings = train_controlnet.Settings(run=run)
+    train_controlnet.fill_in_defaults(settings, 1, data)
+    assert settings.base.endswith("checkpoints/base") and settings.steps == 600
+    settings = train_controlnet.Settings(run=run, size="sd-turbo")
+    train_controlnet.fill_in_defaults(settings, 1, data)
+    assert (settings.base, settings.steps) == ("stabilityai/sd-turbo", 10_000)
+
+
+def test_words_that_the_base_never_read(base):
+    tokenizer = load_painter(base).tokenizer
+    assert unknown_words(tokenizer, ["Push the rose button, robot!"]) == []
+    said = unknown_words(tokenizer, ["push the zebra", "polish the ñandú in 1984"])
+    assert said == ["in", "polish", "zebra", "ñandú"]
+
+
+def test_a_training_resumes_from_its_own_base_only(base, run, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    assert fingerprint(other) == fingerprint(base)
+    painter = load_base(other, CONFIG)
+    with torch.no_grad():
+        painter.unet.conv_in.bias += 1
+    painter.save(other)
+    assert fingerprint(other) != fingerprint(base)
+
+    options = ["--checkpoint-every", 1, "--learning-rate", 1e-3]
+    assert train(run, base, *options) == 0
+    for name in (other, "none"):
+        capsys.readouterr()
+        assert train(run, name, *options) == 2
+        sentence = capsys.readouterr().err.strip()
+        assert "was trained with base" in sentence and len(sentence.splitlines()) == 1
+    assert train(run, base, *options) == 0
+
+
+BAD = {  # what to change in the base's config or the arguments -> a part of the sentence
+    "cameras": ({"cameras": ["wrist", "top", "left", "right"]}, [], "is for cameras"),
+    "image size": ({"image_size": 32}, [], "is for image_size 32, this run has 16"),
+    "resolution": ({}, ["--resolution", 64], "is for resolution 32, this run has 64"),
+    "for sd-turbo": ({}, ["--size", "sd-turbo"], "is for --size tiny"),
+    "the output": ({}, ["--out", "BASE"], "is the base itself"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_a_base_that_does_not_fit_is_one_sentence(run, tmp_path, capsys, what):
+    changes, options, sentence = BAD[what]
+    base = make_base(tmp_path / "base", **changes)
+    options = [base if option == "BASE" else option for option in options]
+    files = {path: path.read_bytes() for path in base.rglob("*.*")}
+    assert train(run, base, *options) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and sentence in said[0], said
+    assert not (run / "controlnet").exists()
+    assert files == {path: path.read_bytes() for path in base.rglob("*.*")}
+
+
+@pytest.mark.parametrize(
+    "name, options, sentence",
+    [
+        ("no/such/folder", [], "holds no base for --size tiny: make one (make base)"),
+        ("stabilityai/sd-turbo", [], "(--base none)"),
+        ("none", ["--size", "sd-turbo"], "sd-turbo starts from SD-Turbo's folder"),
+    ],
+)
+def test_no_base_is_one_sentence(run, capsys, name, options, sentence):
+    assert train(run, name, *options) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and sentence in said[0], said
+
+
+def test_half_a_base_is_one_sentence(run, tmp_path, capsys):
+    base = make_base(tmp_path / "base")
+    weights = base / "unet/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert train(run, base) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and str(base / "unet") in said[0], said
+
+
+def test_the_shipped_base_paints():
+    painter = load_painter("checkpoints/base")
+    assert painter.config["cameras"] == list(CAMERAS) and painter.config["horizon"] == 0
+    views = {camera: np.zeros((1, 64, 64, 3), np.uint8) for camera in CAMERAS}
+    painted = painter.paint(views, ["the rose block"])
+    assert {picture.shape for picture in painted.values()} == {(1, 64, 64, 3)}
