@@ -15,7 +15,7 @@ from PIL import Image
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
-from test_rlbench import CAMERAS, dumps, write_dataset  # noqa: E402
+from test_rlbench import CAMERAS, dumps, write_dataset
 
 
 def main(root: tyro.conf.Positional[Path], episodes: int = 100, frames: int = 100):

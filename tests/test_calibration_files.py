@@ -26,17 +26,29 @@ MATRIX = [[607.0, 0, 320.5], [0, 606.0, 240.5], [0, 0, 1]]  # pixel centres at +
 COEFFICIENTS = [0.1, -0.2, 0.001, -0.002, 0.0]
 POSE = np.array([[0.0, -1, 0, 0.05], [1, 0, 0, 0.01], [0, 0, 1, 0.1], [0, 0, 0, 1]])
 REALSENSE = {
-    "width": 640, "height": 480, "fx": 607.0, "fy": 606.0, "ppx": 320.0, "ppy": 240.0,
-    "model": "brown_conrady", "coeffs": COEFFICIENTS,
-}  # fmt: skip
+    "width": 640,
+    "height": 480,
+    "fx": 607.0,
+    "fy": 606.0,
+    "ppx": 320.0,
+    "ppy": 240.0,
+    "model": "brown_conrady",
+    "coeffs": COEFFICIENTS,
+}
 PRINTED = {
-    "width": 640, "height": 480, "distortion_model": "plumb_bob", "d": COEFFICIENTS,
+    "width": 640,
+    "height": 480,
+    "distortion_model": "plumb_bob",
+    "d": COEFFICIENTS,
     "k": [607.0, 0.0, 320.0, 0.0, 606.0, 240.0, 0.0, 0.0, 1.0],
-}  # fmt: skip
+}
 KALIBR = {
-    "camera_model": "pinhole", "intrinsics": [607.0, 606.0, 320.0, 240.0],
-    "distortion_model": "radtan", "distortion_coeffs": COEFFICIENTS[:4], "resolution": [640, 480],
-}  # fmt: skip
+    "camera_model": "pinhole",
+    "intrinsics": [607.0, 606.0, 320.0, 240.0],
+    "distortion_model": "radtan",
+    "distortion_coeffs": COEFFICIENTS[:4],
+    "resolution": [640, 480],
+}
 
 
 def write(path, content):
@@ -52,9 +64,15 @@ def pose_file(path, camera="wrist", **poses):
 
 @pytest.mark.parametrize(
     "content",
-    [REALSENSE, {"wrist": REALSENSE}, ROS, PRINTED, {"cam0": KALIBR},
-     {"wrist": {"intrinsics": MATRIX, "size": [480, 640], "distortion": COEFFICIENTS}}],
-)  # fmt: skip
+    [
+        REALSENSE,
+        {"wrist": REALSENSE},
+        ROS,
+        PRINTED,
+        {"cam0": KALIBR},
+        {"wrist": {"intrinsics": MATRIX, "size": [480, 640], "distortion": COEFFICIENTS}},
+    ],
+)
 def test_all_programs_say_the_same_lens(tmp_path, content):
     lens = write(tmp_path / "lens.yaml", content)
     pose = pose_file(tmp_path / "pose.yaml", last_joint_from_camera=POSE)
@@ -154,27 +172,45 @@ COMPLETE = {"intrinsics": MATRIX, "world_from_camera": POSE.tolist()}
 STRETCHED = np.diag([1.0, 2, 1, 1]).tolist()
 
 
-@pytest.mark.parametrize("content, words", [
-    ({"wrist": {"intrinsics": MATRIX}}, "does not say where camera 'wrist' is"),
-    ({"wrist": {"world_from_camera": POSE.tolist()}}, "no intrinsics"),
-    ({"front": COMPLETE, "back": COMPLETE}, "'wrist' is not in"),
-    ({"wrist": COMPLETE | {"hand_from_camera": POSE.tolist()}}, "keep one"),
-    ({"wrist": {"intrinsics": MATRIX, "elbow_from_camera": POSE.tolist()}}, "names no frame"),
-    ({"wrist": COMPLETE | {"intrinsics": [[1, 2], [3, 4]]}}, "intrinsics"),
-    ({"wrist": COMPLETE | {"world_from_camera": STRETCHED}}, "not a rotation"),
-    ({"wrist": COMPLETE | {"distortion": [1, 2, 3]}}, "distortion has 3 numbers"),
-    ({"wrist": COMPLETE | {"distortion": [1, 2, 3, 4], "distortion_model": "ftheta"}}, "'ftheta'"),
-    ({"wrist": {"fx": 1.0, "fy": 1.0, "ppx": 1.0}}, "'ppy'"),
-    ({"wrist": {"fx": "wide", "fy": 1.0, "ppx": 1.0, "ppy": 1.0}}, "no number"),
-    ({"cam0": KALIBR | {"camera_model": "omni"}}, "'omni'"),
-    ({"cam0": KALIBR | {"intrinsics": [1.0, 2.0]}}, "intrinsics"),
-    ({"transformation": {"x": 0.0, "y": 0.0}}, "'z'"),
-    ({"transformation": {"x": 0.0, "y": 0.0, "z": 0.0, "qx": 2.0, "qy": 0.0, "qz": 0.0, "qw": 0.0}},
-     "quaternion"),
-    ("wrist: {", "neither JSON nor YAML"),
-    ("", "no file of cameras"),
-    ("wrist: 3", "no camera's entry"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ({"wrist": {"intrinsics": MATRIX}}, "does not say where camera 'wrist' is"),
+        ({"wrist": {"world_from_camera": POSE.tolist()}}, "no intrinsics"),
+        ({"front": COMPLETE, "back": COMPLETE}, "'wrist' is not in"),
+        ({"wrist": COMPLETE | {"hand_from_camera": POSE.tolist()}}, "keep one"),
+        ({"wrist": {"intrinsics": MATRIX, "elbow_from_camera": POSE.tolist()}}, "names no frame"),
+        ({"wrist": COMPLETE | {"intrinsics": [[1, 2], [3, 4]]}}, "intrinsics"),
+        ({"wrist": COMPLETE | {"world_from_camera": STRETCHED}}, "not a rotation"),
+        ({"wrist": COMPLETE | {"distortion": [1, 2, 3]}}, "distortion has 3 numbers"),
+        (
+            {"wrist": COMPLETE | {"distortion": [1, 2, 3, 4], "distortion_model": "ftheta"}},
+            "'ftheta'",
+        ),
+        ({"wrist": {"fx": 1.0, "fy": 1.0, "ppx": 1.0}}, "'ppy'"),
+        ({"wrist": {"fx": "wide", "fy": 1.0, "ppx": 1.0, "ppy": 1.0}}, "no number"),
+        ({"cam0": KALIBR | {"camera_model": "omni"}}, "'omni'"),
+        ({"cam0": KALIBR | {"intrinsics": [1.0, 2.0]}}, "intrinsics"),
+        ({"transformation": {"x": 0.0, "y": 0.0}}, "'z'"),
+        (
+            {
+                "transformation": {
+                    "x": 0.0,
+                    "y": 0.0,
+                    "z": 0.0,
+                    "qx": 2.0,
+                    "qy": 0.0,
+                    "qz": 0.0,
+                    "qw": 0.0,
+                }
+            },
+            "quaternion",
+        ),
+        ("wrist: {", "neither JSON nor YAML"),
+        ("", "no file of cameras"),
+        ("wrist: 3", "no camera's entry"),
+    ],
+)
 def test_a_wrong_file_is_refused_in_one_sentence(tmp_path, content, words):
     path = write(tmp_path / "cams.yaml", content)
     with pytest.raises(UserError) as caught:
@@ -195,15 +231,22 @@ def distorted(point, coefficients, model):
         bent = angle * (1 + k1 * angle**2 + k2 * angle**4 + k3 * angle**6 + k4 * angle**8)
         return np.array([x, y]) * bent / np.sqrt(r2)
     radial = 1 + k1 * r2 + k2 * r2**2 + k3 * r2**3
-    return np.array([
-        x * radial + 2 * p1 * x * y + p2 * (r2 + 2 * x * x),
-        y * radial + p1 * (r2 + 2 * y * y) + 2 * p2 * x * y,
-    ])  # fmt: skip
+    return np.array(
+        [
+            x * radial + 2 * p1 * x * y + p2 * (r2 + 2 * x * x),
+            y * radial + p1 * (r2 + 2 * y * y) + 2 * p2 * x * y,
+        ]
+    )
 
 
-@pytest.mark.parametrize("name, model", [
-    ("plumb_bob", "brown"), ("inverse_brown_conrady", "inverse_brown"), ("equidistant", "fisheye"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, model",
+    [
+        ("plumb_bob", "brown"),
+        ("inverse_brown_conrady", "inverse_brown"),
+        ("equidistant", "fisheye"),
+    ],
+)
 def test_a_bent_picture_is_straightened(tmp_path, name, model):
     coefficients = [0.1, -0.05, 0.01, 0.02] if model == "fisheye" else COEFFICIENTS
     entry = COMPLETE | {"distortion": coefficients, "distortion_model": name}
@@ -249,10 +292,13 @@ def arm(frames=10):
     return robot_chain("panda").forward_kinematics(joints)
 
 
-@pytest.mark.parametrize("name, pose", [
-    ("world_from_camera", look_at([1.3, 0.4, 0.7], [0.2, 0, 0.4])),
-    ("hand_from_camera", look_at([0.3, 0.1, -0.2], [0.0, 0.0, 0.1])),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, pose",
+    [
+        ("world_from_camera", look_at([1.3, 0.4, 0.7], [0.2, 0, 0.4])),
+        ("hand_from_camera", look_at([0.3, 0.1, -0.2], [0.0, 0.0, 0.1])),
+    ],
+)
 def test_an_inverted_pose_is_refused(tmp_path, name, pose):
     size = (480, 640)
     right = pose_file(tmp_path / "right.yaml", intrinsics=MATRIX, **{name: pose})

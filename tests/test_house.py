@@ -13,7 +13,7 @@ PACKAGES = ("genima", "robot", "sims", "tools")
 # A module may import modules of its own level's packages and of those below.
 ALLOWED = {
     "genima": {"genima"},
-    "robot": {"robot", "genima"},
+    "robot": {"robot", "sims", "genima"},  # sims: for the simulated arm
     "sims": {"sims", "genima"},
     "tools": {"tools", "stage", "sims", "robot", "genima"},
     "stage": {"sims", "robot", "genima"},

@@ -302,9 +302,11 @@ def test_ur5e_is_where_its_table_says():
     for i in range(6):
         ct, st, ca, sa = np.cos(q[i]), np.sin(q[i]), np.cos(alpha[i]), np.sin(alpha[i])
         pose = pose @ [
-            [ct, -st * ca, st * sa, a[i] * ct], [st, ct * ca, -ct * sa, a[i] * st],
-            [0, sa, ca, d[i]], [0, 0, 0, 1],
-        ]  # fmt: skip
+            [ct, -st * ca, st * sa, a[i] * ct],
+            [st, ct * ca, -ct * sa, a[i] * st],
+            [0, sa, ca, d[i]],
+            [0, 0, 0, 1],
+        ]
     np.testing.assert_allclose(chain.forward_kinematics(q)[-1], pose, atol=1e-9)
 
 
@@ -336,30 +338,37 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:5000])
 
 
-@pytest.mark.parametrize("spoil, arguments, words", [
-    (change("timestamps", back_in_time), [], "timestamps go back at frame 20"),
-    (change("timestamps", lambda seconds: 1e6 * seconds), [], "timestamp_unit"),
-    (change("timestamps", lambda seconds: seconds[:-1]), [], "timestamps has shape (29,)"),
-    (change("timestamps", None), [], "--source-fps"),
-    (change("joint_positions", one_is_nan), [], "NaN"),
-    (change("joint_positions", np.degrees), [], "joint_unit: degrees"),
-    (change("joint_positions", lambda joints: np.tile(joints, 2)), [], "14 joints"),
-    (change("joint_positions", lambda joints: joints[:, :6]), ["--robot", "fr3"], "a fr3 has 7"),
-    (change("joint_positions", None), [], "no ready mapping fits"),
-    (change("joint_positions", None), ["--mapping", "vendor"], "has no joint_positions"),
-    (change("gripper_width", lambda width: 2550 * width), [], "gripper_range"),
-    (change("rgb/wrist", lambda images: images[:-1]), [], "29 pictures for 30 frames"),
-    (change("rgb/wrist", lambda images: images.astype(np.float32)), [], "uint8"),
-    (change("rgb/wrist", lambda images: images[:, 0, :, 0]), [], "no JPEG or PNG"),
-    (change("rgb/wrist", None), ["--mapping", "vendor"], "no pictures at rgb/{camera}"),
-    (None, ["--fps", 60], "give --fps 31 or less"),
-    (None, ["--robot", "kuka"], "'kuka'"),
-    (None, ["--cameras", "front"], "no pictures of front"),
-    (None, ["--mapping", "aloha2"], "no mapping 'aloha2'"),
-    (None, ["--fps", 0], "--fps must be above 0"),
-    (cut, [], "no whole HDF5 file"),
-    (lambda path: path.write_text("joints"), [], "no whole HDF5 file"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "spoil, arguments, words",
+    [
+        (change("timestamps", back_in_time), [], "timestamps go back at frame 20"),
+        (change("timestamps", lambda seconds: 1e6 * seconds), [], "timestamp_unit"),
+        (change("timestamps", lambda seconds: seconds[:-1]), [], "timestamps has shape (29,)"),
+        (change("timestamps", None), [], "--source-fps"),
+        (change("joint_positions", one_is_nan), [], "NaN"),
+        (change("joint_positions", np.degrees), [], "joint_unit: degrees"),
+        (change("joint_positions", lambda joints: np.tile(joints, 2)), [], "14 joints"),
+        (
+            change("joint_positions", lambda joints: joints[:, :6]),
+            ["--robot", "fr3"],
+            "a fr3 has 7",
+        ),
+        (change("joint_positions", None), [], "no ready mapping fits"),
+        (change("joint_positions", None), ["--mapping", "vendor"], "has no joint_positions"),
+        (change("gripper_width", lambda width: 2550 * width), [], "gripper_range"),
+        (change("rgb/wrist", lambda images: images[:-1]), [], "29 pictures for 30 frames"),
+        (change("rgb/wrist", lambda images: images.astype(np.float32)), [], "uint8"),
+        (change("rgb/wrist", lambda images: images[:, 0, :, 0]), [], "no JPEG or PNG"),
+        (change("rgb/wrist", None), ["--mapping", "vendor"], "no pictures at rgb/{camera}"),
+        (None, ["--fps", 60], "give --fps 31 or less"),
+        (None, ["--robot", "kuka"], "'kuka'"),
+        (None, ["--cameras", "front"], "no pictures of front"),
+        (None, ["--mapping", "aloha2"], "no mapping 'aloha2'"),
+        (None, ["--fps", 0], "--fps must be above 0"),
+        (cut, [], "no whole HDF5 file"),
+        (lambda path: path.write_text("joints"), [], "no whole HDF5 file"),
+    ],
+)
 def test_what_cannot_be_imported_is_said_in_one_sentence(
     tmp_path, command, cams, spoil, arguments, words
 ):

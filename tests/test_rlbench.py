@@ -19,29 +19,29 @@ from PIL import Image
 STANDIN = ROOT / "tests" / "rlbench_standin"
 sys.path.insert(0, str(STANDIN))
 
-import test_evaluate  # noqa: E402
-from gymnasium.utils.env_checker import check_env  # noqa: E402
-from rlbench.action_modes.action_mode import MoveArmThenGripper  # noqa: E402
-from rlbench.action_modes.arm_action_modes import JointPosition  # noqa: E402
-from rlbench.action_modes.gripper_action_modes import Discrete  # noqa: E402
-from rlbench.backend import scene as toy  # noqa: E402
-from rlbench.environment import Environment  # noqa: E402
-from rlbench.observation_config import ObservationConfig  # noqa: E402
-from rlbench.tasks.reach_target import ReachTarget  # noqa: E402
+import test_evaluate
+from gymnasium.utils.env_checker import check_env
+from rlbench.action_modes.action_mode import MoveArmThenGripper
+from rlbench.action_modes.arm_action_modes import JointPosition
+from rlbench.action_modes.gripper_action_modes import Discrete
+from rlbench.backend import scene as toy
+from rlbench.environment import Environment
+from rlbench.observation_config import ObservationConfig
+from rlbench.tasks.reach_target import ReachTarget
 
-import collect_demos  # noqa: E402
-import evaluate  # noqa: E402
-from genima.episodes import CAMERAS, check_episode, find_episodes, read_episode, write_episode  # noqa: E402
-from genima.files import UserError  # noqa: E402
-from genima.kinematics import Chain  # noqa: E402
-from genima.report import summarise  # noqa: E402
-from genima.spheres import draw_spheres  # noqa: E402
-from sims.coppeliasim import missing, simulator  # noqa: E402
-from sims.mujoco_panda import PandaEnv  # noqa: E402
-from sims.rlbench_arm import JOINT_4_ZERO, rlbench_chain  # noqa: E402
-from sims.rlbench_dataset import find_demonstrations, load, read_demonstration  # noqa: E402
-from sims.rlbench_panda import RLBenchEnv  # noqa: E402
-from sims.rlbench_protocol import PAPER_TASKS  # noqa: E402
+import collect_demos
+import evaluate
+from genima.episodes import CAMERAS, check_episode, find_episodes, read_episode, write_episode
+from genima.files import UserError
+from genima.kinematics import Chain
+from genima.report import summarise
+from genima.spheres import draw_spheres
+from sims.coppeliasim import missing, simulator
+from sims.mujoco_panda import PandaEnv
+from sims.rlbench_arm import JOINT_4_ZERO, rlbench_chain
+from sims.rlbench_dataset import find_demonstrations, load, read_demonstration
+from sims.rlbench_panda import RLBenchEnv
+from sims.rlbench_protocol import PAPER_TASKS
 
 SIZE = (40, 48)  # height, width
 
