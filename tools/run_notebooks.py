@@ -8,11 +8,16 @@ Out:  the same notebooks with new outputs, and a stamp in their metadata
 
 The stamp is a hash of all that the outputs depend on. A test compares it with the present code, so
 a notebook never shows the outputs of code that is no longer there. Comments do not count.
+
+The repository's address stands here and nowhere else: the first code cell (SET_UP) and the link to
+Colab are written into every notebook.
 """
 
 import ast
+import base64
 import hashlib
 import io
+import re
 import sys
 import time
 import tokenize
@@ -23,6 +28,7 @@ import nbformat
 from IPython.core.inputtransformer2 import TransformerManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -32,6 +38,27 @@ from genima.files import UserError, run_stage, write_whole
 NOTEBOOKS = ROOT / "notebooks"
 CHECKPOINT = ROOT / "checkpoints/demo"
 CELL_TIMEOUT = 1800  # seconds; on two free cores the slowest cell takes about half a minute
+REPOSITORY = "OWNER/nanogenima"  # on GitHub: a fork writes its own here, then `make notebooks`
+BRANCH = "main"
+SET_UP = f"""\
+# In Colab: fetch the repository, install what Colab lacks. Elsewhere: go to its folder.
+import os
+import sys
+
+if "google.colab" in sys.modules and not os.path.exists("episodes.py"):
+    !apt-get -qq install libegl1 libosmesa6 > /dev/null
+    !git clone -q https://github.com/{REPOSITORY} nanogenima
+    os.chdir("nanogenima")
+    !grep -vE "^(torch|numpy|pillow|matplotlib|jupyterlab|ipykernel|nb)" \\
+        requirements.txt | pip install -q -r /dev/stdin
+elif not os.path.exists("episodes.py"):
+    os.chdir("..")
+sys.path.insert(0, os.getcwd())
+
+import matplotlib.pyplot as plt
+
+%matplotlib inline
+plt.style.use("notebooks/genima.mplstyle")"""
 
 
 def notebook_code(notebook) -> str:
@@ -108,12 +135,35 @@ def stamp(notebook) -> str:
     return numbers.hexdigest()
 
 
+def write_address(notebook, name: str):
+    """Put the link to Colab below the title, and SET_UP into the first code cell."""
+    title, code = notebook.cells[:2]
+    address = f"https://colab.research.google.com/github/{REPOSITORY}/blob/{BRANCH}/notebooks"
+    heading, _, text = title.source.partition("\n")
+    text = re.sub(r"^\s*\[Open in Colab\]\(.*\)", "", text).lstrip()
+    title.source = f"{heading}\n\n[Open in Colab]({address}/{name})\n\n{text}"
+    code.source = SET_UP
+
+
+def store_smaller(output):
+    """Compress an output's picture as far as PNG can, without its transparency."""
+    data = output.get("data", {})
+    if "image/png" not in data:
+        return
+    picture = Image.open(io.BytesIO(base64.b64decode(data["image/png"])))
+    file = io.BytesIO()
+    picture.convert("RGB").save(file, "PNG", optimize=True)
+    data["image/png"] = base64.b64encode(file.getvalue()).decode()
+
+
 def execute(path: Path):
     """Run one notebook as Jupyter would, in its own folder, and store the outputs.
 
     A cell that fails raises UserError and leaves the file as it was.
     """
     notebook = nbformat.read(path, as_version=4)
+    if notebook.cells[0].cell_type == "markdown":
+        write_address(notebook, path.name)
     client = NotebookClient(
         notebook,
         timeout=CELL_TIMEOUT,
@@ -128,6 +178,8 @@ def execute(path: Path):
     for cell in notebook.cells:
         if cell.cell_type == "code":  # progress bars go to stderr: a page does not need them
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+            for output in cell.outputs:
+                store_smaller(output)
     metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
