@@ -264,6 +264,7 @@ def count_bytes(precision: str, optimizer_name: str, samples: int) -> dict[str, 
 
 def build_turbo(frozen_type: torch.dtype) -> TurboPainter:
     """A painter of SD-Turbo's size, prepared for training."""
+    torch.set_default_dtype(frozen_type)
     unet = UNet2DConditionModel(
         sample_size=64,
         block_out_channels=(320, 640, 1280, 1280),
@@ -280,9 +281,8 @@ def build_turbo(frozen_type: torch.dtype) -> TurboPainter:
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
     )
+    torch.set_default_dtype(torch.float32)
     controlnet = ControlNetModel.from_unet(unet, load_weights_from_unet=False)
-    unet.to(frozen_type)
-    vae.to(frozen_type)
     config = {
         "size": "sd-turbo",
         "objective": "one-step",
