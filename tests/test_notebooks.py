@@ -1,5 +1,5 @@
-"""The notebooks run; and as files: short cells, three exercises, small pictures, and outputs that
-belong to the present code.
+"""The notebooks run; and as files: short cells, three exercises with solutions, small pictures, and
+outputs that belong to the present code.
 """
 
 import ast
@@ -8,17 +8,21 @@ import re
 import shutil
 
 import nbformat
+import numpy as np
 import pytest
 from conftest import ROOT
 
 from genima.files import UserError
 from tools.run_notebooks import (
+    REPOSITORY,
+    SET_UP,
     execute,
     find_notebooks,
     imported_files,
     notebook_code,
     stamp,
     without_comments,
+    write_address,
 )
 
 NAMES = [
@@ -85,6 +89,23 @@ def test_reads_well_on_a_page(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_opens_with_what_you_will_see(name):
+    """Before the first section there is a figure or a film."""
+    kinds = set()
+    for cell in read(name).cells:
+        if "\n## " in f"\n{cell.source}":
+            break
+        for output in cell.get("outputs", []):
+            kinds |= set(output.get("data", {}))
+    assert kinds & {"image/png", "text/html"}
+
+
+@pytest.mark.parametrize("name", [NAMES[0], *NAMES[3:]])
+def test_has_a_film(name):
+    assert "text/html" in {kind for kind, _ in stored_data(read(name))}
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_holds_no_model_data_or_geometry_of_its_own(name):
     notebook = read(name)
     tree = ast.parse(notebook_code(notebook))
@@ -93,7 +114,7 @@ def test_holds_no_model_data_or_geometry_of_its_own(name):
     for cell in code_cells(notebook):
         lines = cell.source.splitlines()
         assert len(lines) <= 36, lines[0]
-        assert max(map(len, lines)) <= 150
+        assert max(map(len, lines)) < 90, max(lines, key=len)
     imported = imported_files(notebook_code(notebook))
     assert len({path.stem for path in imported} - {"__init__"}) >= 2, "calls the scripts' functions"
     names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
@@ -111,6 +132,7 @@ def test_teaches(name):
     assert "google.colab" in setup.source
     assert "requirements.txt" in setup.source
     assert not setup.outputs
+    assert f"solutions/{name[:2]}.md" in text
     exercises = notebook.cells[-1].source.split("## Exercises")[1]
     numbers = [line[:3] for line in exercises.splitlines() if line[:1].isdigit()]
     assert numbers == ["1. ", "2. ", "3. "]
@@ -132,9 +154,61 @@ def test_runs_from_top_to_bottom(name, tmp_path):
         assert output_kinds(before) == output_kinds(after), before.source.splitlines()[0]
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_the_exercises_have_solutions(name):
+    text = (ROOT / f"notebooks/solutions/{name[:2]}.md").read_text()
+    assert re.findall(r"^## (\d)\. ", text, re.MULTILINE) == ["1", "2", "3"]
+    assert max(map(len, text.splitlines())) <= 100
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        ast.parse(block)
+
+
 def test_all_are_one_set():
     assert sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb")) == NAMES
-    assert len({code_cells(read(name))[0].source for name in NAMES}) == 1
+    assert {code_cells(read(name))[0].source for name in NAMES} == {SET_UP}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_address_comes_from_one_place(name):
+    """The link to Colab opens this notebook; nothing but the link and SET_UP names the address."""
+    sources = [cell.source for cell in read(name).cells]
+    link = (
+        f"(https://colab.research.google.com/github/{REPOSITORY}/blob/main/notebooks/{name}.ipynb)"
+    )
+    assert sources[0].splitlines()[2] == f"[Open in Colab]{link}"
+    assert sum(REPOSITORY in source for source in sources) == 2
+    assert not any("OWNER" in source.replace(REPOSITORY, "") for source in sources)
+
+
+def test_an_old_address_is_replaced():
+    title = nbformat.v4.new_markdown_cell(
+        "# 0 · A\n\n[Open in Colab](https://old)\n\nYou will see."
+    )
+    notebook = nbformat.v4.new_notebook(cells=[title, nbformat.v4.new_code_cell("old")])
+    for _ in range(2):  # the second time changes nothing
+        write_address(notebook, "a.ipynb")
+    lines = title.source.splitlines()
+    assert lines[0] == "# 0 · A"
+    assert lines[2].startswith("[Open in Colab](https://colab.research.google.com/")
+    assert lines[2].endswith("/notebooks/a.ipynb)")
+    assert lines[3:] == ["", "You will see."]
+    assert notebook.cells[1].source == SET_UP
+
+
+def test_pictures_are_laid_out_as_the_painter_tiles_them():
+    from notebooks.figures import pick, repeat, stack, tiled
+
+    views = {name: np.full((2, 2, 3), i, np.uint8) for i, name in enumerate("abcd")}
+    picture = tiled(views)  # two rows of two, a white pixel around each view
+    assert picture.shape == (8, 8, 3)
+    corners = picture[[1, 1, 5, 5], [1, 5, 1, 5], 0]
+    assert corners.tolist() == [0, 1, 2, 3]
+    assert (picture[0] == 255).all()
+    batch = stack([views, pick(repeat(views, 3), 2)])
+    assert batch["d"].shape == (2, 2, 2, 3)
+    assert (batch["d"] == 3).all()
 
 
 def test_some_are_chosen_by_the_beginning_of_their_names():
