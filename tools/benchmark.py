@@ -218,7 +218,6 @@ def rlbench(dataset: Path, workers: int | None = None):
 
 def decode_twice(paths: list[Path]) -> float:
     """Seconds that it takes."""
-    start = time.perf_counter()
     for path in [*paths, *paths]:
         with Image.open(path) as picture:
             np.array(picture)
