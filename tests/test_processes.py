@@ -17,7 +17,7 @@ from conftest import ROOT
 from safetensors.torch import load_file
 from turbo import make_turbo
 
-OPTIONS = {"train_controlnet.py": [], "train_act.py": ["--device", "cpu"]}
+OPTIONS = {"train_controlnet.py": [], "train_act.py": ["--device", "cpu", "--precision", "fp32"]}
 WEIGHTS = {
     "train_controlnet.py": "controlnet/controlnet/diffusion_pytorch_model.safetensors",
     "train_act.py": "act/model.safetensors",

@@ -314,7 +314,9 @@ def test_more_processes_than_samples():
 
 
 def test_a_grid_of_views_that_the_networks_cannot_halve():
-    settings = Settings(size="sd-turbo", steps=1, micro_batch_size=1, resolution=72)
+    settings = Settings(
+        size="sd-turbo", steps=1, micro_batch_size=1, resolution=72, learning_rate=1e-5
+    )
     check_settings(settings, 1, list(CAMERAS))
     with pytest.raises(UserError, match="72x108 pixels, which is no multiple of 8"):
         check_settings(settings, 1, ["a", "b", "c", "d", "e"])

@@ -17,8 +17,7 @@ After Black et al. 2023. Against GENIMA (the same episodes, networks, base and K
 
 What it gave with an earlier revision, from random weights on 2,700 demonstrations (2,400 + 1,800
 steps): 40, 42 and 46 of 50 in reach_target, push_button and pick_and_lift (GENIMA: 49, 49, 50). One
-step of denoising gives the mean of all futures that the painter thinks possible: the painted arm is
-soft at its edges, a fog at first. Four spheres are learned sooner than an arm with all its edges.
+step of denoising gives the mean of all possible futures: the painted arm is soft at its edges.
 """
 
 import json
@@ -273,7 +272,7 @@ def train_painter(settings: Settings, folder: Path, device):
         "cameras": data.cameras,
     }
     torch.manual_seed(settings.seed)
-    painter = load_base(settings.base, config, data.instructions()).to(device)
+    painter = load_base(settings.base, config).to(device)
     peak = settings.painter_learning_rate
     optimizer = make_optimizer("adamw", painter, peak)
     steps = settings.painter_steps
