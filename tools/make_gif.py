@@ -10,9 +10,9 @@ from pathlib import Path
 import imageio.v2 as imageio
 from PIL import Image
 
-SIZE = (576, 228)  # pixels
+SIZE = (512, 202)  # pixels
 TASKS = ("push_button", "pick_and_lift", "reach_target")
-SECONDS = 4  # of each task's film; they begin with the first episode
+SECONDS = 3  # of each task's film; they begin with the first episode
 
 
 def main():
@@ -23,7 +23,7 @@ def main():
         fps = film.get_meta_data()["fps"]
         for i, frame in enumerate(film):
             if i < SECONDS * fps:
-                frames.append(Image.fromarray(frame).resize(SIZE).quantize(64))
+                frames.append(Image.fromarray(frame).resize(SIZE).quantize(256))
     frames[0].save(target, save_all=True, append_images=frames[1:], duration=100, loop=0)
     print(f"{target}: {len(frames)} frames, {target.stat().st_size / 1e6:.1f} MB.")
 
