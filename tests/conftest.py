@@ -125,3 +125,13 @@ def recorded(tmp_path_factory):
         )
         assert done.returncode == 0, done.stderr
     return run
+
+
+@pytest.fixture(autouse=True)
+def forget_the_accelerator():
+    """A training that a test runs in this process may choose another precision than the last."""
+    yield
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
