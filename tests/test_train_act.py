@@ -49,7 +49,7 @@ def write_target(source, target, horizon):
 
 def arguments(run, steps):
     words = ["--run", run, "--steps", steps, "--batch-size", 4, "--checkpoint-every", 4]
-    return [str(word) for word in [*words, "--device", "cpu"]]
+    return [str(word) for word in [*words, "--device", "cpu", "--precision", "fp32"]]
 
 
 def train(run, *options, steps=4):
