@@ -33,8 +33,9 @@ from tqdm import tqdm
 from genima import training
 from genima.act import ACT, SIZES, make_bag_of_words, save_controller
 from genima.demonstrations import describe, read_demonstrations, split_scenes
-from genima.files import UserError, check_number, run_stage
+from genima.files import UserError, run_stage
 from genima.motions import Motion, Motions, misplace_camera
+from genima.painter_training import choose_precision
 from genima.plots import write_losses
 from genima.spheres import draw_spheres, target_spheres
 from genima.textures import fade_and_soften, jitter_and_add_noise, random_background, random_crop
@@ -50,7 +51,7 @@ class Settings:
     """tiny: a narrow network for a laptop; sd-turbo: the paper's, for the SD-Turbo painter."""
     observation: Literal["spheres", "rgb"] = "spheres"
     """spheres: GENIMA's controller; rgb: the ACT baseline on plain views and the instruction."""
-    steps: int = 1800
+    steps: int = 2400
     """Gradient steps; the learning rate falls to zero over them."""
     batch_size: int = 32
     """Samples per step, shared among all processes."""
@@ -74,7 +75,7 @@ GRADIENT_CLIP = 1.0
 # otherwise the controller continues its path without looking at the spheres.
 STATE_DROPOUT = 0.3
 PAINTER_ERROR = 0.5  # pixels, standard deviation: see draw_target
-CAMERAS_MOVED = 0.5  # of the samples: all cameras are a little off, see misplace_camera
+CAMERAS_MOVED = 0.3  # of the samples: all cameras are a little off, see misplace_camera
 VALIDATE_EVERY = 250  # steps
 VALIDATION_BATCHES = 6
 FOLDERS = {"spheres": "act", "rgb": "act_rgb"}
@@ -127,7 +128,7 @@ class Samples(Dataset):
             state[-1] = rng.random()
         state = (state - config["state_mean"]) / config["state_std"]
 
-        # The joints relative to the current ones, the gripper as it is.
+        # Joints relative to the current ones, the gripper as it is.
         actions = (motion.actions - motion.current) / config["state_std"]
         actions[:, -1] = motion.actions[:, -1]
 
@@ -273,9 +274,7 @@ def prepare_data(settings: Settings, process: int, processes: int):
 
 
 def check_settings(settings: Settings, accelerator: Accelerator):
-    for name in ("steps", "batch_size", "checkpoint_every"):
-        check_number(f"--{name.replace('_', '-')}", getattr(settings, name), 1, 10**9)
-    check_number("--keep", settings.keep, 0, 10**6)
+    training.check_numbers(settings)
     if settings.device not in ("auto", accelerator.device.type):
         raise UserError(f"There is no {settings.device} device here: use --device auto.")
     if settings.batch_size % accelerator.num_processes:
@@ -289,7 +288,10 @@ def main():
     folder = settings.out
     if folder is None:
         folder = settings.run / FOLDERS[settings.observation]
-    accelerator = Accelerator(cpu=settings.device == "cpu")
+    precision = "no"
+    if settings.size == "tiny" and choose_precision("tiny", "auto") == "bf16":
+        precision = "bf16"  # faster on a CPU that multiplies in it
+    accelerator = Accelerator(cpu=settings.device == "cpu", mixed_precision=precision)
     check_settings(settings, accelerator)
     device = accelerator.device
     process = accelerator.process_index
@@ -297,7 +299,9 @@ def main():
     held_out = send_to_device(held_out, device)
     torch.manual_seed(settings.seed)
     network = ACT(config).to(device)
-    optimizer = AdamW(network.parameters(), settings.learning_rate, weight_decay=WEIGHT_DECAY)
+    parameters = network.parameters()
+    optimizer = AdamW(parameters, settings.learning_rate, weight_decay=WEIGHT_DECAY, fused=True)
+    identity["precision"] = precision
     start, log = training.resume(folder, network, optimizer, identity)
     if start == settings.steps:
         accelerator.print(f"{folder} is trained already, {start} steps.")
@@ -330,17 +334,14 @@ def main():
                 save_controller(folder, network, config)
                 errors = VALIDATION_COLUMNS[:3]
                 write_losses(folder, COLUMNS, log, TRAINING_COLUMNS, errors, "error, rad")
-                training.save(folder, network, optimizer, identity, step, log)
                 training.keep_last(folder, FILES, step, settings.keep)
+                training.save(folder, network, optimizer, identity, step, log)
         if stop and not is_last:
             training.stop_training(step, say=accelerator.is_main_process)
 
-    if accelerator.is_main_process:
-        error, error_last, _, gripper_right = log[-1][-4:]
-        print(
-            f"{folder}: error on held-out episodes {error:.4f} rad, at the last step "
-            f"{error_last:.4f} rad; gripper right {gripper_right:.1%}."
-        )
+    if process == 0:
+        error, error_last, _, _ = log[-1][-4:]
+        print(f"{folder}: error on held-out scenes {error:.4f} rad, {error_last:.4f} at the last.")
 
 
 if __name__ == "__main__":

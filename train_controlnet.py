@@ -46,6 +46,7 @@ from genima.base import FROM_SCRATCH, check_base, load_base
 from genima.diffusion import LatentCache, add_noise, draw_noise
 from genima.files import run_stage
 from genima.hub import push, write_card
+from genima.micro_batch import resolve_micro_batch
 from genima.painter import TIMESTEP, TinyPainter, TurboPainter
 from genima.painter_data import Augmentation, PainterDataset, find_frames, read_batch
 from genima.painter_training import (
@@ -98,12 +99,12 @@ class Settings:
     resolution: int | None = None
     """Height of the tiled views, pixels; by default as recorded for tiny, 512 for sd-turbo."""
     steps: int | None = None
-    """Gradient steps; default 600 for tiny from its base, 4,800 from random weights, 10,000 for
+    """Gradient steps; default 1,200 for tiny from its base, 4,800 from random weights, 10,000 for
     sd-turbo (documents: up to 50,000)."""
     batch_size: int = 8
     """Samples a step, in all processes together (documents: 8 to 16)."""
-    micro_batch_size: int | None = None
-    """Samples computed at once; gradients accumulate; default: all for tiny, 1 for sd-turbo."""
+    micro_batch_size: int | Literal["auto"] = "auto"
+    """Samples computed at once; gradients add up. auto: all for tiny, what fits for sd-turbo."""
     learning_rate: float | None = None
     """By default 3e-4 for tiny from its base and 8e-4 from random weights, both falling as a
     cosine; 1e-5, constant, for sd-turbo (published)."""
@@ -223,7 +224,8 @@ def make_batches(settings, data, accelerator, start):
         accelerator.num_processes,
     )
     on_cpu = accelerator.device.type == "cpu"  # whose cores loading would take away
-    return batches(dataset, start, settings.steps, num_workers=0 if on_cpu else 2)
+    num_workers = 0 if on_cpu else 8
+    return batches(dataset, start, settings.steps, num_workers, pin_memory=not on_cpu)
 
 
 def learning_rate_at(step, settings):
@@ -280,17 +282,18 @@ def main():
     accelerator = Accelerator(mixed_precision="bf16" if settings.precision == "bf16" else "no")
     is_main_process = accelerator.is_main_process  # the one that writes and prints
     data = find_frames(settings.run)
-    fill_in_defaults(settings, accelerator.num_processes, data)
+    fill_in_defaults(settings, data)
     check_settings(settings, accelerator.num_processes, data.cameras)
-    folder = settings.out
-    check_base(settings.size, settings.base, folder)
-    parts = settings.batch_size // accelerator.num_processes // settings.micro_batch_size
-    accelerator.gradient_accumulation_steps = parts
+    check_base(settings.size, settings.base, settings.out)
 
     painter = build_painter(settings, data, accelerator.device)
     objective = OBJECTIVES[settings.size, settings.objective]
+    resolve_micro_batch(settings, painter, objective, accelerator)
+    parts = settings.batch_size // accelerator.num_processes // settings.micro_batch_size
+    accelerator.gradient_accumulation_steps = parts
     latent_cache = LatentCache(painter)
     optimizer = make_optimizer(settings.optimizer, painter, settings.learning_rate)
+    folder = settings.out
     identity = identity_of(settings, data)
     start, log = resume(folder, painter, optimizer, identity)  # log: rows of losses.csv
     model, optimizer = accelerator.prepare(painter, optimizer)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from genima.views import composite
 
+VAE_PATCH = 8  # pixels a side of one latent of SD-Turbo's autoencoder
 TIMESTEP = 999  # SD-Turbo's first timestep, and its only one when it paints in one step
 
 

@@ -2,6 +2,7 @@
 
 run_stage(main)           runs a stage: errors become one sentence, signals stop it
 write_whole(path)         a temporary file that becomes `path` when it is complete
+name_full_disk(path)      a full disk is one and the same error, whatever library meets it
 write_hdf5, read_hdf5     the same for HDF5 files, with a check of their format
 check_number              what a stage is asked for
 """
@@ -12,15 +13,19 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import h5py
 
 LARGE = 200_000_000  # bytes of images; a file above is written to disk frame by frame
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-TOO_MANY = (errno.EMFILE, errno.ENFILE, errno.EAGAIN)  # open files, or processes
+# What the system says. Libraries pass it on in exceptions of many types, often as text alone:
+# safetensors, PyTorch, shutil, and the DataLoader of PyTorch from one of its processes.
+DISK_FULL = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
+TOO_MANY = [os.strerror(number) for number in (errno.EMFILE, errno.ENFILE, errno.EAGAIN)]
+TOO_MANY.append("ancdata")  # PyTorch could not pass an open file to another process
+NO_MEMORY = ("out of memory", "can't allocate memory", os.strerror(errno.ENOMEM))
 
 
 class UserError(Exception):
@@ -45,7 +50,7 @@ def run_stage(main: Callable[[], None]):
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
         sys.exit(130)
-    except (UserError, OSError, MemoryError) as error:
+    except Exception as error:
         sentence = describe(error)
         if sentence is None:
             raise
@@ -57,24 +62,50 @@ def describe(error: Exception) -> str | None:
     """One sentence about an error of the user or the machine; None for one of this program."""
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, MemoryError):
-        reason = str(error) or "out of memory"
-        return f"There is not enough memory ({reason}): ask for smaller images or fewer --workers."
-    if error.errno in DISK_FULL:
+    reason = shorten(str(error))
+    if says(error, ["shared memory"]):
         return (
-            f"The disk is full ({error}): "
+            "There is not enough shared memory (/dev/shm) for the processes that prepare batches: "
+            "make it larger, in Docker by --shm-size=1g, and run the same command again."
+        )
+    if says(error, DISK_FULL):
+        return (
+            f"The disk is full ({reason}): "
             "make room and run the same command again; finished files are kept."
         )
-    if error.errno in TOO_MANY:
-        return f"The system's limit is reached ({error}): use fewer --workers, or see `ulimit -a`."
-    if error.filename is not None:
+    if says(error, TOO_MANY):
+        return f"The system's limit is reached ({reason}): use fewer --workers, or see `ulimit -a`."
+    if isinstance(error, MemoryError) or says(error, NO_MEMORY):
+        return (
+            f"There is not enough memory ({reason}): ask for smaller images, a smaller "
+            "--batch-size or fewer --workers."
+        )
+    if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}; check this path and its permissions."
     return None
 
 
-def check_number(name: str, value: float, low: float, high: float):
+def says(error: BaseException, phrases: Sequence[str]) -> bool:
+    """Whether an error, or one that it came from, has any of these phrases in its message."""
+    while error is not None:
+        message = str(error)
+        if any(phrase in message for phrase in phrases):
+            return True
+        error = error.__context__
+    return False
+
+
+def shorten(text: str) -> str:
+    """Its first words, in one line."""
+    return " ".join(text.split())[:200]
+
+
+def check_number(name: str, value: float, low: float, high: float | None = None):
     """Raise a UserError unless low <= value <= high. name: as the user writes it, --horizon."""
-    if not low <= value <= high:
+    if high is None:
+        if not low <= value:
+            raise UserError(f"{name} must be {low} or more, not {value}.")
+    elif not low <= value <= high:
         raise UserError(f"{name} must be from {low} to {high}, not {value}.")
 
 
@@ -91,10 +122,11 @@ def write_whole(path: Path) -> Iterator[Path]:
     # The suffix stays, because some writers go by it.
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with name_full_disk(path):
+            yield temporary
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     except BaseException as error:
         with suppress(OSError):  # the first error is the one to report
             temporary.unlink()
@@ -102,6 +134,17 @@ def write_whole(path: Path) -> Iterator[Path]:
             error.filename = str(path)
             error.filename2 = None
         raise
+
+
+@contextmanager
+def name_full_disk(path: Path) -> Iterator[None]:
+    """If the disk is full in the block, raise the system's own OSError, which names `path`."""
+    try:
+        yield
+    except Exception as error:
+        if not says(error, DISK_FULL):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
 
 
 def remove_abandoned(path: Path):

@@ -9,13 +9,14 @@ import json
 import os
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import diffusers
 import huggingface_hub
 import transformers
 
-from genima.files import UserError, write_whole
+from genima.files import UserError, name_full_disk, write_whole
 
 LICENCES = {  # of the trained weights, by size
     "tiny": {
@@ -31,6 +32,10 @@ LICENCES = {  # of the trained weights, by size
         "the Stability AI Community Licence applies.",
     },
 }
+
+# What a painter's config always has (genima/painter.py says what it means).
+CONFIG_NAMES = {"size", "objective", "num_inference_steps", "image_size", "resolution", "horizon"}
+CONFIG_NAMES |= {"cameras"}
 
 CARD = """---
 {header}
@@ -88,7 +93,8 @@ def fetch_folder(name: str | Path) -> Path:
 def load_parts(source: str | Path, classes: dict[str, type]) -> dict:
     """{part: its class} -> {part: loaded from <source>/<part>}, as float32.
 
-    source: a folder in diffusers' layout, or the name of a model on the Hub.
+    source: a folder in diffusers' layout, or the name of a model on the Hub. Weights that are there
+    in float16 alone (--variant fp16) will do.
     """
     check_reachable(source)
     return {name: load_part(source, part_class, name) for name, part_class in classes.items()}
@@ -98,21 +104,53 @@ def load_part(source: str | Path, part_class: type, subfolder: str = ""):
     """One part, loaded from <source>/<subfolder>."""
     hide_progress_bars()
     options = {"subfolder": subfolder}
-    if subfolder not in ("tokenizer", "scheduler"):
+    has_weights = subfolder not in ("tokenizer", "scheduler")
+    if has_weights:
         options["use_safetensors"] = True  # a pickle could run code
     try:
+        check_files(Path(source), subfolder)
         return part_class.from_pretrained(source, **options)
     except Exception as error:
+        if has_weights:
+            with suppress(Exception):  # what is wrong without it is the error to report
+                return part_class.from_pretrained(source, variant="fp16", **options).float()
         raise UserError(
             f"{Path(source) / subfolder} is no whole {part_class.__name__}, nor can it be fetched "
             f"({one_line(error)}): give one in diffusers' layout."
         ) from error
 
 
+def check_files(source: Path, subfolder: str):
+    """Raise a FileNotFoundError if a folder on this disk lacks a part: a tokenizer would be empty."""
+    if source.is_dir() and not list((source / subfolder).glob("*.json")):
+        raise FileNotFoundError(f"there is no JSON file in {source / subfolder}")
+
+
+def read_config(folder: Path) -> dict:
+    """A painter's painter.json. Raises UserError if it is missing, broken or of an old version."""
+    path = folder / "painter.json"
+    if not path.exists():
+        raise UserError(f"{folder} holds no painter: train one first (python train_controlnet.py).")
+    try:
+        config = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error}): train the painter again.") from error
+    if "resolution" not in config:
+        raise UserError(
+            f"{path} is of an earlier version: in it, rename 'picture' to 'resolution' and "
+            "'steps' to 'num_inference_steps'."
+        )
+    missing = CONFIG_NAMES - config.keys()
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(sorted(missing))}: train the painter again.")
+    return config
+
+
 def save_parts(folder: Path, parts: dict, config: dict):
     """Write each part to <folder>/<part>, and painter.json: file by file, each whole."""
     hide_progress_bars()
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
+    in_folder = tempfile.TemporaryDirectory(dir=folder, prefix=".saving-")
+    with name_full_disk(folder), in_folder as temporary:
         temporary = Path(temporary)
         for name, part in parts.items():
             part.save_pretrained(temporary / name)
@@ -128,10 +166,10 @@ def check_reachable(source: str | Path):
     """Ask the Hub once for a model that is not on this disk: from_pretrained tries for minutes."""
     if Path(source).is_dir():
         return
-    cached = huggingface_hub.try_to_load_from_cache(str(source), "model_index.json")
-    if isinstance(cached, str):
-        return
     try:
+        cached = huggingface_hub.try_to_load_from_cache(str(source), "model_index.json")
+        if isinstance(cached, str):
+            return
         huggingface_hub.HfApi().model_info(str(source), timeout=10)
     except Exception as error:
         raise UserError(

@@ -17,10 +17,10 @@ import numpy as np
 from genima.demonstrations import Demonstration
 
 # One value of each is drawn per shift: standard deviations in rad, and the largest part of the way
-# to another demonstration.
+# to another demonstration, or away from it: 50 demonstrations leave the workspace's edges empty.
 CURRENT_NOISE = (0, 0.02, 0.05)
 TARGET_NOISE = (0, 0.01, 0.02)
-TOWARDS_ANOTHER = (0, 0.15, 0.4)
+TOWARDS_ANOTHER = (0, 0.15, 0.4, -0.2)
 
 # A camera is never quite where calibration says. At most so far along and about each axis:
 CAMERA_SHIFT = 0.03  # metres

@@ -18,11 +18,9 @@ training it changes nothing. Two sizes, two classes with the same methods:
 A painter's `config`, saved as painter.json: size, objective, num_inference_steps, image_size (of a
 view, pixels), resolution (height of the tiled views inside the networks, pixels), horizon (steps
 ahead), cameras, and for sd-turbo base (where its frozen parts come from).
-
 Trained by train_controlnet.py; loaded by load_painter, at the end of this file.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -38,15 +36,15 @@ from diffusers import (
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from genima.diffusion import TIMESTEP, initial_latents
+from genima.diffusion import TIMESTEP, VAE_PATCH, initial_latents
 from genima.files import UserError
-from genima.hub import fetch_folder, load_part, load_parts, save_parts
+from genima.hub import fetch_folder, load_part, load_parts, read_config, save_parts
 from genima.tiny import PATCH, build_tiny
 from genima.tokenizer import tokenize
+from genima.turbo_speed import speed_up
 from genima.views import composite, resize, stack_views, tile_views, untile_views
 
 PROMPT = "tiled perspectives of a robot arm executing '{}'"  # paper, appendix
-VAE_PATCH = 8  # pixels a side of one latent of SD-Turbo's autoencoder
 
 
 class Painter(torch.nn.Module):
@@ -136,11 +134,13 @@ class TurboPainter(Painter):
         images = self.vae.decode(latents).sample
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
-    def forward(
-        self, condition: Tensor, prompts: list[str], latents: Tensor, timestep=TIMESTEP
-    ) -> Tensor:
+    def forward(self, condition, prompts: list[str], latents: Tensor, timestep=TIMESTEP) -> Tensor:
         """The noise in latents (B, 4, H/8, W/8), given tiled views (B, 3, H, W), 0..1, and text."""
         encoder_hidden_states, _ = self.encode_text(prompts)  # (B, 77, 1024)
+        return self.predict_noise(condition, encoder_hidden_states, latents, timestep)
+
+    def predict_noise(self, condition, encoder_hidden_states, latents, timestep) -> Tensor:
+        """The same, for encoder_hidden_states (B, 77, 1024) in place of prompts."""
         latents = latents.to(self.unet.dtype)
         down_residuals, mid_residual = self.controlnet(
             latents,
@@ -265,8 +265,8 @@ def load_painter(
 ) -> TinyPainter | TurboPainter:
     """A trained painter. folder: a run's controlnet/, or a name on the Hugging Face Hub.
 
-    For sd-turbo alone: taesd is the folder or name of a tiny autoencoder that decodes faster
-    (madebyollin/taesd); compile has PyTorch write kernels for this GPU, which takes a minute.
+    For sd-turbo alone: taesd is a tiny autoencoder (madebyollin/taesd, or a folder) that decodes
+    faster; compile prepares the painter for this device, which takes a minute (turbo_speed.py).
     """
     folder = fetch_folder(folder)
     config = read_config(folder)
@@ -282,19 +282,5 @@ def load_painter(
     if torch.device(device).type == "cuda":
         painter.to(dtype=torch.bfloat16, memory_format=torch.channels_last)
     if compile:
-        for part in (painter.unet, painter.controlnet, painter.vae.decoder):
-            part.compile()
+        print(speed_up(painter))
     return painter
-
-
-def read_config(folder: Path) -> dict:
-    path = folder / "painter.json"
-    if not path.exists():
-        raise UserError(f"{folder} holds no painter: train one first (python train_controlnet.py).")
-    config = json.loads(path.read_text())
-    if "resolution" not in config:
-        raise UserError(
-            f"{path} is of an earlier version: in it, rename 'picture' to 'resolution' and "
-            "'steps' to 'num_inference_steps'."
-        )
-    return config

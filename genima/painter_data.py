@@ -82,7 +82,7 @@ def find_frames(run: Path) -> PainterData:
         with read_hdf5(path, EPISODE_FORMAT) as root:
             instructions = [str(text) for text in root.attrs["instructions"]]
             length = len(root["action"])
-            seed = root.attrs["seed"]
+            seed = int(root.attrs["seed"])
             fps = float(root.attrs["fps"])
             tasks.add(str(root.attrs["task"]))
             images = root["observations/images"]

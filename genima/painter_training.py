@@ -5,26 +5,28 @@ from diffusers.models.attention_processor import AttnProcessor
 from transformers.optimization import Adafactor
 
 from genima.base import FROM_SCRATCH, SHIPPED, fingerprint
-from genima.files import UserError
+from genima.files import UserError, check_number
 from genima.hub import check_hub
 from genima.painter import PROMPT, TinyPainter, TurboPainter
 from genima.painter_data import PainterData
 from genima.tokenizer import unknown_words
-from genima.training import trained_parameters
+from genima.training import check_numbers, trained_parameters
 from genima.views import grid_of
 
+MAX_RESOLUTION = 4096  # pixels
+TRAINED_STEPS = 1000  # of noise, in a training; painting can take no more
 
-def fill_in_defaults(settings, num_processes: int, data: PainterData):
+
+def fill_in_defaults(settings, data: PainterData):
     """Set what is None: values that depend on the size, the base and the recorded views."""
-    defaults = {"steps": 10_000, "learning_rate": 1e-5, "resolution": 512, "micro_batch_size": 1}
+    defaults = {"steps": 10_000, "learning_rate": 1e-5, "resolution": 512}
     defaults["base"] = "stabilityai/sd-turbo"
     if settings.size == "tiny":
         rows, _ = grid_of(len(data.cameras))
-        share = settings.batch_size // num_processes
-        defaults = {"base": str(SHIPPED), "steps": 600, "learning_rate": 3e-4}
+        defaults = {"base": str(SHIPPED), "steps": 1200, "learning_rate": 3e-4}
         if settings.base == FROM_SCRATCH:
             defaults |= {"steps": 4800, "learning_rate": 8e-4}
-        defaults |= {"resolution": rows * data.image_size, "micro_batch_size": share}
+        defaults["resolution"] = rows * data.image_size
     defaults["out"] = settings.run / "controlnet"
     for name, value in defaults.items():
         if getattr(settings, name) is None:
@@ -39,16 +41,16 @@ def check_settings(settings, num_processes: int, cameras: list[str]):
             f"There are more processes ({num_processes}) than samples a step ({samples}): "
             "raise --batch-size."
         )
-    at_least_one = "batch_size micro_batch_size steps checkpoint_every num_inference_steps"
-    for name in at_least_one.split():
-        if getattr(settings, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be 1 or more.")
-    if settings.keep < 0 or settings.crop < 0:
-        raise UserError("--keep and --crop must be 0 or more.")
+    check_numbers(settings)
+    if settings.micro_batch_size != "auto":
+        check_number("--micro-batch-size", settings.micro_batch_size, 1)
+    check_number("--num-inference-steps", settings.num_inference_steps, 1, TRAINED_STEPS)
+    check_number("--resolution", settings.resolution, 1, MAX_RESOLUTION)
+    rows, columns = grid_of(len(cameras))
+    check_number("--crop", settings.crop, 0, settings.resolution // rows - 1)
     unit = 8  # pixels of one latent
     if settings.size == "tiny":
         unit = 16  # of one latent, 4, which the UNet halves twice
-    rows, columns = grid_of(len(cameras))
     height = settings.resolution
     width = height * columns // rows
     if height < unit or height % unit or width % unit:
@@ -56,7 +58,8 @@ def check_settings(settings, num_processes: int, cameras: list[str]):
             f"The tiled views have {height}x{width} pixels, which is no multiple of {unit}: "
             "give another --resolution."
         )
-    if samples % (num_processes * settings.micro_batch_size):
+    at_once = 1 if settings.micro_batch_size == "auto" else settings.micro_batch_size
+    if samples % (num_processes * at_once):
         raise UserError(
             f"--batch-size {samples} is no multiple of {num_processes} processes times "
             f"--micro-batch-size {settings.micro_batch_size}: change one."
@@ -112,6 +115,8 @@ def prepare_turbo(
         painter.unet.to(torch.bfloat16)
         painter.vae.to(torch.bfloat16)
     painter.to(device)
+    if device.type == "cuda":  # whose convolutions are faster so
+        painter.to(memory_format=torch.channels_last)
     painter.encode_text([PROMPT.format(instruction) for instruction in instructions])
     painter.text_encoder = None  # all prompts are in the cache: it is no longer needed
     painter.unet.enable_gradient_checkpointing()
@@ -162,7 +167,7 @@ def split_batch(batch: dict, size: int, device: torch.device):
         for name, values in batch.items():
             part[name] = values[i : i + size]
             if isinstance(values, torch.Tensor):
-                part[name] = part[name].to(device)
+                part[name] = part[name].to(device, non_blocking=True)
         yield part
 
 

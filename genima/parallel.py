@@ -33,6 +33,12 @@ def ignore_interrupt(_worker=None):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+def depend_on_parent(_worker=None):
+    """For a new process: it leaves Ctrl-C to its parent, and ends when its parent has ended."""
+    ignore_interrupt()
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
 def run_in_parallel(
     jobs: list[tuple],
     workers: int,
@@ -113,8 +119,7 @@ class WorkerTraceback(Exception):
 
 def work(pipe, make_context):
     """The whole life of a worker: jobs come in, (result, error, traceback) goes out."""
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    ignore_interrupt()
+    depend_on_parent()
     try:
         context = []
         if make_context:

@@ -91,17 +91,17 @@ def test_a_painter_starts_from_its_base(base, run, capsys):
 
 def test_the_base_decides_the_defaults(base, run):
     data = train_controlnet.find_frames(run)
-    expected = {str(base): (600, 3e-4), "none": (4800, 8e-4)}
+    expected = {str(base): (1200, 3e-4), "none": (4800, 8e-4)}
     for name, defaults in expected.items():
         settings = train_controlnet.Settings(run=run, base=name)
-        train_controlnet.fill_in_defaults(settings, 1, data)
+        train_controlnet.fill_in_defaults(settings, data)
         assert (settings.steps, settings.learning_rate) == defaults
         assert settings.out == run / "controlnet"
     settings = train_controlnet.Settings(run=run)
-    train_controlnet.fill_in_defaults(settings, 1, data)
-    assert settings.base.endswith("checkpoints/base") and settings.steps == 600
+    train_controlnet.fill_in_defaults(settings, data)
+    assert settings.base.endswith("checkpoints/base") and settings.steps == 1200
     settings = train_controlnet.Settings(run=run, size="sd-turbo")
-    train_controlnet.fill_in_defaults(settings, 1, data)
+    train_controlnet.fill_in_defaults(settings, data)
     assert (settings.base, settings.steps) == ("stabilityai/sd-turbo", 10_000)
 
 

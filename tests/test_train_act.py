@@ -22,7 +22,7 @@ from genima.demonstrations import Demonstration, read_demonstrations
 from genima.episodes import find_episodes, read_episode
 from genima.files import UserError, run_stage, write_hdf5
 from genima.kinematics import Chain
-from genima.motions import Motions
+from genima.motions import CAMERA_SHIFT, CAMERA_TURN, Motions, misplace_camera
 from genima.spheres import FORMAT, draw_spheres, target_spheres
 from train_act import COLUMNS, Samples, Settings, act_loss
 
@@ -153,6 +153,7 @@ def test_without_spheres_nothing_is_shifted():
 
 def test_spheres_stand_at_the_target_and_are_seen_from_the_current_joints(monkeypatch):
     monkeypatch.setattr(train_act, "PAINTER_ERROR", 0)
+    monkeypatch.setattr(train_act, "CAMERAS_MOVED", 0)
     samples, _ = make_samples()
     rng = np.random.default_rng(0)
     motion = samples.motions.draw(rng)
@@ -274,6 +275,7 @@ def test_the_state_can_be_left_out():
 
 
 def test_the_latent_is_used_in_training_and_can_be_left_out(monkeypatch):
+    monkeypatch.setitem(SIZES["tiny"], "latent", 32)
     samples, config = make_samples(batch_size=2)
     batch, model = samples[0], ACT(config).eval()
     _, parts = act_loss(model, batch)
@@ -414,3 +416,15 @@ def test_bad_input_is_one_sentence(run, capsys):
     assert (
         json.loads((run / "act/config.json").read_text())["horizon"] == HORIZON
     )  # nothing is lost
+
+
+def test_a_misplaced_camera_is_a_little_off_and_still_a_camera():
+    pose = np.linalg.inv(look_at(np.array([1.0, 0.2, 0.5]), np.zeros(3)))
+    for seed in range(20):
+        moved = misplace_camera(np.random.default_rng(seed), pose)
+        rotation = moved[:3, :3]
+        np.testing.assert_allclose(rotation @ rotation.T, np.eye(3), atol=1e-9)
+        assert np.linalg.det(rotation) > 0
+        assert 0 < np.abs(moved[:3, 3] - pose[:3, 3]).max() <= CAMERA_SHIFT
+        cosine = (np.trace(pose[:3, :3].T @ rotation) - 1) / 2
+        assert 0 < np.arccos(cosine) <= 1.75 * CAMERA_TURN  # about three axes at once
