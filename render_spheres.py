@@ -33,6 +33,7 @@ from genima.files import (
     write_hdf5,
     write_whole,
 )
+from genima.kinematics import is_in_room
 from genima.parallel import run_in_parallel, usable_cores
 from genima.plots import two_columns, write_video
 from genima.spheres import (
@@ -46,6 +47,7 @@ from genima.spheres import (
 
 MAX_HORIZON = 100_000
 MAX_SIZE = 4096  # pixels
+MOVED = 0.01  # metres: a camera in the room is the same if it moved less between two episodes
 
 
 @dataclass
@@ -60,21 +62,20 @@ class Settings:
     """JSON or YAML file of cameras that were measured again: {camera: {intrinsics: 3x3,
     world_from_camera: 4x4}}; for a camera on the arm last_joint_from_camera in place of
     world_from_camera."""
+    moved_cameras: bool = False
+    """Accept cameras in the room that stand elsewhere in each episode (perturbed simulations)."""
     preview: bool = False
     """Also draw preview.png and preview.mp4 of the first episode."""
 
 
 # -------------------------------------------------------------------------------------- one episode
-def render(
-    source: Path, target: Path, horizon: int, size: int, calibration: dict, first: Episode
-) -> bool:
+def render(source: Path, target: Path, horizon: int, size: int, calibration: dict) -> bool:
     """Draw one episode's spheres into the file `target`, unless they are there. Returns True.
 
-    Raises UserError where the episode does not fit to `first` or the calibration, or `target` was
-    drawn with other settings.
+    Raises UserError where the episode does not fit the calibration, or `target` was drawn with
+    other settings.
     """
     episode = read_episode(source, images=False)
-    check_alike(episode, first)
     apply_calibration(episode, calibration)
     settings = fingerprint(episode, horizon, size)
     if target.exists():
@@ -138,6 +139,36 @@ def apply_calibration(episode: Episode, calibration: dict):
         else:
             last_joint = episode.joint_poses[:, -2]
             episode.extrinsics[camera] = last_joint @ measured["last_joint_from_camera"]
+
+
+def check_mixture(sources: list[Path], calibration: dict, moved_cameras: bool) -> Episode:
+    """The first episode. Raises UserError where another was recorded otherwise; it names both.
+
+    The robot, the rate, the cameras and the place of every camera in the room must be the same,
+    but for cameras of the calibration, which were measured again. moved_cameras: accept others.
+    """
+    first = read_episode(sources[0], images=False)
+    for source in sources[1:]:
+        episode = read_episode(source, images=False)
+        check_alike(episode, first)
+        for camera in episode.image_sizes:
+            measured = moved_cameras or camera in calibration
+            if not measured and is_in_room(first, camera) and is_in_room(episode, camera):
+                check_place(camera, episode, first)
+    return first
+
+
+def check_place(camera: str, episode: Episode, first: Episode):
+    """Raise a UserError where a camera in the room is not where it was in the first episode."""
+    here = episode.extrinsics[camera][0, :3, 3]
+    there = first.extrinsics[camera][0, :3, 3]
+    moved = np.linalg.norm(here - there)  # metres
+    if moved > MOVED:
+        raise UserError(
+            f"{episode.path} has the camera '{camera}' {100 * moved:.0f} cm from where "
+            f"{first.path} has it: put them into different runs, or measure it again "
+            "(--calibration); for perturbed simulations give --moved-cameras."
+        )
 
 
 # ----------------------------------------------------------------------------------------- settings
@@ -209,7 +240,7 @@ def main():
     if settings.calibration is not None:
         calibration = load_calibration(settings.calibration)
     sources = find_episodes(settings.run / "episodes")
-    first = read_episode(sources[0], images=False)
+    first = check_mixture(sources, calibration, settings.moved_cameras)
     joints = first.qpos.shape[1] - 1
     if joints <= max(JOINTS):
         raise UserError(
@@ -220,7 +251,7 @@ def main():
     targets = [folder / source.parent.name / source.name for source in sources]
     jobs = []
     for source, target in zip(sources, targets):
-        jobs.append((render, source, target, settings.horizon, settings.size, calibration, first))
+        jobs.append((render, source, target, settings.horizon, settings.size, calibration))
     for _, done in run_in_parallel(jobs, usable_cores(), "spheres", "episode"):
         if not done:
             raise UserError(

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from genima import training
 from genima.act import ACT, SIZES, make_bag_of_words, save_controller
-from genima.demonstrations import describe, read_demonstrations, split_scenes
+from genima.demonstrations import describe, describe_held_out, read_demonstrations, split_scenes
 from genima.files import UserError, run_stage
 from genima.motions import Motion, Motions, misplace_camera
 from genima.painter_training import choose_precision
@@ -57,6 +57,8 @@ class Settings:
     """Samples per step, shared among all processes."""
     learning_rate: float | None = None
     """Highest learning rate; by default 1e-3 for tiny, 5e-5 for sd-turbo (published code)."""
+    failed: bool = False
+    """Also train on demonstrations that failed."""
     seed: int = 0
     """Seed of the weights, the samples and the noise."""
     checkpoint_every: int = 500
@@ -242,22 +244,18 @@ def validate(network: ACT, batches: list[dict], state_std: list[float]) -> list[
 def prepare_data(settings: Settings, process: int, processes: int):
     """The network's config, samples, held-out batches, and what a resumed training must share."""
     spheres = settings.observation == "spheres"
-    demonstrations = read_demonstrations(settings.run, images=not spheres, seed=settings.seed)
+    demonstrations = read_demonstrations(settings.run, not spheres, settings.seed, settings.failed)
     training_set, held_out = split_scenes(demonstrations)
     config = {
         "size": settings.size,
         "observation": settings.observation,
         **describe(demonstrations, with_words=not spheres),
     }
-    identity = {
-        **config,
-        "steps": settings.steps,
-        "batch_size": settings.batch_size,
-        "learning_rate": settings.learning_rate,
-        "seed": settings.seed,
-        "episodes": len(demonstrations),
-        "frames": sum(len(one.qpos) for one in demonstrations),
-    }
+    identity = dict(config)
+    for name in ("steps", "batch_size", "learning_rate", "seed"):
+        identity[name] = getattr(settings, name)
+    identity["episodes"] = len(demonstrations)
+    identity["frames"] = sum(len(one.qpos) for one in demonstrations)
     config["tasks"] = sorted({one.task for one in demonstrations})
     config["fps"] = demonstrations[0].fps
     motions = Motions(training_set, demonstrations, shifted=spheres)
@@ -266,7 +264,8 @@ def prepare_data(settings: Settings, process: int, processes: int):
     samples = Samples(motions, scenes, config, settings, process, processes)
     batches = []
     if process == 0:
-        print(f"{len(training_set)} episodes, {len(held_out)} held out, on {processes} processes.")
+        split = describe_held_out(demonstrations, settings.run)
+        print(f"{len(training_set)} episodes to train on, on {processes} processes; {split}")
         motions = Motions(held_out, demonstrations, shifted=spheres)
         held_out_samples = Samples(motions, scenes, config, settings)
         batches = [held_out_samples[settings.steps + i] for i in range(VALIDATION_BATCHES)]
@@ -341,7 +340,7 @@ def main():
 
     if process == 0:
         error, error_last, _, _ = log[-1][-4:]
-        print(f"{folder}: error on held-out scenes {error:.4f} rad, {error_last:.4f} at the last.")
+        print(f"{folder}: validation error {error:.4f} rad, at the last step {error_last:.4f} rad.")
 
 
 if __name__ == "__main__":

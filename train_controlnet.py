@@ -3,7 +3,7 @@
 In:   <run>/episodes (pictures, instructions) and <run>/spheres (the targets, render_spheres.py)
 Out:  <run>/controlnet (or --out), in diffusers' layout: controlnet/, and for tiny unet/
       text_encoder/ tokenizer/ scheduler/ (safetensors); painter.json, validation.png (observation,
-      truth, painted; unseen scenes), losses.csv, losses.png, README.md (a card), training.pt
+      truth, painted; scenes held out), losses.csv, losses.png, README.md (a card), training.pt
 
     python train_controlnet.py                                       tiny, from the shipped base
     python train_controlnet.py --base none --run runs/scratch        tiny, from random weights
@@ -63,6 +63,7 @@ from genima.painter_training import (
     split_batch,
 )
 from genima.plots import write_grid, write_losses
+from genima.scenes import measured_in
 from genima.training import (
     StopSignal,
     agree,
@@ -114,6 +115,8 @@ class Settings:
     """auto: bf16 for sd-turbo on a GPU, and for tiny on a CPU with avx512_bf16 or amx_bf16."""
     crop: int = 2
     """Pixels of the random crop (published code: 2); with 0 each target is encoded only once."""
+    failed: bool = False
+    """Also train on demonstrations that failed."""
     num_inference_steps: int = 5
     """For noise: Euler steps to paint (published quick start 5, paper 10)."""
     seed: int = 0
@@ -241,7 +244,7 @@ def learning_rate_at(step, settings):
 def validate(painter, data, settings, folder):
     """The overlap (IoU) of painted and true spheres, and <folder>/validation.png.
 
-    Only the *first* frames of unseen scenes count: there nothing but the prompt and the picture
+    Only the *first* frames of scenes held out count: there nothing but the prompt and the picture
     tells the target.
     """
     painter.eval()
@@ -273,7 +276,8 @@ def save_painter(folder, painter, settings, data, log):
     painter.save(folder)
     overlap = "overlap of painted and true spheres"
     write_losses(folder, COLUMNS, log, ["loss"], ["first_frame_iou"], overlap)
-    write_card(folder, settings, log, len(data.training), data.horizon)
+    where = measured_in(data.scenes_held_out)
+    write_card(folder, settings, log, len(data.training), data.horizon, where)
 
 
 def main():
@@ -281,7 +285,7 @@ def main():
     settings.precision = choose_precision(settings.size, settings.precision)
     accelerator = Accelerator(mixed_precision="bf16" if settings.precision == "bf16" else "no")
     is_main_process = accelerator.is_main_process  # the one that writes and prints
-    data = find_frames(settings.run)
+    data = find_frames(settings.run, settings.failed)
     fill_in_defaults(settings, data)
     check_settings(settings, accelerator.num_processes, data.cameras)
     check_base(settings.size, settings.base, settings.out)
@@ -300,7 +304,7 @@ def main():
     loader = make_batches(settings, data, accelerator, start)
     quiet = not is_main_process or start == settings.steps
     if not quiet:
-        print(describe_training(painter, accelerator, data))
+        print(describe_training(painter, accelerator, data, settings.failed))
 
     stopping = StopSignal()
     bar = tqdm(loader, "painter", settings.steps, unit="step", initial=start, disable=quiet)
@@ -335,7 +339,7 @@ def main():
         already = "trained already; " if start == settings.steps else ""
         print(
             f"{folder}: {already}overlap (IoU) of painted and true spheres at the first frames of "
-            f"unseen scenes {log[-1][2]:.3f}."
+            f"{measured_in(data.scenes_held_out)} {log[-1][2]:.3f}."
         )
         if settings.push_to_hub:
             push(folder, [*painter.saved_parts, *PUSHED_FILES], settings.push_to_hub)

@@ -10,6 +10,7 @@ from genima.act import words_of
 from genima.episodes import CAMERAS, Episode, check_alike, find_episodes, read_episode
 from genima.files import UserError, read_hdf5
 from genima.kinematics import Chain
+from genima.scenes import Scene, check_successful, describe_split, held_out_scenes, scene_of
 from genima.spheres import FORMAT
 
 BACKGROUNDS = 300  # demonstrations of which a frame is read where not all images are needed
@@ -23,14 +24,21 @@ class Demonstration(Episode):
     horizon: int  # K
     chain: Chain
 
+    @property
+    def scene(self) -> Scene:
+        return scene_of(self.path, self.task, self.seed, self.sim)
+
     def texts(self) -> list[str]:
         """The instruction, and other ways to say it."""
         return [self.instruction, *self.instructions]
 
 
-def read_demonstrations(run: Path, images: bool, seed: int = 0) -> list[Demonstration]:
+def read_demonstrations(
+    run: Path, images: bool, seed: int = 0, use_failed: bool = False
+) -> list[Demonstration]:
     """Read <run>/episodes and the targets of <run>/spheres.
 
+    use_failed: also those that failed.
     images: read all images. Otherwise only some demonstrations have any: one random frame, {camera:
     (1, H, W, 3)}.
     Raises UserError where spheres are missing, or demonstrations differ in joints, cameras, image
@@ -43,6 +51,8 @@ def read_demonstrations(run: Path, images: bool, seed: int = 0) -> list[Demonstr
     demonstrations = []
     for i, path in enumerate(tqdm(paths, desc="reading", unit="episode", leave=False)):
         demonstration = read_demonstration(path, run, images or i in chosen)
+        if not demonstration.success and not use_failed:
+            continue
         if demonstration.images and not images:
             keep_one_frame(demonstration, rng)
         demonstrations.append(demonstration)
@@ -52,6 +62,7 @@ def read_demonstrations(run: Path, images: bool, seed: int = 0) -> list[Demonstr
                 f"The spheres of {path} have horizon {demonstration.horizon}, those before it "
                 f"{demonstrations[0].horizon}: draw all with one horizon, in another --run."
             )
+    check_successful(len(demonstrations), len(paths), run / "episodes")
     sizes = demonstrations[0].image_sizes
     if len(set(sizes.values())) > 1:
         raise UserError(
@@ -88,16 +99,25 @@ def keep_one_frame(demonstration: Demonstration, rng: np.random.Generator):
 
 
 def split_scenes(demonstrations: list[Demonstration]) -> tuple[list, list]:
-    """Demonstrations to train on, and all demonstrations of every 20th scene, to validate on."""
-    scenes = sorted({(one.task, one.seed) for one in demonstrations})
-    held_out = scenes[9::20]
-    if not held_out and len(scenes) > 1:
-        held_out = scenes[-1:]
-    training = [one for one in demonstrations if (one.task, one.seed) not in held_out]
-    validation = [one for one in demonstrations if (one.task, one.seed) in held_out]
-    if not validation:  # there is one scene only
+    """Demonstrations to train on, and those of scenes held out (genima/scenes.py) to validate on.
+
+    Of a single scene nothing can be held out: then both are all of them.
+    """
+    held_out = held_out_scenes(one.scene for one in demonstrations)
+    training = [one for one in demonstrations if one.scene not in held_out]
+    validation = [one for one in demonstrations if one.scene in held_out]
+    if not validation:
         validation = training
     return training, validation
+
+
+def describe_held_out(demonstrations: list[Demonstration], run: Path) -> str:
+    """One sentence about scenes held out of these demonstrations, and about failed ones."""
+    scenes = {one.scene for one in demonstrations}
+    held_out = held_out_scenes(scenes)
+    left_out = len(find_episodes(run / "episodes")) - len(demonstrations)
+    used = sum(not one.success for one in demonstrations)
+    return describe_split(len(scenes), len(held_out), left_out, used)
 
 
 def describe(demonstrations: list[Demonstration], with_words: bool) -> dict:

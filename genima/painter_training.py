@@ -9,6 +9,7 @@ from genima.files import UserError, check_number
 from genima.hub import check_hub
 from genima.painter import PROMPT, TinyPainter, TurboPainter
 from genima.painter_data import PainterData
+from genima.scenes import describe_split
 from genima.tokenizer import unknown_words
 from genima.training import check_numbers, trained_parameters
 from genima.views import grid_of
@@ -145,11 +146,13 @@ def make_optimizer(name: str, painter: torch.nn.Module, learning_rate: float):
     )
 
 
-def describe_training(painter, accelerator, data: PainterData) -> str:
+def describe_training(painter, accelerator, data: PainterData, use_failed: bool) -> str:
     """What is going to be trained, on how many frames, where, and which words are new to it."""
     trained = sum(parameter.numel() for parameter in trained_parameters(painter).values())
+    used = data.failed if use_failed else 0
+    split = describe_split(data.scenes, data.scenes_held_out, data.failed - used, used)
     words = (
-        f"{len(data.training)} frames to train on, {len(data.held_out)} held out, "
+        f"{len(data.training)} frames to train on; {split}\n"
         f"{trained / 1e6:.1f} M parameters to train, on {accelerator.num_processes} processes "
         f"({accelerator.device.type})."
     )
