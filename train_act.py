@@ -48,7 +48,7 @@ class Settings:
     out: Path | None = None
     """Folder of the trained controller; by default act/ (for rgb: act_rgb/) in the run."""
     size: Literal["tiny", "sd-turbo"] = "tiny"
-    """tiny: a narrow network for a laptop; sd-turbo: the paper's, for the SD-Turbo painter."""
+    """tiny: a narrow network, for a laptop; sd-turbo: the paper's."""
     observation: Literal["spheres", "rgb"] = "spheres"
     """spheres: GENIMA's controller; rgb: the ACT baseline on plain views and the instruction."""
     steps: int = 2400
@@ -163,7 +163,9 @@ class Samples(Dataset):
         is_moved = rng.random() < CAMERAS_MOVED
         layers = []
         for camera in self.config["cameras"]:
-            poses, radii, colours = target_spheres(target_poses, motion.target[-1] > 0.5, camera)
+            poses, radii, colours = target_spheres(
+                target_poses, motion.target[-1] > 0.5, camera, demonstration.style
+            )
             intrinsics = demonstration.intrinsics[camera]
             world_from_camera = chain.camera_pose(camera, current_poses)
             if is_moved:
@@ -244,7 +246,9 @@ def validate(network: ACT, batches: list[dict], state_std: list[float]) -> list[
 def prepare_data(settings: Settings, process: int, processes: int):
     """The network's config, samples, held-out batches, and what a resumed training must share."""
     spheres = settings.observation == "spheres"
-    demonstrations = read_demonstrations(settings.run, not spheres, settings.seed, settings.failed)
+    demonstrations = read_demonstrations(
+        settings.run, not spheres, settings.seed, settings.failed, settings.size
+    )
     training_set, held_out = split_scenes(demonstrations)
     config = {
         "size": settings.size,
@@ -256,8 +260,6 @@ def prepare_data(settings: Settings, process: int, processes: int):
         identity[name] = getattr(settings, name)
     identity["episodes"] = len(demonstrations)
     identity["frames"] = sum(len(one.qpos) for one in demonstrations)
-    config["tasks"] = sorted({one.task for one in demonstrations})
-    config["fps"] = demonstrations[0].fps
     motions = Motions(training_set, demonstrations, shifted=spheres)
     config.update(motions.state_statistics(settings.seed))
     scenes = [one.images for one in demonstrations if one.images]

@@ -194,12 +194,8 @@ def build_painter(settings, data, device):
         "size": settings.size,
         "objective": settings.objective,
         "num_inference_steps": settings.num_inference_steps,
-        "image_size": data.image_size,
         "resolution": settings.resolution,
-        "horizon": data.horizon,
-        "cameras": data.cameras,
-        "tasks": data.tasks,
-        "fps": data.fps,
+        **data.describe(),
     }
     if settings.objective == "one-step":
         config["num_inference_steps"] = 1

@@ -59,10 +59,10 @@ def load_policy(
     """
     follower = load_controller(controller, "spheres", device)
     artist = load_painter(painter, device, taesd, compile)
-    theirs = dict(artist.config)
-    theirs["image_size"] = [theirs["image_size"]] * 2
-    for name in ("cameras", "horizon", "image_size"):
-        wanted = follower.config[name]
+    theirs = artist.config | {"image sizes": artist.image_sizes()}
+    ours = follower.config | {"image sizes": follower.image_sizes}
+    for name in ("cameras", "horizon", "image sizes"):
+        wanted = ours[name]
         if theirs[name] != wanted:
             raise UserError(
                 f"{painter} was trained with {name} {theirs[name]}, {controller} with {wanted}: "

@@ -11,7 +11,8 @@ from genima.episodes import CAMERAS, Episode, check_alike, find_episodes, read_e
 from genima.files import UserError, read_hdf5
 from genima.kinematics import Chain
 from genima.scenes import Scene, check_successful, describe_split, held_out_scenes, scene_of
-from genima.spheres import FORMAT
+from genima.spheres import FORMAT, PAPER, SphereStyle, read_style
+from genima.views import cell_of, resize_images
 
 BACKGROUNDS = 300  # demonstrations of which a frame is read where not all images are needed
 
@@ -23,6 +24,8 @@ class Demonstration(Episode):
     target: np.ndarray  # (T, D+1) joint positions K steps later (rad), gripper command (0 or 1)
     horizon: int  # K
     chain: Chain
+    style: SphereStyle
+    recorded_sizes: dict[str, tuple[int, int]]  # (H, W) of the cameras' own images
 
     @property
     def scene(self) -> Scene:
@@ -34,9 +37,12 @@ class Demonstration(Episode):
 
 
 def read_demonstrations(
-    run: Path, images: bool, seed: int = 0, use_failed: bool = False
+    run: Path, images: bool, seed: int = 0, use_failed: bool = False, size: str = "tiny"
 ) -> list[Demonstration]:
     """Read <run>/episodes and the targets of <run>/spheres.
+
+    Images that are not square and of one size are resized as the network of this size ("tiny" or
+    "sd-turbo") takes them, and the intrinsics with them: see genima/views.py.
 
     use_failed: also those that failed.
     images: read all images. Otherwise only some demonstrations have any: one random frame, {camera:
@@ -53,6 +59,7 @@ def read_demonstrations(
         demonstration = read_demonstration(path, run, images or i in chosen)
         if not demonstration.success and not use_failed:
             continue
+        fit_to_network(demonstration, size)
         if demonstration.images and not images:
             keep_one_frame(demonstration, rng)
         demonstrations.append(demonstration)
@@ -63,11 +70,6 @@ def read_demonstrations(
                 f"{demonstrations[0].horizon}: draw all with one horizon, in another --run."
             )
     check_successful(len(demonstrations), len(paths), run / "episodes")
-    sizes = demonstrations[0].image_sizes
-    if len(set(sizes.values())) > 1:
-        raise UserError(
-            f"{paths[0]} has cameras of different image sizes {sizes}: record all with one size."
-        )
     return demonstrations
 
 
@@ -78,6 +80,7 @@ def read_demonstration(path: Path, run: Path, images: bool) -> Demonstration:
         raise UserError(f"{spheres} is missing: run render_spheres.py --run {run} first.")
     with read_hdf5(spheres, FORMAT) as root:
         target = root["target/qpos"][()]
+        style = read_style(root)
         horizon = int(root.attrs["horizon"])
         for camera, measured in root.get("cameras", {}).items():  # render_spheres.py --calibration
             episode.intrinsics[camera] = measured["intrinsics"][()]
@@ -88,7 +91,28 @@ def read_demonstration(path: Path, run: Path, images: bool) -> Demonstration:
             f"--run {run} again."
         )
     chain = Chain.from_episode(episode)
-    return Demonstration(**vars(episode), target=target, horizon=horizon, chain=chain)
+    return Demonstration(
+        **vars(episode),
+        target=target,
+        horizon=horizon,
+        chain=chain,
+        style=style,
+        recorded_sizes=dict(episode.image_sizes),
+    )
+
+
+def fit_to_network(demonstration: Demonstration, size: str):
+    """Resize the images to the cells of a network, where they do not stay as recorded, in place."""
+    cell = cell_of(demonstration.image_sizes, size)
+    if cell is None:
+        return
+    for camera, (height, width) in demonstration.recorded_sizes.items():
+        scale = np.diag([cell / width, cell / height, 1])
+        demonstration.intrinsics[camera] = scale @ demonstration.intrinsics[camera]
+        demonstration.image_sizes[camera] = (cell, cell)
+        if demonstration.images:
+            images = demonstration.images[camera]
+            demonstration.images[camera] = resize_images(images, cell, cell)
 
 
 def keep_one_frame(demonstration: Demonstration, rng: np.random.Generator):
@@ -121,8 +145,10 @@ def describe_held_out(demonstrations: list[Demonstration], run: Path) -> str:
 
 
 def describe(demonstrations: list[Demonstration], with_words: bool) -> dict:
-    """What a network must fit: horizon K, number of joints D, cameras, image_size [H, W].
+    """What a network must fit: horizon K, number of joints D, cameras, image_size [H, W],
+    tasks, fps.
 
+    Where images were resized to image_size, image_sizes has the cameras' own [H, W].
     with_words: and all words of the instructions, sorted; otherwise the vocabulary is empty.
     """
     example = demonstrations[0]
@@ -134,10 +160,17 @@ def describe(demonstrations: list[Demonstration], with_words: bool) -> dict:
         for demonstration in demonstrations:
             for text in demonstration.texts():
                 vocabulary.update(words_of(text))
-    return {
+    config = {
         "horizon": example.horizon,
         "joints": example.qpos.shape[1] - 1,
         "cameras": cameras,
         "image_size": list(example.image_sizes[cameras[0]]),
         "vocabulary": sorted(vocabulary),
+        "tasks": sorted({one.task for one in demonstrations}),
+        "fps": example.fps,
     }
+    if example.recorded_sizes != example.image_sizes:
+        config["image_sizes"] = {name: list(example.recorded_sizes[name]) for name in cameras}
+    if example.style != PAPER:
+        config["style"] = {"joints": example.style.joints, "factors": example.style.factors}
+    return config

@@ -27,7 +27,7 @@ from genima.painter import PROMPT
 from genima.painter_augmentation import Augmentation, colour_jitter, random_crop
 from genima.scenes import check_successful, held_out_scenes, scene_of
 from genima.spheres import FORMAT as SPHERES_FORMAT
-from genima.views import resize, tile_views, view_size
+from genima.views import fit, is_uniform, resize, tile_any
 
 
 # ------------------------------------------------------------------------------------------ frames
@@ -48,12 +48,32 @@ class PainterData:
     held_out: list[Frame]
     horizon: int
     cameras: list[str]
-    image_size: int
+    image_sizes: dict[str, tuple[int, int]]  # (height, width) by camera, in order
     tasks: list[str]  # sorted
     fps: float
     scenes: int
     scenes_held_out: int
     failed: int  # demonstrations
+
+    @property
+    def image_size(self) -> int | None:
+        """Height and width of the views; None where they are not square or differ."""
+        if not is_uniform(self.image_sizes):
+            return None
+        return self.image_sizes[self.cameras[0]][0]
+
+    def describe(self) -> dict:
+        """What a painter must fit, for its config."""
+        config = {
+            "image_size": self.image_size,
+            "horizon": self.horizon,
+            "cameras": self.cameras,
+            "tasks": self.tasks,
+            "fps": self.fps,
+        }
+        if self.image_size is None:
+            config["image_sizes"] = {name: list(size) for name, size in self.image_sizes.items()}
+        return config
 
     def instructions(self) -> list[str]:
         """All different instructions, sorted."""
@@ -85,12 +105,11 @@ def find_frames(run: Path, use_failed: bool = False) -> PainterData:
             length = len(root["action"])
             facts = dict(root.attrs)
             images = root["observations/images"]
-            sizes = {camera: images[camera].shape[1:3] for camera in images}
+            sizes = {name: images[name].shape[1:3] for name in order_cameras(images)}
         with read_hdf5(spheres, SPHERES_FORMAT) as root:
             horizons.add(int(root.attrs["horizon"]))
         if first_sizes is None:
             first_sizes = sizes
-            image_size = view_size(sizes, f"{path}: the views")
         if sizes != first_sizes:
             raise UserError(
                 f"{path} has views of {sizes}, others have {first_sizes}: "
@@ -123,8 +142,8 @@ def find_frames(run: Path, use_failed: bool = False) -> PainterData:
         training=training,
         held_out=held_out,
         horizon=horizons.pop(),
-        cameras=order_cameras(first_sizes),
-        image_size=image_size,
+        cameras=list(first_sizes),
+        image_sizes=first_sizes,
         tasks=sorted({scene.task for scene in scenes}),
         fps=float(facts["fps"]),
         scenes=len(scenes),
@@ -228,19 +247,28 @@ def read_pictures(frames: list[Frame], cameras: list[str], resolution: int) -> t
 
     The colour of a transparent pixel means nothing; times alpha, it stays out of the resizing.
     """
-    views = np.stack([read_views(frame, cameras) for frame in frames])  # (B, V, h, w, 7)
-    views = torch.from_numpy(views).permute(0, 1, 4, 2, 3)  # (B, V, 7, h, w)
-    pictures = tile_views(views).float() / 255  # (B, 7, rows h, columns w)
-    pictures[:, 3:6] *= pictures[:, 6:]
-    return resize(pictures, resolution)
+    read = [read_views(frame, cameras) for frame in frames]
+    views = [as_floats([view[i] for view in read]) for i in range(len(cameras))]
+    return resize(tile_any(views, resolution), resolution)
 
 
-def read_views(frame: Frame, cameras: list[str]) -> np.ndarray:
-    """The views of one frame, and the layers to paint on them: (V, h, w, 3 + 4) uint8."""
+def as_floats(pairs: list[tuple[np.ndarray, np.ndarray]]) -> torch.Tensor:
+    """B images (h, w, 3) with their layers (h', w', 4), uint8 -> (B, 7, h, w), see above."""
+    images = np.stack([image for image, _ in pairs])
+    layers = np.stack([layer for _, layer in pairs])
+    images = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255  # (B, 3, h, w)
+    layers = torch.from_numpy(layers).permute(0, 3, 1, 2).float() / 255
+    layers[:, :3] *= layers[:, 3:]
+    layers = fit(layers, *images.shape[2:])  # render_spheres.py --size draws others
+    return torch.cat([images, layers], dim=1)
+
+
+def read_views(frame: Frame, cameras: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The views (h, w, 3) of one frame, with the layers (h, w, 4) to paint on them; uint8."""
     views = []
     with h5py.File(frame.episode, "r") as episode, h5py.File(frame.spheres, "r") as spheres:
         for camera in cameras:
             image = episode["observations/images"][camera][frame.t]
             layer = spheres["layers"][camera][frame.t]
-            views.append(np.concatenate([image, layer], axis=-1))
-    return np.stack(views)
+            views.append((image, layer))
+    return views

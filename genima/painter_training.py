@@ -12,7 +12,7 @@ from genima.painter_data import PainterData
 from genima.scenes import describe_split
 from genima.tokenizer import unknown_words
 from genima.training import check_numbers, trained_parameters
-from genima.views import grid_of
+from genima.views import TILED, cell_of, grid_of
 
 MAX_RESOLUTION = 4096  # pixels
 TRAINED_STEPS = 1000  # of noise, in a training; painting can take no more
@@ -27,7 +27,9 @@ def fill_in_defaults(settings, data: PainterData):
         defaults = {"base": str(SHIPPED), "steps": 1200, "learning_rate": 3e-4}
         if settings.base == FROM_SCRATCH:
             defaults |= {"steps": 4800, "learning_rate": 8e-4}
-        defaults["resolution"] = rows * data.image_size
+        defaults["resolution"] = TILED["tiny"]
+        if cell_of(data.image_sizes, "tiny") is None:
+            defaults["resolution"] = rows * data.image_size
     defaults["out"] = settings.run / "controlnet"
     for name, value in defaults.items():
         if getattr(settings, name) is None:
@@ -75,6 +77,8 @@ def identity_of(settings, data: PainterData) -> dict:
     identity = {name: getattr(settings, name) for name in names.split()}
     identity |= {"image_size": data.image_size, "horizon": data.horizon}
     identity |= {"cameras": data.cameras, "frames": len(data.training)}
+    if data.image_size is None:
+        identity["image_sizes"] = {name: list(size) for name, size in data.image_sizes.items()}
     if settings.size == "tiny":
         identity["base"] = fingerprint(settings.base)
     return identity

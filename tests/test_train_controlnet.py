@@ -135,7 +135,7 @@ def test_a_painter_of_other_cameras_paints_those(cameras, height, monkeypatch):
     with pytest.raises(UserError, match=f"needs views of {cameras[0]}"):
         painter.paint(images, INSTRUCTIONS[:1])
     images[cameras[0]] = np.zeros((1, SIZE, 2 * SIZE, 3), np.uint8)
-    with pytest.raises(UserError, match="must be square and of one size"):
+    with pytest.raises(UserError, match=f"trained on views of {SIZE}x{SIZE} pixels"):
         painter.paint(images, INSTRUCTIONS[:1])
 
 
@@ -619,8 +619,8 @@ def test_pictures_of_another_size_are_one_sentence(trained):
     before = contents(run)
     assert end(start(run, main=paint_larger_pictures)) == 2
     sentence = (
-        f"The painter was trained on views of {SIZE} pixels, these have {2 * SIZE}: "
-        "render the observations in that size."
+        f"The painter was trained on views of {SIZE}x{SIZE} pixels from 'wrist', "
+        f"these have {2 * SIZE}x{2 * SIZE}: render the observations in that size."
     )
     assert printed(run).splitlines()[-1] == sentence and "Traceback" not in printed(run)
     assert contents(run) == before
