@@ -51,6 +51,7 @@ from genima.painter import TIMESTEP, TinyPainter, TurboPainter
 from genima.painter_data import Augmentation, PainterDataset, find_frames, read_batch
 from genima.painter_training import (
     advise_when_out_of_memory,
+    check_prompts,
     check_settings,
     choose_precision,
     describe_training,
@@ -205,6 +206,7 @@ def build_painter(settings, data, device):
             painter = TinyPainter.from_scratch(data.instructions(), config)
         else:
             painter = load_base(settings.base, config)
+            check_prompts(painter, data)
         return prepare_tiny(painter, device, bf16)
     painter = TurboPainter.from_base(settings.base, config)
     return prepare_turbo(painter, device, bf16, data.instructions())

@@ -12,7 +12,7 @@ training it changes nothing. Two sizes, two classes with the same methods:
                  TurboPainter                            TinyPainter
     network      SD-Turbo; the ControlNet is trained     the same parts, small; all are trained
     a latent     8x8 pixels, encoded (C = 4, h = H/8)    4x4 pixels as they are (C = 48, h = H/4)
-    text         L = 77, E = 1024                        L = 32, E = 64, and pooled_text (B, 64)
+    text         L = 77, E = 1024                        L = 32 to 77, E = 64, and pooled_text
     prediction   the noise in the latents, (B, C, h, w)  an RGBA layer over the views (B, 4, H, W)
 
 A painter's `config`, saved as painter.json: size, objective, num_inference_steps, image_size (of
@@ -235,7 +235,7 @@ class TinyPainter(Painter):
 
         latents (B, 48, H/4, W/4): the noisy picture with spheres; None: the views themselves.
         """
-        encoder_hidden_states, pooled_text = self.encode_text(prompts)  # (B, 32, 64), (B, 64)
+        encoder_hidden_states, pooled_text = self.encode_text(prompts)  # (B, L, 64), (B, 64)
         controlnet_cond = self.encode_images(condition)  # (B, 48, H/4, W/4)
         if latents is None:
             latents = controlnet_cond

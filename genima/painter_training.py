@@ -10,7 +10,7 @@ from genima.hub import check_hub
 from genima.painter import PROMPT, TinyPainter, TurboPainter
 from genima.painter_data import PainterData
 from genima.scenes import describe_split
-from genima.tokenizer import unknown_words
+from genima.tokenizer import tokenize, unknown_words
 from genima.training import check_numbers, trained_parameters
 from genima.views import TILED, cell_of, grid_of
 
@@ -101,6 +101,11 @@ def choose_precision(size: str, precision: str) -> str:
     if faster:
         return "bf16"
     return "fp32"
+
+
+def check_prompts(painter: TinyPainter, data: PainterData):
+    """Raise a UserError for an instruction that is longer than the painter's text encoder reads."""
+    tokenize(painter.tokenizer, [PROMPT.format(text) for text in data.instructions()])
 
 
 def prepare_tiny(painter: TinyPainter, device: torch.device, bf16: bool) -> TinyPainter:
