@@ -84,7 +84,7 @@ def render(
 ) -> dict[str, np.ndarray]:
     """Draw one episode's spheres into the file `target`, unless they are there.
 
-    Returns {camera: (T, S) whether the centre of each sphere is in the picture}. Raises UserError
+    Returns {camera: (T, S) whether each sphere is in the picture}. Raises UserError
     where the episode does not fit the calibration, or `target` was drawn with other settings.
     """
     episode = read_episode(source, images=False)

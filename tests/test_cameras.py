@@ -93,7 +93,7 @@ def test_spheres_trainings_and_one_frame(tmp_path, case, capsys):
     assert {name: layer.shape[1:3] for name, layer in layers.items()} == sizes
 
     assert train_painter(tmp_path, "none", steps=2) == 0, capsys.readouterr().err
-    assert train_controller(tmp_path, steps=2) is None, capsys.readouterr().err
+    assert train_controller(tmp_path, steps=2) == 0, capsys.readouterr().err
     policy = load_policy(tmp_path / "controlnet", tmp_path / "act")
     assert policy.image_sizes == sizes
     episode = make(sizes)
@@ -115,7 +115,7 @@ def test_spheres_trainings_and_one_frame(tmp_path, case, capsys):
 def test_the_plain_baseline_takes_other_sizes(tmp_path, capsys):
     record(tmp_path, CASES["two of different sizes"])
     assert draw(tmp_path) == 0
-    assert train_controller(tmp_path, "--observation", "rgb", steps=2) is None
+    assert train_controller(tmp_path, "--observation", "rgb", steps=2) == 0
     controller = Controller.load(tmp_path / "act_rgb")
     episode = make(CASES["two of different sizes"])
     images = {camera: views[:1] for camera, views in episode.images.items()}
@@ -204,7 +204,7 @@ def test_radius_by_name_by_mounting_and_by_option(tmp_path, capsys):
     assert "joint 3 " in capsys.readouterr().out
     assert draw(tmp_path / "own") == 2  # drawn already, otherwise
     assert "with other spheres" in capsys.readouterr().err
-    assert train_controller(tmp_path / "own", steps=1) is None
+    assert train_controller(tmp_path / "own", steps=1) == 0
     config = json.loads((tmp_path / "own/act/config.json").read_text())
     assert config["style"] == {"joints": [2, 6], "factors": {"arm": 4.0, "ego": 5.0}}
 
