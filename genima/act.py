@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from genima.files import UserError, write_whole
 from genima.image_encoder import ImageEncoder
-from genima.views import resize_images
+from genima.views import image_sizes_of, resize_images
 
 SIZES = {
     # For a laptop. Its training samples never repeat, so it needs no dropout. It leaves ACT's CVAE
@@ -218,14 +218,6 @@ class Controller:
             ) from error
         return cls(model.to(device).eval(), config, device)
 
-    @property
-    def image_sizes(self) -> dict[str, tuple[int, int]]:
-        """{camera: (H, W)} of the views that it takes, as recorded; pixels."""
-        sizes = self.config.get("image_sizes")
-        if sizes is None:
-            sizes = dict.fromkeys(self.config["cameras"], self.config["image_size"])
-        return {camera: tuple(sizes[camera]) for camera in self.config["cameras"]}
-
     @torch.inference_mode()
     def __call__(
         self,
@@ -236,7 +228,7 @@ class Controller:
     ) -> np.ndarray:
         """Predict chunks (B, K, D+1): joint positions (rad), probability of an open gripper.
 
-        images {camera: (B, H, W, 3) uint8}, each of its image_sizes; qpos (B, D+1): joint
+        images {camera: (B, H, W, 3) uint8}, as recorded; qpos (B, D+1): joint
         positions (rad), gripper opening.
         instructions: B sentences, for the rgb baseline only.
         drop_state: do not show qpos to the network.
@@ -267,7 +259,7 @@ class Controller:
     def check_inputs(self, images, qpos, instructions):
         """Raise a UserError for other cameras, image sizes or joints than in training."""
         config = self.config
-        needed = self.image_sizes
+        needed = image_sizes_of(config)
         given = {camera: views.shape[1:3] for camera, views in images.items()}
         if needed.items() - given.items():
             raise UserError(f"The controller was trained on images {needed}, but is given {given}.")

@@ -24,8 +24,10 @@ class Demonstration(Episode):
     target: np.ndarray  # (T, D+1) joint positions K steps later (rad), gripper command (0 or 1)
     horizon: int  # K
     chain: Chain
-    style: SphereStyle
-    recorded_sizes: dict[str, tuple[int, int]]  # (H, W) of the cameras' own images
+    style: SphereStyle = PAPER
+
+    def __post_init__(self):
+        self.recorded_sizes = dict(self.image_sizes)  # {camera: (H, W)}, before fit_to_network
 
     @property
     def scene(self) -> Scene:
@@ -41,8 +43,8 @@ def read_demonstrations(
 ) -> list[Demonstration]:
     """Read <run>/episodes and the targets of <run>/spheres.
 
-    Images that are not square and of one size are resized as the network of this size ("tiny" or
-    "sd-turbo") takes them, and the intrinsics with them: see genima/views.py.
+    Images that are large or differ in size are resized as the network of this size ("tiny" or
+    "sd-turbo") takes them, and the intrinsics with them: see cell_of in genima/views.py.
 
     use_failed: also those that failed.
     images: read all images. Otherwise only some demonstrations have any: one random frame, {camera:
@@ -97,7 +99,6 @@ def read_demonstration(path: Path, run: Path, images: bool) -> Demonstration:
         horizon=horizon,
         chain=chain,
         style=style,
-        recorded_sizes=dict(episode.image_sizes),
     )
 
 

@@ -43,7 +43,7 @@ from genima.hub import fetch_folder, load_part, load_parts, read_config, save_pa
 from genima.tiny import PATCH, build_tiny
 from genima.tokenizer import tokenize
 from genima.turbo_speed import speed_up
-from genima.views import check_views, composite, fit, resize, tile_any, untile_views
+from genima.views import check_views, composite, fit, image_sizes_of, resize, tile_any, untile_views
 
 PROMPT = "tiled perspectives of a robot arm executing '{}'"  # paper, appendix
 
@@ -53,7 +53,7 @@ class Painter(torch.nn.Module):
 
     def paint(self, images: dict[str, np.ndarray], instructions: list[str]) -> dict:
         """Views {camera: (B, h, w, 3) uint8} and B instructions -> the painted views, likewise."""
-        sizes = self.image_sizes()
+        sizes = image_sizes_of(self.config)
         check_views(images, sizes, "painter")
         views = []
         for camera in sizes:
@@ -69,13 +69,6 @@ class Painter(torch.nn.Module):
             view = fit(cells[:, i], *size).permute(0, 2, 3, 1)  # (B, h, w, 3)
             painted[camera] = (255 * view).round().to(torch.uint8).cpu().numpy()
         return painted
-
-    def image_sizes(self) -> dict[str, tuple[int, int]]:
-        """{camera: (height, width)} of the views that it paints on."""
-        size = self.config["image_size"]
-        if size is None:
-            return {name: tuple(size) for name, size in self.config["image_sizes"].items()}
-        return dict.fromkeys(self.config["cameras"], (size, size))
 
     def save(self, folder: Path):
         """Write saved_parts, each to a folder of its name, and painter.json."""

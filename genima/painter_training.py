@@ -12,7 +12,7 @@ from genima.painter_data import PainterData
 from genima.scenes import describe_split
 from genima.tokenizer import tokenize, unknown_words
 from genima.training import check_numbers, trained_parameters
-from genima.views import TILED, cell_of, grid_of
+from genima.views import TILED, grid_of
 
 MAX_RESOLUTION = 4096  # pixels
 TRAINED_STEPS = 1000  # of noise, in a training; painting can take no more
@@ -28,7 +28,7 @@ def fill_in_defaults(settings, data: PainterData):
         if settings.base == FROM_SCRATCH:
             defaults |= {"steps": 4800, "learning_rate": 8e-4}
         defaults["resolution"] = TILED["tiny"]
-        if cell_of(data.image_sizes, "tiny") is None:
+        if data.image_size is not None and data.image_size <= TILED["tiny"]:
             defaults["resolution"] = rows * data.image_size
     defaults["out"] = settings.run / "controlnet"
     for name, value in defaults.items():

@@ -29,6 +29,7 @@ from genima.episodes import Episode
 from genima.files import UserError
 from genima.plots import PANEL, painted_panel
 from genima.spheres import PAPER, SphereStyle, alpha_composite, draw_spheres, target_spheres
+from genima.views import image_sizes_of
 
 
 # ---------------------------------------------------------------------------------------- policies
@@ -41,7 +42,7 @@ class GenimaPolicy:
         self.controller = controller
         self.drop_state = drop_state
         self.cameras = tuple(controller.config["cameras"])
-        self.image_sizes = controller.image_sizes
+        self.image_sizes = image_sizes_of(controller.config)
         self.image_size = self.image_sizes[self.cameras[0]]
 
     def act(self, images, qpos, instruction):
@@ -59,7 +60,7 @@ class ActPolicy:
         self.controller = controller
         self.drop_state = drop_state
         self.cameras = tuple(controller.config["cameras"])
-        self.image_sizes = controller.image_sizes
+        self.image_sizes = image_sizes_of(controller.config)
         self.image_size = self.image_sizes[self.cameras[0]]
 
     def act(self, images, qpos, instruction):
@@ -75,7 +76,7 @@ class OraclePolicy:
         self.demonstrate = demonstrate
         self.drop_state = drop_state
         self.cameras = tuple(controller.config["cameras"])
-        self.image_sizes = controller.image_sizes
+        self.image_sizes = image_sizes_of(controller.config)
         self.image_size = self.image_sizes[self.cameras[0]]
 
     def reset(self, env):

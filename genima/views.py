@@ -3,7 +3,8 @@
 One to six cameras of any names and sizes. Square views of one size are tiled as they are. All
 others are first resized, each to the square cell of the grid: stretched, without a border, so that
 a camera's intrinsics scale with its view and no pixel of the cell is lost. What is painted in a
-cell is resized back to its view. The controller sees its views in square cells by the same rule.
+cell is resized back to its view. The controller's views become such cells where they are large or
+differ in size (cell_of), so that its network does not grow with them.
 
 Pictures are float tensors, 0..1, channels first.
 """
@@ -86,13 +87,14 @@ def composite(layer: torch.Tensor, picture: torch.Tensor) -> torch.Tensor:
 
 
 def cell_of(sizes: dict[str, tuple], size: str) -> int | None:
-    """Pixels a side to which views {camera: (height, width)} are resized; None: they stay.
+    """Pixels a side to which the controller's views are resized; None: they stay.
 
-    Square views of one size stay as they are, up to TILED; all others become square cells of the
-    grid. size: "tiny" or "sd-turbo".
+    Views of one size stay as they are, up to TILED; all others become square cells of the grid.
+    sizes: {camera: (height, width)}; size: "tiny" or "sd-turbo".
     """
     rows, _ = grid_of(len(sizes))
-    if is_uniform(sizes) and next(iter(sizes.values()))[0] <= TILED[size]:
+    different = set(sizes.values())
+    if len(different) == 1 and max(different.pop()) <= TILED[size]:
         return None
     return TILED[size] // rows
 
@@ -102,6 +104,17 @@ def is_uniform(sizes: dict[str, tuple]) -> bool:
     different = set(sizes.values())
     height, width = next(iter(different))
     return len(different) == 1 and height == width
+
+
+def image_sizes_of(config: dict) -> dict[str, tuple[int, int]]:
+    """{camera: (height, width)} of the views that a painter or a controller takes, pixels."""
+    size = config["image_size"]
+    if np.isscalar(size):
+        size = (size, size)
+    sizes = config.get("image_sizes")
+    if sizes is None:
+        sizes = dict.fromkeys(config["cameras"], size)
+    return {camera: tuple(sizes[camera]) for camera in config["cameras"]}
 
 
 def check_views(images: dict, sizes: dict[str, tuple], who: str):

@@ -20,7 +20,7 @@ from genima.files import UserError, run_stage
 from genima.painter import load_painter
 from genima.painter_data import find_frames, read_batch
 from genima.spheres import draw_spheres, read_spheres, target_spheres
-from genima.views import cell_of, fit, tile_any, untile_views
+from genima.views import cell_of, fit, image_sizes_of, tile_any, untile_views
 
 CASES = {
     "one wrist camera": {"wrist": (480, 640)},
@@ -132,6 +132,7 @@ def test_cells_keep_square_views_and_bound_all_others():
     assert cell_of({"wrist": (480, 640)}, "tiny") == 128
     assert cell_of({"wrist": (480, 640)}, "sd-turbo") == 512
     assert cell_of({"a": (64, 64), "b": (32, 32)}, "tiny") == 128
+    assert cell_of({"a": (96, 128), "b": (96, 128)}, "tiny") is None
 
 
 def test_views_of_any_size_come_back_from_their_cells():
@@ -185,7 +186,7 @@ def test_the_controller_does_not_grow_with_the_picture():
         config["image_size"] = [cell, cell]
         return sum(p.numel() for p in ACT(config).parameters())
 
-    assert parameters({"wrist": (480, 640)}) == parameters({"wrist": (48, 64)}) < 20e6
+    assert parameters({"wrist": (480, 640)}) == parameters({"wrist": (120, 160)}) < 20e6
 
 
 # ------------------------------------------------------------------------- radius, joints, warnings
@@ -238,4 +239,4 @@ def test_bad_options_are_one_sentence(tmp_path, capsys, options, sentence):
 
 def test_the_shipped_painter_still_paints():
     painter = load_painter(ROOT / "checkpoints/demo/controlnet")
-    assert set(painter.image_sizes().values()) == {(64, 64)}
+    assert set(image_sizes_of(painter.config).values()) == {(64, 64)}
