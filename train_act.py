@@ -65,6 +65,8 @@ class Settings:
     """Steps between two checkpoints."""
     keep: int = 0
     """How many of the last checkpoints to keep in act/step-<N>/ (the paper evaluates three)."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 for tiny on a CPU with avx512_bf16 or amx_bf16, fp32 elsewhere."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """Where to train; auto takes a GPU if there is one."""
 
@@ -256,7 +258,7 @@ def prepare_data(settings: Settings, process: int, processes: int):
         **describe(demonstrations, with_words=not spheres),
     }
     identity = dict(config)
-    for name in ("steps", "batch_size", "learning_rate", "seed"):
+    for name in ("steps", "batch_size", "learning_rate", "seed", "precision"):
         identity[name] = getattr(settings, name)
     identity["episodes"] = len(demonstrations)
     identity["frames"] = sum(len(one.qpos) for one in demonstrations)
@@ -289,10 +291,10 @@ def main():
     folder = settings.out
     if folder is None:
         folder = settings.run / FOLDERS[settings.observation]
-    precision = "no"
-    if settings.size == "tiny" and choose_precision("tiny", "auto") == "bf16":
-        precision = "bf16"  # faster on a CPU that multiplies in it
-    accelerator = Accelerator(cpu=settings.device == "cpu", mixed_precision=precision)
+    if settings.precision == "auto":
+        settings.precision = choose_precision("tiny", "auto") if settings.size == "tiny" else "fp32"
+    mixed = "bf16" if settings.precision == "bf16" else "no"
+    accelerator = Accelerator(cpu=settings.device == "cpu", mixed_precision=mixed)
     check_settings(settings, accelerator)
     device = accelerator.device
     process = accelerator.process_index
@@ -302,7 +304,6 @@ def main():
     network = ACT(config).to(device)
     parameters = network.parameters()
     optimizer = AdamW(parameters, settings.learning_rate, weight_decay=WEIGHT_DECAY, fused=True)
-    identity["precision"] = precision
     start, log = training.resume(folder, network, optimizer, identity)
     if start == settings.steps:
         accelerator.print(f"{folder} is trained already, {start} steps.")

@@ -286,7 +286,8 @@ def main():
     data = find_frames(settings.run, settings.failed)
     fill_in_defaults(settings, data)
     check_settings(settings, accelerator.num_processes, data.cameras)
-    check_base(settings.size, settings.base, settings.out)
+    folder = settings.out
+    check_base(settings.size, settings.base, folder)
 
     painter = build_painter(settings, data, accelerator.device)
     objective = OBJECTIVES[settings.size, settings.objective]
@@ -295,7 +296,6 @@ def main():
     accelerator.gradient_accumulation_steps = parts
     latent_cache = LatentCache(painter)
     optimizer = make_optimizer(settings.optimizer, painter, settings.learning_rate)
-    folder = settings.out
     identity = identity_of(settings, data)
     start, log = resume(folder, painter, optimizer, identity)  # log: rows of losses.csv
     model, optimizer = accelerator.prepare(painter, optimizer)

@@ -121,7 +121,7 @@ def load_part(source: str | Path, part_class: type, subfolder: str = ""):
 
 
 def check_files(source: Path, subfolder: str):
-    """Raise a FileNotFoundError if a folder on this disk lacks a part: a tokenizer would be empty."""
+    """Raise a FileNotFoundError if a folder lacks a part: a tokenizer would load empty."""
     if source.is_dir() and not list((source / subfolder).glob("*.json")):
         raise FileNotFoundError(f"there is no JSON file in {source / subfolder}")
 
