@@ -17,6 +17,7 @@ from genima.episodes import CAMERAS
 from genima.files import UserError, run_stage
 from genima.painter import TinyPainter, load_painter
 from genima.tokenizer import unknown_words
+from sims.mujoco_tasks import TASKS
 
 SIZE = 16  # pixels a view
 CONFIG = {
@@ -28,7 +29,8 @@ CONFIG = {
     "horizon": 0,
     "cameras": list(CAMERAS),
 }
-SENTENCES = ["the robot as it is", "push the rose button"]
+# All words of the task but the other colours.
+SENTENCES = [template.format("rose") for template in TASKS["push_button"].templates]
 
 
 def make_base(folder, sentences=SENTENCES, **config):
