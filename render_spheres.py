@@ -16,7 +16,7 @@ genima/spheres.py. A file that is there already and was drawn with the same sett
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -33,19 +33,26 @@ from genima.files import (
     write_hdf5,
     write_whole,
 )
+from genima.kinematics import is_in_room
 from genima.parallel import run_in_parallel, usable_cores
 from genima.plots import two_columns, write_video
 from genima.spheres import (
+    ARM_FACTOR,
     FORMAT,
-    JOINTS,
+    PAPER,
+    RADIUS_FACTOR,
+    SphereStyle,
     alpha_composite,
     draw_spheres,
     read_spheres,
     target_spheres,
+    write_style,
 )
+from genima.visibility import describe_visibility, is_visible
 
 MAX_HORIZON = 100_000
 MAX_SIZE = 4096  # pixels
+MOVED = 0.01  # metres: a camera in the room is the same if it moved less between two episodes
 
 
 @dataclass
@@ -60,29 +67,38 @@ class Settings:
     """JSON or YAML file of cameras that were measured again: {camera: {intrinsics: 3x3,
     world_from_camera: 4x4}}; for a camera on the arm last_joint_from_camera in place of
     world_from_camera."""
+    joints: list[int] = field(default_factory=lambda: [2, 4, 6])
+    """On which joints, counted from 1; up to three (paper: 2, 4 and 6). The gripper has its own."""
+    radius: list[str] = field(default_factory=list)
+    """Radius of a camera's spheres in centimetres, as wrist=3 ego=5; by default the paper's (wrist
+    3, front 8, shoulders 6.5), and for other names 3 on the arm and 6.5 in the room."""
+    moved_cameras: bool = False
+    """Accept cameras in the room that stand elsewhere in each episode (perturbed simulations)."""
     preview: bool = False
     """Also draw preview.png and preview.mp4 of the first episode."""
 
 
 # -------------------------------------------------------------------------------------- one episode
 def render(
-    source: Path, target: Path, horizon: int, size: int, calibration: dict, first: Episode
-) -> bool:
-    """Draw one episode's spheres into the file `target`, unless they are there. Returns True.
+    source: Path, target: Path, horizon: int, size: int, calibration: dict, style: SphereStyle
+) -> dict[str, np.ndarray]:
+    """Draw one episode's spheres into the file `target`, unless they are there.
 
-    Raises UserError where the episode does not fit to `first` or the calibration, or `target` was
-    drawn with other settings.
+    Returns {camera: (T, S) whether each sphere is in the picture}. Raises UserError
+    where the episode does not fit the calibration, or `target` was drawn with other settings.
     """
     episode = read_episode(source, images=False)
-    check_alike(episode, first)
     apply_calibration(episode, calibration)
-    settings = fingerprint(episode, horizon, size)
-    if target.exists():
-        check_settings(target, horizon, settings)
-        return True
-
+    settings = fingerprint(episode, horizon, size, style)
     frames = len(episode.qpos)
     later = np.minimum(np.arange(frames) + horizon, frames - 1)  # (T,) clipped at the end
+    visible = {}
+    for camera in episode.image_sizes:
+        visible[camera] = is_visible(episode, camera, later, style)
+    if target.exists():
+        check_settings(target, horizon, settings)
+        return visible
+
     command = np.round(episode.action[later, -1:])  # (T, 1)
     target_qpos = np.concatenate([episode.qpos[later, :-1], command], axis=1)  # (T, D+1)
     with write_hdf5(target) as root:
@@ -95,15 +111,21 @@ def render(
             root[f"cameras/{camera}/intrinsics"] = episode.intrinsics[camera]
             root[f"cameras/{camera}/extrinsics"] = episode.extrinsics[camera]
         for camera in episode.image_sizes:
-            layers = draw_layers(episode, camera, later, command[:, 0] == 1, size)
+            layers = draw_layers(episode, camera, later, command[:, 0] == 1, size, style)
             root.create_dataset(
                 f"layers/{camera}", data=layers, chunks=(1, *layers.shape[1:]), compression=1
             )
-    return True
+        write_style(root, style)
+    return visible
 
 
 def draw_layers(
-    episode: Episode, camera: str, later: np.ndarray, gripper_open: np.ndarray, size: int
+    episode: Episode,
+    camera: str,
+    later: np.ndarray,
+    gripper_open: np.ndarray,
+    size: int,
+    style: SphereStyle,
 ) -> np.ndarray:
     """The layers (T, H, W, 4) of one camera.
 
@@ -117,7 +139,7 @@ def draw_layers(
     layers = []
     for t in range(len(later)):
         joint_poses = episode.joint_poses[later[t]]
-        poses, radii, colours = target_spheres(joint_poses, gripper_open[t], camera)
+        poses, radii, colours = target_spheres(joint_poses, gripper_open[t], camera, style)
         world_from_camera = episode.extrinsics[camera][t]
         layers.append(
             draw_spheres(poses, radii, colours, intrinsics, world_from_camera, height, width)
@@ -140,14 +162,78 @@ def apply_calibration(episode: Episode, calibration: dict):
             episode.extrinsics[camera] = last_joint @ measured["last_joint_from_camera"]
 
 
+def check_mixture(sources: list[Path], calibration: dict, moved_cameras: bool) -> Episode:
+    """The first episode. Raises UserError where another was recorded otherwise; it names both.
+
+    The robot, the rate, the cameras and the place of every camera in the room must be the same,
+    but for cameras of the calibration, which were measured again. moved_cameras: accept others.
+    """
+    first = read_episode(sources[0], images=False)
+    for source in sources[1:]:
+        episode = read_episode(source, images=False)
+        check_alike(episode, first)
+        for camera in episode.image_sizes:
+            measured = moved_cameras or camera in calibration
+            if not measured and is_in_room(first, camera) and is_in_room(episode, camera):
+                check_place(camera, episode, first)
+    return first
+
+
+def check_place(camera: str, episode: Episode, first: Episode):
+    """Raise a UserError where a camera in the room is not where it was in the first episode."""
+    here = episode.extrinsics[camera][0, :3, 3]
+    there = first.extrinsics[camera][0, :3, 3]
+    moved = np.linalg.norm(here - there)  # metres
+    if moved > MOVED:
+        raise UserError(
+            f"{episode.path} has the camera '{camera}' {100 * moved:.0f} cm from where "
+            f"{first.path} has it: put them into different runs, or measure it again "
+            "(--calibration); for perturbed simulations give --moved-cameras."
+        )
+
+
 # ----------------------------------------------------------------------------------------- settings
-def fingerprint(episode: Episode, horizon: int, size: int) -> str:
+def choose_style(settings: Settings, first: Episode) -> SphereStyle:
+    """Which spheres are drawn, from the settings and from where each camera is mounted."""
+    count = first.qpos.shape[1] - 1
+    joints = sorted(set(settings.joints))
+    named = " ".join(str(joint) for joint in settings.joints)
+    if not 1 <= len(joints) <= 3 or len(joints) < len(settings.joints):
+        raise UserError(f"--joints {named}: give one to three different joints.")
+    if joints[0] < 1 or joints[-1] > count:
+        raise UserError(f"{first.path} has {count} joints, but --joints asks for {named}.")
+    factors = {}
+    for camera in first.image_sizes:
+        if camera not in RADIUS_FACTOR and not is_in_room(first, camera):
+            factors[camera] = ARM_FACTOR
+    for entry in settings.radius:
+        camera, _, centimetres = entry.partition("=")
+        if camera not in first.image_sizes:
+            cameras = ", ".join(first.image_sizes)
+            raise UserError(f"--radius {entry}: the cameras are {cameras}; write <camera>=<cm>.")
+        try:
+            factor = float(centimetres)
+        except ValueError:
+            raise UserError(f"--radius {entry}: write it as {camera}=3, in centimetres.") from None
+        check_number(f"--radius {camera}", factor, 0.1, 100)
+        if factor != PAPER.factor(camera):
+            factors[camera] = factor
+        else:
+            factors.pop(camera, None)
+    return SphereStyle(tuple(joint - 1 for joint in joints), factors)
+
+
+def fingerprint(episode: Episode, horizon: int, size: int, style: SphereStyle) -> str:
     """A short text that changes with anything that the spheres are drawn from."""
     arrays = [episode.qpos, episode.action, episode.joint_poses]
     for camera in sorted(episode.image_sizes):
         arrays.append(episode.intrinsics[camera])
         arrays.append(episode.extrinsics[camera])
-    numbers = repr([horizon, size, sorted(episode.image_sizes.items())]).encode()
+    numbers = [horizon, size, sorted(episode.image_sizes.items())]
+    if style != PAPER:
+        numbers.append(sorted(style.factors.items()))
+        numbers.append(style.joints)
+    numbers = repr(numbers).encode()
     content = numbers + b"".join(array.tobytes() for array in arrays)
     return hashlib.sha256(content).hexdigest()[:16]
 
@@ -162,7 +248,7 @@ def check_settings(target: Path, horizon: int, settings: str):
     if horizon_before != horizon:
         other = f"with horizon {horizon_before}, not {horizon}"
     else:
-        other = "from another recording, size or calibration"
+        other = "from another recording, size or calibration, or with other spheres"
     raise UserError(
         f"{target} was drawn {other}: use the same settings or another --run, "
         f"or move {target.parent.parent} away."
@@ -209,27 +295,28 @@ def main():
     if settings.calibration is not None:
         calibration = load_calibration(settings.calibration)
     sources = find_episodes(settings.run / "episodes")
-    first = read_episode(sources[0], images=False)
-    joints = first.qpos.shape[1] - 1
-    if joints <= max(JOINTS):
-        raise UserError(
-            f"{sources[0]} has {joints} joints, but spheres are drawn on joints 2, 4 and 6."
-        )
+    first = check_mixture(sources, calibration, settings.moved_cameras)
+    style = choose_style(settings, first)
 
     folder = settings.run / "spheres"
     targets = [folder / source.parent.name / source.name for source in sources]
     jobs = []
     for source, target in zip(sources, targets):
-        jobs.append((render, source, target, settings.horizon, settings.size, calibration, first))
-    for _, done in run_in_parallel(jobs, usable_cores(), "spheres", "episode"):
-        if not done:
+        job = (render, source, target, settings.horizon, settings.size, calibration, style)
+        jobs.append(job)
+    seen = {camera: [] for camera in first.image_sizes}  # (T, S) of each episode
+    for _, visible in run_in_parallel(jobs, usable_cores(), "spheres", "episode"):
+        if visible is None:
             raise UserError(
                 "A process that draws died twice: run the same command again; "
                 "finished files are kept."
             )
+        for camera, spheres in visible.items():
+            seen[camera].append(spheres)
     if settings.preview:
         preview(sources[0], targets[0], folder)
     print(f"{len(targets)} files of spheres, {settings.horizon} steps ahead, are in {folder}.")
+    print(describe_visibility(seen, style))
 
 
 if __name__ == "__main__":

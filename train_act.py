@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from genima import training
 from genima.act import ACT, SIZES, make_bag_of_words, save_controller
-from genima.demonstrations import describe, read_demonstrations, split_scenes
+from genima.demonstrations import describe, describe_held_out, read_demonstrations, split_scenes
 from genima.files import UserError, run_stage
 from genima.motions import Motion, Motions, misplace_camera
 from genima.painter_training import choose_precision
@@ -48,7 +48,7 @@ class Settings:
     out: Path | None = None
     """Folder of the trained controller; by default act/ (for rgb: act_rgb/) in the run."""
     size: Literal["tiny", "sd-turbo"] = "tiny"
-    """tiny: a narrow network for a laptop; sd-turbo: the paper's, for the SD-Turbo painter."""
+    """tiny: a narrow network, for a laptop; sd-turbo: the paper's."""
     observation: Literal["spheres", "rgb"] = "spheres"
     """spheres: GENIMA's controller; rgb: the ACT baseline on plain views and the instruction."""
     steps: int = 2400
@@ -57,6 +57,8 @@ class Settings:
     """Samples per step, shared among all processes."""
     learning_rate: float | None = None
     """Highest learning rate; by default 1e-3 for tiny, 5e-5 for sd-turbo (published code)."""
+    failed: bool = False
+    """Also train on demonstrations that failed."""
     seed: int = 0
     """Seed of the weights, the samples and the noise."""
     checkpoint_every: int = 500
@@ -163,7 +165,9 @@ class Samples(Dataset):
         is_moved = rng.random() < CAMERAS_MOVED
         layers = []
         for camera in self.config["cameras"]:
-            poses, radii, colours = target_spheres(target_poses, motion.target[-1] > 0.5, camera)
+            poses, radii, colours = target_spheres(
+                target_poses, motion.target[-1] > 0.5, camera, demonstration.style
+            )
             intrinsics = demonstration.intrinsics[camera]
             world_from_camera = chain.camera_pose(camera, current_poses)
             if is_moved:
@@ -244,31 +248,28 @@ def validate(network: ACT, batches: list[dict], state_std: list[float]) -> list[
 def prepare_data(settings: Settings, process: int, processes: int):
     """The network's config, samples, held-out batches, and what a resumed training must share."""
     spheres = settings.observation == "spheres"
-    demonstrations = read_demonstrations(settings.run, images=not spheres, seed=settings.seed)
+    demonstrations = read_demonstrations(
+        settings.run, not spheres, settings.seed, settings.failed, settings.size
+    )
     training_set, held_out = split_scenes(demonstrations)
     config = {
         "size": settings.size,
         "observation": settings.observation,
         **describe(demonstrations, with_words=not spheres),
     }
-    identity = {
-        **config,
-        "steps": settings.steps,
-        "batch_size": settings.batch_size,
-        "learning_rate": settings.learning_rate,
-        "seed": settings.seed,
-        "episodes": len(demonstrations),
-        "frames": sum(len(one.qpos) for one in demonstrations),
-    }
-    config["tasks"] = sorted({one.task for one in demonstrations})
-    config["fps"] = demonstrations[0].fps
+    identity = dict(config)
+    for name in ("steps", "batch_size", "learning_rate", "seed", "precision"):
+        identity[name] = getattr(settings, name)
+    identity["episodes"] = len(demonstrations)
+    identity["frames"] = sum(len(one.qpos) for one in demonstrations)
     motions = Motions(training_set, demonstrations, shifted=spheres)
     config.update(motions.state_statistics(settings.seed))
     scenes = [one.images for one in demonstrations if one.images]
     samples = Samples(motions, scenes, config, settings, process, processes)
     batches = []
     if process == 0:
-        print(f"{len(training_set)} episodes, {len(held_out)} held out, on {processes} processes.")
+        split = describe_held_out(demonstrations, settings.run)
+        print(f"{len(training_set)} episodes to train on, on {processes} processes; {split}")
         motions = Motions(held_out, demonstrations, shifted=spheres)
         held_out_samples = Samples(motions, scenes, config, settings)
         batches = [held_out_samples[settings.steps + i] for i in range(VALIDATION_BATCHES)]
@@ -303,7 +304,6 @@ def main():
     network = ACT(config).to(device)
     parameters = network.parameters()
     optimizer = AdamW(parameters, settings.learning_rate, weight_decay=WEIGHT_DECAY, fused=True)
-    identity["precision"] = settings.precision
     start, log = training.resume(folder, network, optimizer, identity)
     if start == settings.steps:
         accelerator.print(f"{folder} is trained already, {start} steps.")
@@ -343,7 +343,7 @@ def main():
 
     if process == 0:
         error, error_last, _, _ = log[-1][-4:]
-        print(f"{folder}: error on held-out scenes {error:.4f} rad, {error_last:.4f} at the last.")
+        print(f"{folder}: validation error {error:.4f} rad, at the last step {error_last:.4f} rad.")
 
 
 if __name__ == "__main__":

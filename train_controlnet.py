@@ -3,7 +3,7 @@
 In:   <run>/episodes (pictures, instructions) and <run>/spheres (the targets, render_spheres.py)
 Out:  <run>/controlnet (or --out), in diffusers' layout: controlnet/, and for tiny unet/
       text_encoder/ tokenizer/ scheduler/ (safetensors); painter.json, validation.png (observation,
-      truth, painted; unseen scenes), losses.csv, losses.png, README.md (a card), training.pt
+      truth, painted; scenes held out), losses.csv, losses.png, README.md (a card), training.pt
 
     python train_controlnet.py                                       tiny, from the shipped base
     python train_controlnet.py --base none --run runs/scratch        tiny, from random weights
@@ -51,6 +51,7 @@ from genima.painter import TIMESTEP, TinyPainter, TurboPainter
 from genima.painter_data import Augmentation, PainterDataset, find_frames, read_batch
 from genima.painter_training import (
     advise_when_out_of_memory,
+    check_prompts,
     check_settings,
     choose_precision,
     describe_training,
@@ -63,6 +64,7 @@ from genima.painter_training import (
     split_batch,
 )
 from genima.plots import write_grid, write_losses
+from genima.scenes import measured_in
 from genima.training import (
     StopSignal,
     agree,
@@ -114,6 +116,8 @@ class Settings:
     """auto: bf16 for sd-turbo on a GPU, and for tiny on a CPU with avx512_bf16 or amx_bf16."""
     crop: int = 2
     """Pixels of the random crop (published code: 2); with 0 each target is encoded only once."""
+    failed: bool = False
+    """Also train on demonstrations that failed."""
     num_inference_steps: int = 5
     """For noise: Euler steps to paint (published quick start 5, paper 10)."""
     seed: int = 0
@@ -191,12 +195,8 @@ def build_painter(settings, data, device):
         "size": settings.size,
         "objective": settings.objective,
         "num_inference_steps": settings.num_inference_steps,
-        "image_size": data.image_size,
         "resolution": settings.resolution,
-        "horizon": data.horizon,
-        "cameras": data.cameras,
-        "tasks": data.tasks,
-        "fps": data.fps,
+        **data.describe(),
     }
     if settings.objective == "one-step":
         config["num_inference_steps"] = 1
@@ -206,6 +206,7 @@ def build_painter(settings, data, device):
             painter = TinyPainter.from_scratch(data.instructions(), config)
         else:
             painter = load_base(settings.base, config)
+            check_prompts(painter, data)
         return prepare_tiny(painter, device, bf16)
     painter = TurboPainter.from_base(settings.base, config)
     return prepare_turbo(painter, device, bf16, data.instructions())
@@ -241,7 +242,7 @@ def learning_rate_at(step, settings):
 def validate(painter, data, settings, folder):
     """The overlap (IoU) of painted and true spheres, and <folder>/validation.png.
 
-    Only the *first* frames of unseen scenes count: there nothing but the prompt and the picture
+    Only the *first* frames of scenes held out count: there nothing but the prompt and the picture
     tells the target.
     """
     painter.eval()
@@ -273,7 +274,8 @@ def save_painter(folder, painter, settings, data, log):
     painter.save(folder)
     overlap = "overlap of painted and true spheres"
     write_losses(folder, COLUMNS, log, ["loss"], ["first_frame_iou"], overlap)
-    write_card(folder, settings, log, len(data.training), data.horizon)
+    where = measured_in(data.scenes_held_out)
+    write_card(folder, settings, log, len(data.training), data.horizon, where)
 
 
 def main():
@@ -281,7 +283,7 @@ def main():
     settings.precision = choose_precision(settings.size, settings.precision)
     accelerator = Accelerator(mixed_precision="bf16" if settings.precision == "bf16" else "no")
     is_main_process = accelerator.is_main_process  # the one that writes and prints
-    data = find_frames(settings.run)
+    data = find_frames(settings.run, settings.failed)
     fill_in_defaults(settings, data)
     check_settings(settings, accelerator.num_processes, data.cameras)
     folder = settings.out
@@ -300,7 +302,7 @@ def main():
     loader = make_batches(settings, data, accelerator, start)
     quiet = not is_main_process or start == settings.steps
     if not quiet:
-        print(describe_training(painter, accelerator, data))
+        print(describe_training(painter, accelerator, data, settings.failed))
 
     stopping = StopSignal()
     bar = tqdm(loader, "painter", settings.steps, unit="step", initial=start, disable=quiet)
@@ -335,7 +337,7 @@ def main():
         already = "trained already; " if start == settings.steps else ""
         print(
             f"{folder}: {already}overlap (IoU) of painted and true spheres at the first frames of "
-            f"unseen scenes {log[-1][2]:.3f}."
+            f"{measured_in(data.scenes_held_out)} {log[-1][2]:.3f}."
         )
         if settings.push_to_hub:
             push(folder, [*painter.saved_parts, *PUSHED_FILES], settings.push_to_hub)

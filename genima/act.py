@@ -29,6 +29,7 @@ from torch.nn import functional as F
 
 from genima.files import UserError, write_whole
 from genima.image_encoder import ImageEncoder
+from genima.views import image_sizes_of, resize_images
 
 SIZES = {
     # For a laptop. Its training samples never repeat, so it needs no dropout. It leaves ACT's CVAE
@@ -227,7 +228,8 @@ class Controller:
     ) -> np.ndarray:
         """Predict chunks (B, K, D+1): joint positions (rad), probability of an open gripper.
 
-        images {camera: (B, H, W, 3) uint8}; qpos (B, D+1): joint positions (rad), gripper opening.
+        images {camera: (B, H, W, 3) uint8}, as recorded; qpos (B, D+1): joint
+        positions (rad), gripper opening.
         instructions: B sentences, for the rgb baseline only.
         drop_state: do not show qpos to the network.
         """
@@ -235,7 +237,9 @@ class Controller:
         qpos = np.asarray(qpos, np.float32)
         self.check_inputs(images, qpos, instructions)
 
-        views = np.stack([images[camera] for camera in config["cameras"]], 1)  # (B, V, H, W, 3)
+        size = config["image_size"]
+        views = [resize_images(images[camera], *size) for camera in config["cameras"]]
+        views = np.stack(views, 1)  # (B, V, H, W, 3)
         state = (qpos - config["state_mean"]) / config["state_std"]  # (B, D+1)
         has_state = np.full(len(qpos), not drop_state)  # (B,)
         if instructions is None:
@@ -255,7 +259,7 @@ class Controller:
     def check_inputs(self, images, qpos, instructions):
         """Raise a UserError for other cameras, image sizes or joints than in training."""
         config = self.config
-        needed = {camera: tuple(config["image_size"]) for camera in config["cameras"]}
+        needed = image_sizes_of(config)
         given = {camera: views.shape[1:3] for camera, views in images.items()}
         if needed.items() - given.items():
             raise UserError(f"The controller was trained on images {needed}, but is given {given}.")

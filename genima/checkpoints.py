@@ -16,6 +16,7 @@ from genima.act import Controller
 from genima.files import UserError
 from genima.painter import load_painter
 from genima.policy import ActPolicy, GenimaPolicy
+from genima.views import image_sizes_of
 
 
 def load_networks(settings):
@@ -59,10 +60,10 @@ def load_policy(
     """
     follower = load_controller(controller, "spheres", device)
     artist = load_painter(painter, device, taesd, compile)
-    theirs = dict(artist.config)
-    theirs["image_size"] = [theirs["image_size"]] * 2
+    theirs = artist.config | {"image_size": image_sizes_of(artist.config)}
+    ours = follower.config | {"image_size": image_sizes_of(follower.config)}
     for name in ("cameras", "horizon", "image_size"):
-        wanted = follower.config[name]
+        wanted = ours[name]
         if theirs[name] != wanted:
             raise UserError(
                 f"{painter} was trained with {name} {theirs[name]}, {controller} with {wanted}: "

@@ -185,7 +185,7 @@ def check_episode(episode: Episode):
 
 
 def check_alike(episode: Episode, first: Episode):
-    """Raise a UserError unless two episodes have the same joints, cameras and image sizes."""
+    """Raise a UserError unless two episodes have the same robot, rate, cameras and image sizes."""
     ours = layout_of(episode)
     theirs = layout_of(first)
     if ours != theirs:
@@ -196,7 +196,9 @@ def check_alike(episode: Episode, first: Episode):
 
 
 def layout_of(episode: Episode) -> str:
-    return f"{episode.qpos.shape[1] - 1} joints and images of {episode.image_sizes}"
+    joints = episode.qpos.shape[1] - 1
+    robot = f"{joints} joints of {episode.robot} at {episode.fps:g} frames a second"
+    return f"{robot} and images of {episode.image_sizes}"
 
 
 # ------------------------------------------------------------------------------------------ writing

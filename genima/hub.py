@@ -59,15 +59,15 @@ painted = painter.paint({{camera: pictures}}, ["push the blue button"])  # (B, H
 **Data.** {frames} pictures of demonstrations; each target shows the robot {horizon} steps later.
 
 **Training.** `{command}`: {steps} steps, the last loss {loss:.4f}; overlap (IoU) of painted and
-true spheres at the first frames of unseen scenes: {overlap}.
+true spheres at the first frames of {measured_in}: {overlap}.
 
 | setting | value |
 | --- | --- |
 {settings}
 
-![training loss, and overlap in unseen scenes](losses.png)
+![training loss, and overlap in {measured_in}](losses.png)
 
-Unseen scenes: observation, truth, painted.
+First frames of {measured_in}: observation, truth, painted.
 
 ![observation, truth, painted](validation.png)
 
@@ -189,9 +189,12 @@ def one_line(error: Exception) -> str:
 
 
 # ------------------------------------------------------------------------------------------- share
-def write_card(folder: Path, settings, log: list, frames: int, horizon: int):
+def write_card(
+    folder: Path, settings, log: list, frames: int, horizon: int, measured_in: str = "unseen scenes"
+):
     """Write <folder>/README.md.
 
+    measured_in: the scenes of the overlap and of validation.png, as the card calls them.
     settings: the dataclass that train_controlnet.py reads from its command line.
     log: rows of step, loss, overlap or "" where it was not measured.
     """
@@ -219,6 +222,7 @@ def write_card(folder: Path, settings, log: list, frames: int, horizon: int):
         steps=last_step,
         loss=last_loss,
         overlap=overlap,
+        measured_in=measured_in,
         settings="\n".join(rows),
         licence=licence["sentence"],
     )

@@ -66,12 +66,8 @@ class Chain:
 
         mounted = {}
         fixed = {}
-        arm_moves = spread(last_from_world) >= TOLERANCE
         for camera, poses in episode.extrinsics.items():
-            # A camera that never moves is in the room. If the arm never moves either, its name
-            # tells where it is.
-            still = spread(poses) < TOLERANCE
-            if still and (arm_moves or camera != "wrist"):
+            if is_in_room(episode, camera):
                 fixed[camera] = poses[0].astype(np.float64)
             else:
                 mounted[camera] = constant_pose(
@@ -97,6 +93,16 @@ class Chain:
         if camera in self.mounted:
             return joint_poses[..., -2, :, :] @ self.mounted[camera]
         return np.broadcast_to(self.fixed[camera], (*joint_poses.shape[:-3], 4, 4))
+
+
+def is_in_room(episode: Episode, camera: str) -> bool:
+    """Whether a camera is fixed in the room; otherwise it is on the arm.
+
+    A camera that never moves is in the room. If the arm never moves either, its name tells.
+    """
+    still = spread(episode.extrinsics[camera]) < TOLERANCE
+    arm_moves = spread(episode.joint_poses[:, -2]) >= TOLERANCE
+    return still and (arm_moves or camera != "wrist")
 
 
 def spread(poses: np.ndarray) -> float:

@@ -12,12 +12,13 @@ training it changes nothing. Two sizes, two classes with the same methods:
                  TurboPainter                            TinyPainter
     network      SD-Turbo; the ControlNet is trained     the same parts, small; all are trained
     a latent     8x8 pixels, encoded (C = 4, h = H/8)    4x4 pixels as they are (C = 48, h = H/4)
-    text         L = 77, E = 1024                        L = 32, E = 64, and pooled_text (B, 64)
+    text         L = 77, E = 1024                        L = 32 to 77, E = 64, and pooled_text
     prediction   the noise in the latents, (B, C, h, w)  an RGBA layer over the views (B, 4, H, W)
 
-A painter's `config`, saved as painter.json: size, objective, num_inference_steps, image_size (of a
-view, pixels), resolution (height of the tiled views inside the networks, pixels), horizon (steps
-ahead), cameras, and for sd-turbo base (where its frozen parts come from).
+A painter's `config`, saved as painter.json: size, objective, num_inference_steps, image_size (of
+square views of one size, pixels; otherwise null, and image_sizes by camera), resolution (height of
+the tiled views inside the networks, pixels), horizon (steps ahead), cameras, tasks, fps, and for
+sd-turbo base (where its frozen parts come from).
 Trained by train_controlnet.py; loaded by load_painter, at the end of this file.
 """
 
@@ -42,7 +43,7 @@ from genima.hub import fetch_folder, load_part, load_parts, read_config, save_pa
 from genima.tiny import PATCH, build_tiny
 from genima.tokenizer import tokenize
 from genima.turbo_speed import speed_up
-from genima.views import composite, resize, stack_views, tile_views, untile_views
+from genima.views import check_views, composite, fit, image_sizes_of, resize, tile_any, untile_views
 
 PROMPT = "tiled perspectives of a robot arm executing '{}'"  # paper, appendix
 
@@ -52,16 +53,22 @@ class Painter(torch.nn.Module):
 
     def paint(self, images: dict[str, np.ndarray], instructions: list[str]) -> dict:
         """Views {camera: (B, h, w, 3) uint8} and B instructions -> the painted views, likewise."""
-        cameras = self.config["cameras"]
-        views = stack_views(images, cameras, self.config["image_size"])  # (B, V, h, w, 3)
-        views = torch.from_numpy(views).to(self.unet.device).float() / 255
-        tiled = tile_views(views.permute(0, 1, 4, 2, 3))  # (B, 3, rows h, columns w)
+        sizes = image_sizes_of(self.config)
+        check_views(images, sizes, "painter")
+        views = []
+        for camera in sizes:
+            view = torch.from_numpy(images[camera]).to(self.unet.device).float() / 255
+            views.append(view.permute(0, 3, 1, 2))  # (B, 3, h, w)
+        tiled = tile_any(views, self.config["resolution"])  # (B, 3, rows h, columns w)
         condition = resize(tiled, self.config["resolution"])  # (B, 3, H, W)
         prompts = [PROMPT.format(instruction) for instruction in instructions]
         painted = resize(self.paint_tiled(condition, prompts), tiled.shape[2])
-        painted = untile_views(painted, len(cameras)).permute(0, 1, 3, 4, 2)  # (B, V, h, w, 3)
-        painted = (255 * painted).round().to(torch.uint8).cpu().numpy()
-        return {camera: painted[:, i] for i, camera in enumerate(cameras)}
+        cells = untile_views(painted, len(sizes))  # (B, V, 3, h, w)
+        painted = {}
+        for i, (camera, size) in enumerate(sizes.items()):
+            view = fit(cells[:, i], *size).permute(0, 2, 3, 1)  # (B, h, w, 3)
+            painted[camera] = (255 * view).round().to(torch.uint8).cpu().numpy()
+        return painted
 
     def save(self, folder: Path):
         """Write saved_parts, each to a folder of its name, and painter.json."""
@@ -221,7 +228,7 @@ class TinyPainter(Painter):
 
         latents (B, 48, H/4, W/4): the noisy picture with spheres; None: the views themselves.
         """
-        encoder_hidden_states, pooled_text = self.encode_text(prompts)  # (B, 32, 64), (B, 64)
+        encoder_hidden_states, pooled_text = self.encode_text(prompts)  # (B, L, 64), (B, 64)
         controlnet_cond = self.encode_images(condition)  # (B, 48, H/4, W/4)
         if latents is None:
             latents = controlnet_cond

@@ -12,7 +12,6 @@ A batch is a dict. B samples, and all views of a frame tiled to one picture of H
 Pictures are floats, 0..1. The target is the layer over the observation.
 """
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -20,16 +19,15 @@ from typing import NamedTuple
 import h5py
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from genima.episodes import CAMERAS, find_episodes
 from genima.episodes import FORMAT as EPISODE_FORMAT
 from genima.files import UserError, read_hdf5
 from genima.painter import PROMPT
+from genima.painter_augmentation import Augmentation, colour_jitter, random_crop
+from genima.scenes import check_successful, held_out_scenes, scene_of
 from genima.spheres import FORMAT as SPHERES_FORMAT
-from genima.views import resize, tile_views, untile_views, view_size
-
-HELD_OUT = 20  # one scene in so many is kept for validation: those whose seed it divides
+from genima.views import fit, is_uniform, resize, tile_any
 
 
 # ------------------------------------------------------------------------------------------ frames
@@ -50,9 +48,32 @@ class PainterData:
     held_out: list[Frame]
     horizon: int
     cameras: list[str]
-    image_size: int
+    image_sizes: dict[str, tuple[int, int]]  # (height, width) by camera, in order
     tasks: list[str]  # sorted
     fps: float
+    scenes: int
+    scenes_held_out: int
+    failed: int  # demonstrations
+
+    @property
+    def image_size(self) -> int | None:
+        """Height and width of the views; None where they are not square or differ."""
+        if not is_uniform(self.image_sizes):
+            return None
+        return self.image_sizes[self.cameras[0]][0]
+
+    def describe(self) -> dict:
+        """What a painter must fit, for its config."""
+        config = {
+            "image_size": self.image_size,
+            "horizon": self.horizon,
+            "cameras": self.cameras,
+            "tasks": self.tasks,
+            "fps": self.fps,
+        }
+        if self.image_size is None:
+            config["image_sizes"] = {name: list(size) for name, size in self.image_sizes.items()}
+        return config
 
     def instructions(self) -> list[str]:
         """All different instructions, sorted."""
@@ -62,15 +83,15 @@ class PainterData:
         return sorted(found)
 
 
-def find_frames(run: Path) -> PainterData:
+def find_frames(run: Path, use_failed: bool = False) -> PainterData:
     """Every frame of <run>/episodes that has spheres in <run>/spheres.
 
+    use_failed: also of demonstrations that failed. What is held out: see genima/scenes.py.
     Raises UserError where spheres are missing, or files differ in cameras, sizes or horizon.
     """
-    training = []
-    held_out = []
+    demonstrations = []  # (scene, frames)
     horizons = set()
-    tasks = set()
+    failed = 0
     first_sizes = None
     for path in find_episodes(run / "episodes"):
         spheres = run / "spheres" / path.relative_to(run / "episodes")
@@ -82,39 +103,53 @@ def find_frames(run: Path) -> PainterData:
         with read_hdf5(path, EPISODE_FORMAT) as root:
             instructions = [str(text) for text in root.attrs["instructions"]]
             length = len(root["action"])
-            seed = int(root.attrs["seed"])
-            fps = float(root.attrs["fps"])
-            tasks.add(str(root.attrs["task"]))
+            facts = dict(root.attrs)
             images = root["observations/images"]
-            sizes = {camera: images[camera].shape[1:3] for camera in images}
+            sizes = {name: images[name].shape[1:3] for name in order_cameras(images)}
         with read_hdf5(spheres, SPHERES_FORMAT) as root:
             horizons.add(int(root.attrs["horizon"]))
         if first_sizes is None:
             first_sizes = sizes
-            image_size = view_size(sizes, f"{path}: the views")
         if sizes != first_sizes:
             raise UserError(
                 f"{path} has views of {sizes}, others have {first_sizes}: "
                 "put them into different runs."
             )
+        if not facts["success"]:
+            failed += 1
+            if not use_failed:
+                continue
+        scene = scene_of(path, str(facts["task"]), int(facts["seed"]), bool(facts["sim"]))
         frames = [Frame(str(path), str(spheres), t, instructions) for t in range(length)]
-        if seed % HELD_OUT == 0:
-            held_out += frames
-        else:
-            training += frames
-    if not training:
-        raise UserError(
-            f"{run / 'episodes'} has no scene to train on: "
-            f"record more (python collect_demos.py --run {run})."
-        )
+        demonstrations.append((scene, frames))
+    check_successful(len(demonstrations), failed, run / "episodes")
     if len(horizons) > 1:
         raise UserError(
             f"{run / 'spheres'} was drawn with different horizons {sorted(horizons)}: "
             f"draw all with one (python render_spheres.py --run {run})."
         )
-    cameras = order_cameras(first_sizes)
-    horizon = horizons.pop()
-    return PainterData(training, held_out, horizon, cameras, image_size, sorted(tasks), fps)
+
+    scenes = {scene for scene, _ in demonstrations}
+    held_out_ones = held_out_scenes(scenes)
+    training = []
+    held_out = []
+    for scene, frames in demonstrations:
+        if scene in held_out_ones:
+            held_out += frames
+        else:
+            training += frames
+    return PainterData(
+        training=training,
+        held_out=held_out,
+        horizon=horizons.pop(),
+        cameras=list(first_sizes),
+        image_sizes=first_sizes,
+        tasks=sorted({scene.task for scene in scenes}),
+        fps=float(facts["fps"]),
+        scenes=len(scenes),
+        scenes_held_out=len(held_out_ones),
+        failed=failed,
+    )
 
 
 def order_cameras(cameras) -> list[str]:
@@ -125,20 +160,6 @@ def order_cameras(cameras) -> list[str]:
 
 
 # ----------------------------------------------------------------------------------------- batches
-@dataclass
-class Augmentation:
-    """Random changes to a training sample; the values are the published code's."""
-
-    crop: int = 2
-    """Pixels by which each view is moved at most, condition and target alike."""
-    brightness: float = 0.2
-    """Of the condition alone, as all that follow: a factor within 1 - 0.2 and 1 + 0.2."""
-    contrast: float = 0.2
-    saturation: float = 0.1
-    hue: float = 0.05
-    """A turn of the colours, as a part of the full circle."""
-
-
 class PainterDataset(torch.utils.data.Dataset):
     """Item `step` is this process's share of that step's batch; there is one for every step.
 
@@ -226,68 +247,28 @@ def read_pictures(frames: list[Frame], cameras: list[str], resolution: int) -> t
 
     The colour of a transparent pixel means nothing; times alpha, it stays out of the resizing.
     """
-    views = np.stack([read_views(frame, cameras) for frame in frames])  # (B, V, h, w, 7)
-    views = torch.from_numpy(views).permute(0, 1, 4, 2, 3)  # (B, V, 7, h, w)
-    pictures = tile_views(views).float() / 255  # (B, 7, rows h, columns w)
-    pictures[:, 3:6] *= pictures[:, 6:]
-    return resize(pictures, resolution)
+    read = [read_views(frame, cameras) for frame in frames]
+    views = [as_floats([view[i] for view in read]) for i in range(len(cameras))]
+    return resize(tile_any(views, resolution), resolution)
 
 
-def read_views(frame: Frame, cameras: list[str]) -> np.ndarray:
-    """The views of one frame, and the layers to paint on them: (V, h, w, 3 + 4) uint8."""
+def as_floats(pairs: list[tuple[np.ndarray, np.ndarray]]) -> torch.Tensor:
+    """B images (h, w, 3) with their layers (h', w', 4), uint8 -> (B, 7, h, w), see above."""
+    images = np.stack([image for image, _ in pairs])
+    layers = np.stack([layer for _, layer in pairs])
+    images = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255  # (B, 3, h, w)
+    layers = torch.from_numpy(layers).permute(0, 3, 1, 2).float() / 255
+    layers[:, :3] *= layers[:, 3:]
+    layers = fit(layers, *images.shape[2:])  # render_spheres.py --size draws others
+    return torch.cat([images, layers], dim=1)
+
+
+def read_views(frame: Frame, cameras: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The views (h, w, 3) of one frame, with the layers (h, w, 4) to paint on them; uint8."""
     views = []
     with h5py.File(frame.episode, "r") as episode, h5py.File(frame.spheres, "r") as spheres:
         for camera in cameras:
             image = episode["observations/images"][camera][frame.t]
             layer = spheres["layers"][camera][frame.t]
-            views.append(np.concatenate([image, layer], axis=-1))
-    return np.stack(views)
-
-
-# ------------------------------------------------------------------------------------ augmentation
-def random_crop(pictures: torch.Tensor, rngs: list, crop: int, views: int) -> torch.Tensor:
-    """Each sample's views (B, C, H, W), moved alike by up to `crop` pixels."""
-    moved = []
-    for picture, rng in zip(pictures, rngs):
-        dy, dx = rng.integers(-crop, crop + 1, size=2)
-        moved.append(shift_views(picture, dy, dx, views))
-    return torch.stack(moved)
-
-
-def shift_views(picture: torch.Tensor, dy: int, dx: int, views: int) -> torch.Tensor:
-    """Every view within (C, H, W) moved by (dy, dx) pixels; its edge is filled by reflection."""
-    tiles = untile_views(picture[None], views)[0]  # (V, C, h, w)
-    height, width = tiles.shape[2:]
-    pad = max(abs(dy), abs(dx))
-    padded = F.pad(tiles, (pad, pad, pad, pad), mode="reflect")
-    rows = slice(pad + dy, pad + dy + height)
-    columns = slice(pad + dx, pad + dx + width)
-    return tile_views(padded[None, :, :, rows, columns])[0]
-
-
-def colour_jitter(pictures: torch.Tensor, rngs: list, strength: Augmentation) -> torch.Tensor:
-    """Random brightness, contrast, saturation and hue for each of (B, 3, H, W), 0..1."""
-    drawn = []
-    for rng in rngs:
-        numbers = []
-        for limit in (strength.brightness, strength.contrast, strength.saturation):
-            numbers.append(rng.uniform(1 - limit, 1 + limit))
-        if strength.hue:
-            numbers.append(rng.uniform(-strength.hue, strength.hue))
-        else:
-            numbers.append(0.0)
-        drawn.append(numbers)
-    drawn = torch.tensor(drawn, dtype=torch.float32, device=pictures.device)
-    drawn = drawn[:, :, None, None, None]  # (B, 4, 1, 1, 1)
-    brightness, contrast, saturation, turn = drawn.unbind(1)
-
-    pictures = pictures * brightness
-    mean = pictures.mean((1, 2, 3), keepdim=True)
-    pictures = mean + contrast * (pictures - mean)
-    grey = pictures.mean(1, keepdim=True)
-    colour = pictures - grey
-    if strength.hue:  # turn the colours about the axis of greys
-        angle = 2 * math.pi * turn
-        across = colour.roll(1, 1) - colour.roll(-1, 1)
-        colour = angle.cos() * colour + angle.sin() / math.sqrt(3) * across
-    return (grey + saturation * colour).clamp(0, 1)
+            views.append((image, layer))
+    return views

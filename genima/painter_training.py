@@ -9,9 +9,10 @@ from genima.files import UserError, check_number
 from genima.hub import check_hub
 from genima.painter import PROMPT, TinyPainter, TurboPainter
 from genima.painter_data import PainterData
-from genima.tokenizer import unknown_words
+from genima.scenes import describe_split
+from genima.tokenizer import tokenize, unknown_words
 from genima.training import check_numbers, trained_parameters
-from genima.views import grid_of
+from genima.views import TILED, grid_of
 
 MAX_RESOLUTION = 4096  # pixels
 TRAINED_STEPS = 1000  # of noise, in a training; painting can take no more
@@ -26,7 +27,9 @@ def fill_in_defaults(settings, data: PainterData):
         defaults = {"base": str(SHIPPED), "steps": 1200, "learning_rate": 3e-4}
         if settings.base == FROM_SCRATCH:
             defaults |= {"steps": 4800, "learning_rate": 8e-4}
-        defaults["resolution"] = rows * data.image_size
+        defaults["resolution"] = TILED["tiny"]
+        if data.image_size is not None and data.image_size <= TILED["tiny"]:
+            defaults["resolution"] = rows * data.image_size
     defaults["out"] = settings.run / "controlnet"
     for name, value in defaults.items():
         if getattr(settings, name) is None:
@@ -74,6 +77,8 @@ def identity_of(settings, data: PainterData) -> dict:
     identity = {name: getattr(settings, name) for name in names.split()}
     identity |= {"image_size": data.image_size, "horizon": data.horizon}
     identity |= {"cameras": data.cameras, "frames": len(data.training)}
+    if data.image_size is None:
+        identity["image_sizes"] = {name: list(size) for name, size in data.image_sizes.items()}
     if settings.size == "tiny":
         identity["base"] = fingerprint(settings.base)
     return identity
@@ -96,6 +101,11 @@ def choose_precision(size: str, precision: str) -> str:
     if faster:
         return "bf16"
     return "fp32"
+
+
+def check_prompts(painter: TinyPainter, data: PainterData):
+    """Raise a UserError for an instruction that is longer than the painter's text encoder reads."""
+    tokenize(painter.tokenizer, [PROMPT.format(text) for text in data.instructions()])
 
 
 def prepare_tiny(painter: TinyPainter, device: torch.device, bf16: bool) -> TinyPainter:
@@ -145,11 +155,13 @@ def make_optimizer(name: str, painter: torch.nn.Module, learning_rate: float):
     )
 
 
-def describe_training(painter, accelerator, data: PainterData) -> str:
+def describe_training(painter, accelerator, data: PainterData, use_failed: bool) -> str:
     """What is going to be trained, on how many frames, where, and which words are new to it."""
     trained = sum(parameter.numel() for parameter in trained_parameters(painter).values())
+    used = data.failed if use_failed else 0
+    split = describe_split(data.scenes, data.scenes_held_out, data.failed - used, used)
     words = (
-        f"{len(data.training)} frames to train on, {len(data.held_out)} held out, "
+        f"{len(data.training)} frames to train on; {split}\n"
         f"{trained / 1e6:.1f} M parameters to train, on {accelerator.num_processes} processes "
         f"({accelerator.device.type})."
     )

@@ -3,7 +3,7 @@
 A policy is any object with
 
     cameras       names of the views that it looks at
-    image_size    (H, W) of each view, pixels
+    image_size    (H, W) of each view, pixels; image_sizes, by camera, where they differ
     act(images, qpos, instruction) -> chunk, painted
         images       {camera: (H, W, 3) uint8}
         qpos         (D+1,) joint positions (rad) and gripper opening 0..1
@@ -28,7 +28,8 @@ from genima.act import Controller
 from genima.episodes import Episode
 from genima.files import UserError
 from genima.plots import PANEL, painted_panel
-from genima.spheres import alpha_composite, draw_spheres, target_spheres
+from genima.spheres import PAPER, SphereStyle, alpha_composite, draw_spheres, target_spheres
+from genima.views import image_sizes_of
 
 
 # ---------------------------------------------------------------------------------------- policies
@@ -41,7 +42,8 @@ class GenimaPolicy:
         self.controller = controller
         self.drop_state = drop_state
         self.cameras = tuple(controller.config["cameras"])
-        self.image_size = tuple(controller.config["image_size"])
+        self.image_sizes = image_sizes_of(controller.config)
+        self.image_size = self.image_sizes[self.cameras[0]]
 
     def act(self, images, qpos, instruction):
         start = time.perf_counter()
@@ -58,7 +60,8 @@ class ActPolicy:
         self.controller = controller
         self.drop_state = drop_state
         self.cameras = tuple(controller.config["cameras"])
-        self.image_size = tuple(controller.config["image_size"])
+        self.image_sizes = image_sizes_of(controller.config)
+        self.image_size = self.image_sizes[self.cameras[0]]
 
     def act(self, images, qpos, instruction):
         return follow(self.controller, images, qpos, instruction, self.drop_state), images
@@ -73,12 +76,17 @@ class OraclePolicy:
         self.demonstrate = demonstrate
         self.drop_state = drop_state
         self.cameras = tuple(controller.config["cameras"])
-        self.image_size = tuple(controller.config["image_size"])
+        self.image_sizes = image_sizes_of(controller.config)
+        self.image_size = self.image_sizes[self.cameras[0]]
 
     def reset(self, env):
         """Raises UserError where there is no demonstration: the episode counts as a failure."""
         self.env = env
-        self.painter = OraclePainter(self.demonstrate(env), self.controller.config["horizon"])
+        config = self.controller.config
+        style = PAPER
+        if "style" in config:
+            style = SphereStyle(tuple(config["style"]["joints"]), config["style"]["factors"])
+        self.painter = OraclePainter(self.demonstrate(env), config["horizon"], style)
 
     def act(self, images, qpos, instruction):
         start = time.perf_counter()
@@ -94,10 +102,11 @@ class OraclePainter:
     It follows the demonstration by progress: a clock would run away from a slow controller.
     """
 
-    def __init__(self, demo: Episode, horizon: int):
+    def __init__(self, demo: Episode, horizon: int, style: SphereStyle = PAPER):
         """horizon: how many steps ahead the painted spheres are (K)."""
         self.demo = demo
         self.horizon = horizon
+        self.style = style
         self.frame = -1
 
     def progress(self, joints: np.ndarray) -> int:
@@ -115,7 +124,7 @@ class OraclePainter:
         is_open = self.demo.action[frame, -1] > 0.5
         painted = {}
         for camera, image in images.items():
-            spheres = target_spheres(self.demo.joint_poses[frame], is_open, camera)
+            spheres = target_spheres(self.demo.joint_poses[frame], is_open, camera, self.style)
             intrinsics, world_from_camera = env.camera_parameters(camera)
             layer = draw_spheres(*spheres, intrinsics, world_from_camera, *image.shape[:2])
             painted[camera] = alpha_composite(layer, image)
@@ -199,7 +208,7 @@ def rollout(
         done = False
         while not done:
             with simulator_calls():
-                images = camera_images(env)
+                images = camera_images(env, getattr(policy, "image_sizes", {}))
             start = time.perf_counter()
             chunk, painted = policy.act(images, observation["qpos"], info["instruction"])
             seconds = time.perf_counter() - start
@@ -231,9 +240,18 @@ def rollout(
     return outcome, log
 
 
-def camera_images(env) -> dict[str, np.ndarray]:
-    """What all cameras see now: {camera: (H, W, 3) uint8}."""
-    return {name: env.render_camera(name, env.height, env.width) for name in env.cameras}
+def camera_images(env, image_sizes: dict | None = None) -> dict[str, np.ndarray]:
+    """What all cameras see now: {camera: (H, W, 3) uint8}.
+
+    image_sizes: {camera: (H, W)} where the environment's own size is not meant.
+    """
+    if image_sizes is None:
+        image_sizes = {}
+    images = {}
+    for name in env.cameras:
+        height, width = image_sizes.get(name, (env.height, env.width))
+        images[name] = env.render_camera(name, height, width)
+    return images
 
 
 def executable(chunk, space) -> np.ndarray:

@@ -10,7 +10,9 @@ be seen. No renderer is needed: each sphere is where the rays of the pixels arou
 """
 
 import math
+from dataclasses import dataclass, field
 
+import h5py
 import numpy as np
 
 from genima.episodes import check_array
@@ -31,23 +33,59 @@ RADIUS_FACTOR = {
     "right_shoulder": 6.5,
     "overhead": 6.5,
 }
-OTHER_FACTOR = 6.5  # of a camera that the paper does not have
+OTHER_FACTOR = 6.5  # of a camera in the room that the paper does not have
+ARM_FACTOR = 3  # of a camera on the arm that the paper does not have: as its wrist's
 DARK_STRIPE = 0.6  # brightness of every other sector; ours, for the paper only says striped
 
 
-def target_spheres(
-    joint_poses: np.ndarray, gripper_open: bool, camera: str
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The paper's four spheres for one camera.
+@dataclass(frozen=True)
+class SphereStyle:
+    """What is drawn, where it is not the paper's: on which joints, and how large in which view."""
 
-    joint_poses (D+1, 4, 4) world from joint, the last the tool -> poses (4, 4, 4), radii (4,) in
-    metres, colours (4, 3) uint8.
+    joints: tuple[int, ...] = JOINTS  # indices; at most three, in red, green and purple
+    factors: dict[str, float] = field(default_factory=dict)  # of RADIUS, by camera
+
+    def factor(self, camera: str) -> float:
+        return self.factors.get(camera, RADIUS_FACTOR.get(camera, OTHER_FACTOR))
+
+
+PAPER = SphereStyle()
+
+
+def target_spheres(
+    joint_poses: np.ndarray, gripper_open: bool, camera: str, style: SphereStyle = PAPER
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The paper's four spheres for one camera: S = 4, or one for each joint of the style and one.
+
+    joint_poses (D+1, 4, 4) world from joint, the last the tool -> poses (S, 4, 4), radii (S,) in
+    metres, colours (S, 3) uint8.
     """
-    poses = joint_poses[[*JOINTS, -1]]
-    radii = np.full(4, RADIUS * RADIUS_FACTOR.get(camera, OTHER_FACTOR))
+    poses = joint_poses[[*style.joints, -1]]
+    radii = np.full(len(poses), RADIUS * style.factor(camera))
     gripper = CYAN if gripper_open else YELLOW
-    colours = np.array([RED, GREEN, PURPLE, gripper], np.uint8)
+    of_joints = (RED, GREEN, PURPLE)[: len(style.joints)]
+    colours = np.array([*of_joints, gripper], np.uint8)
     return poses, radii, colours
+
+
+def write_style(root: h5py.File, style: SphereStyle):
+    """Note in a file of spheres what is not the paper's; of the paper's style nothing."""
+    if style.joints != JOINTS:
+        root.attrs["joints"] = np.array(style.joints) + 1  # as people count
+    for camera, factor in style.factors.items():
+        root[f"layers/{camera}"].attrs["radius_factor"] = factor
+
+
+def read_style(root: h5py.File) -> SphereStyle:
+    """The style that a file of spheres was drawn in."""
+    joints = JOINTS
+    if "joints" in root.attrs:
+        joints = tuple(int(joint) - 1 for joint in root.attrs["joints"])
+    factors = {}
+    for camera, layer in root.get("layers", {}).items():
+        if "radius_factor" in layer.attrs:
+            factors[camera] = float(layer.attrs["radius_factor"])
+    return SphereStyle(joints, factors)
 
 
 def draw_spheres(

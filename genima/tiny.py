@@ -8,7 +8,7 @@ is a patch of pixels.
 from diffusers import ControlNetModel, EulerDiscreteScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from genima.tokenizer import MAX_TOKENS, train_tokenizer
+from genima.tokenizer import train_tokenizer
 
 PATCH = 4  # pixels a side of one latent; 8 gave blurred blobs
 WIDTH = 64  # of the text encoder, and of the cross-attention
@@ -48,7 +48,7 @@ def build_text_encoder(tokenizer) -> CLIPTextModel:
         projection_dim=WIDTH,
         num_hidden_layers=2,
         num_attention_heads=4,
-        max_position_embeddings=MAX_TOKENS,
+        max_position_embeddings=tokenizer.model_max_length,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

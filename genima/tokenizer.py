@@ -15,19 +15,44 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import CLIPTokenizer
 
-MAX_TOKENS = 32  # the longest prompt; to CLIP's 77 the rest would be padding
+from genima.files import UserError
+
+MAX_TOKENS = 32  # of a prompt, where the data has none that is longer
+CLIP_TOKENS = 77  # the longest prompt that any painter reads
+COUNTED = 10_000  # tokens of a prompt, at most
 
 
 def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> torch.Tensor:
-    """B prompts -> token ids (B, L), each padded or cut to the length the text encoder reads."""
+    """B prompts -> token ids (B, L), each padded to the length that the text encoder reads.
+
+    Raises UserError for a prompt that is longer.
+    """
+    longest = tokenizer.model_max_length
     tokens = tokenizer(
         prompts,
         padding="max_length",
-        max_length=tokenizer.model_max_length,
+        max_length=longest + 1,  # one more shows which prompts are too long
         truncation=True,
         return_tensors="pt",
     )
-    return tokens.input_ids
+    for prompt, too_long in zip(prompts, tokens.attention_mask[:, -1]):
+        if too_long:
+            check_length(prompt, count_tokens(tokenizer, prompt), longest)
+    return tokens.input_ids[:, :-1]
+
+
+def count_tokens(tokenizer: CLIPTokenizer, prompt: str) -> int:
+    """The length of a prompt, with its start and its end."""
+    return len(tokenizer(prompt, truncation=True, max_length=COUNTED).input_ids)
+
+
+def check_length(prompt: str, tokens: int, longest: int):
+    """Raise a UserError for a prompt that a text encoder cannot read to its end."""
+    if tokens > longest:
+        raise UserError(
+            f'The prompt "{prompt}" has {tokens} tokens, and the painter reads at most {longest}: '
+            "say it in fewer words."
+        )
 
 
 def unknown_words(tokenizer: CLIPTokenizer, sentences: list[str]) -> list[str]:
@@ -42,7 +67,11 @@ def unknown_words(tokenizer: CLIPTokenizer, sentences: list[str]) -> list[str]:
 
 
 def train_tokenizer(sentences: list[str]) -> CLIPTokenizer:
-    """A tokenizer for which every word of the sentences is one token, whatever their order."""
+    """A tokenizer for which every word of the sentences is one token, whatever their order.
+
+    It reads as many tokens as the longest sentence has, at least MAX_TOKENS. Raises UserError for a
+    sentence of more than CLIP_TOKENS.
+    """
     word_counts = Counter()
     for sentence in sentences:
         word_counts.update(re.findall("[a-z]+", sentence.lower()))
@@ -66,7 +95,12 @@ def train_tokenizer(sentences: list[str]) -> CLIPTokenizer:
     pieces += ["<|startoftext|>", "<|endoftext|>"]
     unique_pieces = dict.fromkeys(pieces)
     vocabulary = {piece: i for i, piece in enumerate(unique_pieces)}
-    return CLIPTokenizer(vocabulary, merges, model_max_length=MAX_TOKENS)
+    tokenizer = CLIPTokenizer(vocabulary, merges, model_max_length=MAX_TOKENS)
+    for sentence in sentences:
+        length = count_tokens(tokenizer, sentence)
+        check_length(sentence, length, CLIP_TOKENS)
+        tokenizer.model_max_length = max(tokenizer.model_max_length, length)
+    return tokenizer
 
 
 def count_pairs(spellings: dict[str, list[str]], word_counts: Counter) -> Counter:

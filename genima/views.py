@@ -1,5 +1,11 @@
 """Between the views of several cameras and the one picture that a painter sees.
 
+One to six cameras of any names and sizes. Square views of one size are tiled as they are. All
+others are first resized, each to the square cell of the grid: stretched, without a border, so that
+a camera's intrinsics scale with its view and no pixel of the cell is lost. What is painted in a
+cell is resized back to its view. The controller's views become such cells where they are large or
+differ in size (cell_of), so that its network does not grow with them.
+
 Pictures are float tensors, 0..1, channels first.
 """
 
@@ -10,6 +16,10 @@ import torch
 import torch.nn.functional as F
 
 from genima.files import UserError
+
+# Height of the tiled views where they do not stay as recorded: as many pixels as the four views of
+# 64x64 that tiny is made for, and SD-Turbo's resolution.
+TILED = {"tiny": 128, "sd-turbo": 512}
 
 
 def grid_of(count: int) -> tuple[int, int]:
@@ -31,6 +41,20 @@ def tile_views(views: torch.Tensor) -> torch.Tensor:
     return cells.permute(0, 3, 1, 4, 2, 5).reshape(B, C, rows * h, columns * w)
 
 
+def tile_any(views: list[torch.Tensor], resolution: int) -> torch.Tensor:
+    """V views (B, C, h, w) of any sizes -> one picture (B, C, rows h, columns w).
+
+    Views that are not square and of one size become square cells for a picture of height
+    `resolution`.
+    """
+    sizes = {i: tuple(view.shape[2:]) for i, view in enumerate(views)}
+    if not is_uniform(sizes):
+        rows, _ = grid_of(len(views))
+        cell = resolution // rows
+        views = [fit(view, cell, cell) for view in views]
+    return tile_views(torch.stack(views, dim=1))
+
+
 def untile_views(tiled: torch.Tensor, count: int) -> torch.Tensor:
     """The inverse of tile_views: (B, C, rows h, columns w) -> the first `count` views."""
     B, C, H, W = tiled.shape
@@ -44,9 +68,14 @@ def untile_views(tiled: torch.Tensor, count: int) -> torch.Tensor:
 def resize(pictures: torch.Tensor, height: int) -> torch.Tensor:
     """(B, C, H, W), 0..1 -> (B, C, height, width), in the same proportions."""
     H, W = pictures.shape[2:]
-    if H == height:
+    return fit(pictures, height, W * height // H)
+
+
+def fit(pictures: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """(B, C, h, w), 0..1 -> (B, C, height, width), stretched where proportions differ."""
+    if pictures.shape[2:] == (height, width):
         return pictures
-    size = (height, W * height // H)
+    size = (height, width)
     return F.interpolate(pictures, size, mode="bilinear", antialias=True).clamp(0, 1)
 
 
@@ -57,31 +86,55 @@ def composite(layer: torch.Tensor, picture: torch.Tensor) -> torch.Tensor:
     return alpha * colour + (1 - alpha) * picture
 
 
-def view_size(sizes: dict[str, tuple], where: str) -> int:
-    """{camera: (height, width)} -> the one height and width of all views.
+def cell_of(sizes: dict[str, tuple], size: str) -> int | None:
+    """Pixels a side to which the controller's views are resized; None: they stay.
 
-    Raises UserError, which begins with `where`, for views that are not square or differ in size.
+    Views of one size stay as they are, up to TILED; all others become square cells of the grid.
+    sizes: {camera: (height, width)}; size: "tiny" or "sd-turbo".
     """
+    rows, _ = grid_of(len(sizes))
+    different = set(sizes.values())
+    if len(different) == 1 and max(different.pop()) <= TILED[size]:
+        return None
+    return TILED[size] // rows
+
+
+def is_uniform(sizes: dict[str, tuple]) -> bool:
+    """Whether views {camera: (height, width)} are square and of one size."""
     different = set(sizes.values())
     height, width = next(iter(different))
-    if len(different) > 1 or height != width:
-        listed = ", ".join(f"{camera} {h}x{w}" for camera, (h, w) in sizes.items())
-        raise UserError(f"{where} must be square and of one size, not {listed}: record them so.")
-    return height
+    return len(different) == 1 and height == width
 
 
-def stack_views(images: dict, cameras: list[str], size: int) -> np.ndarray:
-    """{camera: (B, h, w, 3)} -> (B, V, h, w, 3), in the order of `cameras`.
+def image_sizes_of(config: dict) -> dict[str, tuple[int, int]]:
+    """{camera: (height, width)} of the views that a painter or a controller takes, pixels."""
+    size = config["image_size"]
+    if np.isscalar(size):
+        size = (size, size)
+    sizes = config.get("image_sizes")
+    if sizes is None:
+        sizes = dict.fromkeys(config["cameras"], size)
+    return {camera: tuple(sizes[camera]) for camera in config["cameras"]}
 
-    Raises UserError where a camera is missing, or its views are not of the height and width `size`.
-    """
-    missing = [camera for camera in cameras if camera not in images]
+
+def check_views(images: dict, sizes: dict[str, tuple], who: str):
+    """Raise a UserError unless {camera: (B, h, w, 3)} holds the views of `sizes`, for `who`."""
+    missing = [camera for camera in sizes if camera not in images]
     if missing:
-        raise UserError(f"The painter needs views of {', '.join(missing)}: add these cameras.")
-    found = view_size({camera: images[camera].shape[1:3] for camera in cameras}, "The views")
-    if found != size:
-        raise UserError(
-            f"The painter was trained on views of {size} pixels, these have {found}: "
-            "render the observations in that size."
-        )
-    return np.stack([images[camera] for camera in cameras], axis=1)
+        raise UserError(f"The {who} needs views of {', '.join(missing)}: add these cameras.")
+    for camera, size in sizes.items():
+        found = tuple(images[camera].shape[1:3])
+        if found != tuple(size):
+            raise UserError(
+                f"The {who} was trained on views of {size[0]}x{size[1]} pixels from '{camera}', "
+                f"these have {found[0]}x{found[1]}: render the observations in that size."
+            )
+
+
+def resize_images(images: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Images (T, h, w, C) uint8 -> (T, height, width, C), in any proportions."""
+    if images.shape[1:3] == (height, width):
+        return images
+    pictures = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+    pictures = 255 * fit(pictures, height, width)
+    return pictures.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()

@@ -47,7 +47,10 @@ def load_policy(run: Path, device: str):
         return policy.act(images, qpos, instruction)  # (K, 8), {camera: (H, W, 3)}
 
     trained = policy.controller.config
-    config = {name: trained[name] for name in ("cameras", "image_size", "horizon")}
+    config = {name: trained[name] for name in ("cameras", "horizon")}
+    config["image_size"] = None  # as the cameras give them
+    if len(set(policy.image_sizes.values())) == 1:
+        config["image_size"] = policy.image_size
     return config, act
 
 

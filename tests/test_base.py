@@ -4,7 +4,9 @@ import json
 import shutil
 import signal
 import sys
+from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -12,9 +14,10 @@ import torch
 import train_controlnet
 from genima.base import fingerprint, load_base
 from genima.episodes import CAMERAS
-from genima.files import run_stage
+from genima.files import UserError, run_stage
 from genima.painter import TinyPainter, load_painter
 from genima.tokenizer import unknown_words
+from sims.mujoco_tasks import TASKS
 
 SIZE = 16  # pixels a view
 CONFIG = {
@@ -26,7 +29,8 @@ CONFIG = {
     "horizon": 0,
     "cameras": list(CAMERAS),
 }
-SENTENCES = ["the robot as it is", "push the rose button"]
+# All words of the task but the other colours.
+SENTENCES = [template.format("rose") for template in TASKS["push_button"].templates]
 
 
 def make_base(folder, sentences=SENTENCES, **config):
@@ -103,6 +107,40 @@ def test_the_base_decides_the_defaults(base, run):
     settings = train_controlnet.Settings(run=run, size="sd-turbo")
     train_controlnet.fill_in_defaults(settings, data)
     assert (settings.base, settings.steps) == ("stabilityai/sd-turbo", 10_000)
+
+
+LONG = "push the button " * 8 + "now"  # 25 words
+
+
+def test_the_longest_prompt_sets_the_length_that_is_read():
+    assert tokenize_lengths(["push"]) == 32
+    assert tokenize_lengths(["push", LONG]) == 36
+    with pytest.raises(UserError, match="has [0-9]+ tokens, and the painter reads at most 77"):
+        TinyPainter.from_scratch([LONG * 3 + "push the button " * 3], CONFIG)
+
+
+def tokenize_lengths(sentences):
+    """How many tokens a painter of these sentences reads; it paints, and refuses a longer one."""
+    painter = TinyPainter.from_scratch(sentences, CONFIG).eval()
+    longest = painter.tokenizer.model_max_length
+    views = {camera: np.zeros((1, SIZE, SIZE, 3), np.uint8) for camera in CAMERAS}
+    painter.paint(views, sentences[-1:])
+    with pytest.raises(UserError, match=f"tokens, and the painter reads at most {longest}: say"):
+        painter.paint(views, [LONG + " push" * 40])
+    return longest
+
+
+def test_an_instruction_longer_than_the_base_reads_is_one_sentence(run, base, tmp_path, capsys):
+    (run / "episodes").unlink()
+    source = Path(run / "spheres").resolve().parent / "episodes"
+    shutil.copytree(source, run / "episodes")
+    for path in run.glob("episodes/*/*.hdf5"):
+        with h5py.File(path, "r+") as root:
+            root.attrs["instructions"] = [LONG]
+    assert train(run, base) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and LONG in said[0] and "reads at most 32" in said[0], said
+    assert not (run / "controlnet").exists()
 
 
 def test_words_that_the_base_never_read(base):

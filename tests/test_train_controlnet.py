@@ -135,7 +135,7 @@ def test_a_painter_of_other_cameras_paints_those(cameras, height, monkeypatch):
     with pytest.raises(UserError, match=f"needs views of {cameras[0]}"):
         painter.paint(images, INSTRUCTIONS[:1])
     images[cameras[0]] = np.zeros((1, SIZE, 2 * SIZE, 3), np.uint8)
-    with pytest.raises(UserError, match="must be square and of one size"):
+    with pytest.raises(UserError, match=f"trained on views of {SIZE}x{SIZE} pixels"):
         painter.paint(images, INSTRUCTIONS[:1])
 
 
@@ -308,8 +308,8 @@ def test_frames_are_found_and_some_scenes_held_out(recorded):
     data = find_frames(recorded)
     assert data.horizon == 8 and data.image_size == SIZE
     assert data.cameras == list(CAMERAS)  # in the paper's order, not in the file's
-    assert {scene_of(frame) for frame in data.held_out} == {"1000000"}
-    assert {scene_of(frame) for frame in data.training} == {"1000001"}
+    assert {scene_of(frame) for frame in data.held_out} == {"1000001"}
+    assert {scene_of(frame) for frame in data.training} == {"1000000"}
     assert all(text in data.instructions() for text in data.training[0].instructions)
 
 
@@ -534,7 +534,7 @@ def paint_larger_pictures():
 
 
 def first(run, folder):
-    return sorted((run / folder).glob("*/*.hdf5"))[-1]  # of the scene that is trained on
+    return sorted((run / folder).glob("*/*.hdf5"))[-1]
 
 
 def halve(path):
@@ -568,9 +568,10 @@ def halve_spheres(run):
     halve(first(run, "spheres"))
 
 
-def remove_training_scenes(run):
-    for path in run.glob("*/*/1000001*"):
-        path.unlink()
+def fail_everywhere(run):
+    for path in run.glob("episodes/*/*.hdf5"):
+        with h5py.File(path, "r+") as root:
+            root.attrs["success"] = False
 
 
 def add_a_camera(run):
@@ -588,7 +589,7 @@ BAD = {  # what is damaged, further arguments, what is said
     "two horizons": (change_horizon, [], "different horizons"),
     "half an episode": (halve_episode, [], "cannot be read"),
     "half a file of spheres": (halve_spheres, [], "cannot be read"),
-    "nothing but held-out scenes": (remove_training_scenes, [], "no scene to train on"),
+    "nothing but failures": (fail_everywhere, [], "failed: record better ones, or use them"),
     "other cameras": (add_a_camera, [], "put them into different runs"),
     "half a checkpoint": (half_a_checkpoint, [], "training.pt cannot be read"),
     "no step": (change_nothing, ["--steps", "0"], "--steps must be 1 or more"),
@@ -622,8 +623,8 @@ def test_pictures_of_another_size_are_one_sentence(trained):
     before = contents(run)
     assert end(start(run, main=paint_larger_pictures)) == 2
     sentence = (
-        f"The painter was trained on views of {SIZE} pixels, these have {2 * SIZE}: "
-        "render the observations in that size."
+        f"The painter was trained on views of {SIZE}x{SIZE} pixels from 'wrist', "
+        f"these have {2 * SIZE}x{2 * SIZE}: render the observations in that size."
     )
     assert printed(run).splitlines()[-1] == sentence and "Traceback" not in printed(run)
     assert contents(run) == before
