@@ -4,6 +4,7 @@ Every file is written whole or not at all. Images are (..., H, W, 3) uint8 unles
 """
 
 import csv
+from collections.abc import Iterable
 from pathlib import Path
 
 import imageio.v2 as imageio
@@ -16,6 +17,10 @@ from genima.files import write_whole
 PANEL = 256  # height and width of each of a film's three panels, pixels
 TITLE_HEIGHT = 28  # of the strip above the panels, which holds the instruction
 NAMES_HEIGHT = 20  # of the strip below them, which holds their names
+HEADING_HEIGHT = 44  # of the strip above a frame for people
+GREEN = (20, 130, 60)
+RED = (190, 40, 40)
+GREY = (90, 90, 90)
 SMOOTHING = 50  # training losses are shown as the mean of this many steps
 
 # What a column of losses.csv is called in losses.png
@@ -52,10 +57,13 @@ def painted_panel(images: dict[str, np.ndarray]) -> np.ndarray:
     return np.array(tiled.resize((PANEL, PANEL), Image.NEAREST))
 
 
-def write_video(path: Path, frames: list[np.ndarray], fps: float):
-    """An H.264 film of frames (H, W, 3)."""
+def write_video(path: Path, frames: Iterable[np.ndarray], fps: float):
+    """An H.264 film of frames (H, W, 3), which may be made one by one."""
     with write_whole(path) as temporary:
-        imageio.mimwrite(temporary, frames, fps=fps, codec="libx264", macro_block_size=2)
+        settings = {"fps": fps, "codec": "libx264", "macro_block_size": 2}
+        with imageio.get_writer(temporary, **settings) as writer:
+            for frame in frames:
+                writer.append_data(frame)
 
 
 def add_caption(frame: np.ndarray, title: str, painted_name: str) -> np.ndarray:
@@ -101,6 +109,48 @@ def write_film(
         last = add_caption(frames[-1], f"{outcome['instruction']}: {verdict}", painted_name)
         shown += [last] * round(fps)  # a second to read it
     write_video(out / f"{name}.mp4", shown, fps)
+
+
+def people_frame(
+    scene: np.ndarray,
+    painted: dict[str, np.ndarray],
+    sentence: str,
+    painted_name: str,
+    success: bool | None = None,
+) -> np.ndarray:
+    """A frame for people: the scene (H, W, 3), the painted views in a square beside it, titles.
+
+    painted: {camera: (h, w, 3)}, whose pixels stay visible. sentence: what the robot is told at
+    this moment. success: how the episode ended; None while it runs.
+    """
+    height, width, _ = scene.shape
+    views = Image.fromarray(two_columns(list(painted.values())))
+    views = views.resize((height, height), Image.NEAREST)
+    sheet = Image.new("RGB", (width + height, HEADING_HEIGHT + height), "white")
+    sheet.paste(Image.fromarray(scene), (0, HEADING_HEIGHT))
+    sheet.paste(views, (width, HEADING_HEIGHT))
+    draw = ImageDraw.Draw(sheet)
+    middle = HEADING_HEIGHT // 2
+    write_fitting(draw, f"\u201c{sentence}\u201d", (12, middle), 22, width - 24, "black")
+    write_fitting(draw, painted_name, (width + 12, middle), 18, height - 24, GREY)
+    if success is not None:
+        words = "done" if success else "not done"
+        colour = GREEN if success else RED
+        font = ImageFont.load_default(24)
+        corner = (16, HEADING_HEIGHT + 16)
+        left, top, right, bottom = draw.textbbox(corner, words, font)
+        draw.rounded_rectangle((left - 10, top - 8, right + 10, bottom + 8), 6, fill=colour)
+        draw.text(corner, words, "white", font)
+    return np.array(sheet)
+
+
+def write_fitting(draw, text: str, place: tuple, size: int, width: int, colour):
+    """Write a line from `place` (left, middle), in a smaller size if it is wider than `width`."""
+    font = ImageFont.load_default(size)
+    while size > 9 and draw.textlength(text, font) > width:
+        size -= 1
+        font = ImageFont.load_default(size)
+    draw.text(place, text, colour, font, anchor="lm")
 
 
 # ----------------------------------------------------------------------------------------- figures

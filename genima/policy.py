@@ -182,12 +182,13 @@ def rollout(
     options: dict | None = None,
     execution_horizon: int = 8,
     film: bool = False,
+    watch: Callable | None = None,
 ) -> tuple[dict, dict]:
     """One episode in closed loop -> outcome, log (see before_episode).
 
     env: a Gymnasium environment of sims/. seed, options: for its reset. execution_horizon: how many
-    steps of each chunk to run before looking again. film:
-    whether to keep frames.
+    steps of each chunk to run before looking again. film: whether to keep frames. watch: called as
+    watch(env, painted, instruction) before each step and after the last.
 
     If the simulator fails, the episode ends and outcome["error"] says why ("<type>: <message>");
     "variation" stays None if the scene could not even be laid out. Errors of the policy are raised.
@@ -223,6 +224,8 @@ def rollout(
                 for i, action in enumerate(actions):
                     if film:
                         log["frames"].append(film_frame(observed, painted, render_panel(env)))
+                    if watch is not None:
+                        watch(env, painted, info["instruction"])
                     log["trace"].append(trace_row(env, action, i == 0))
                     observation, _, terminated, truncated, info = env.step(action)
                     outcome["steps"] = env.steps
@@ -230,6 +233,8 @@ def rollout(
                     if done:
                         break
         outcome["success"] = info["success"]
+        if watch is not None:
+            watch(env, painted, info["instruction"])
         if "error" in info:
             outcome["error"] = info["error"]
         if film:
