@@ -2,27 +2,30 @@
 
 In:   <run>/episodes, <run>/spheres (for the horizon K; no sphere is drawn)
 Out:  <run>/future_frame/painter/      as <run>/controlnet, and validation.png
-      <run>/future_frame/controller/   config.json, model.safetensors, losses.csv, training.pt
+      <run>/future_frame/controller/   as <run>/act
 
     python variations/train_future_frame.py
     python evaluate.py --policy variations/train_future_frame.py:policy
     diff train_act.py variations/train_future_frame.py              what changed in stage 3
 
-After Black et al. 2023. Against GENIMA (the same episodes, networks, base and K):
+After Black et al. 2023. Against GENIMA, with the same episodes, networks, base and K:
 
 1. The painter's layer is the cameras' pictures K steps later, opaque where they differ from now.
 2. The controller sees eight pictures: the present views and the painted goals.
 3. It is trained on true futures, half of them softened, because painted ones are soft. There are no
    others to draw, so both ends of a motion cannot be shifted: it learns from recorded motions only.
 
-What it gave with an earlier revision, from random weights on 2,700 demonstrations (2,400 + 1,800
-steps): 40, 42 and 46 of 50 in reach_target, push_button and pick_and_lift (GENIMA: 49, 49, 50). One
-step of denoising gives the mean of all possible futures: the painted arm is soft at its edges.
+What it gave with an earlier revision, `--base none --painter-steps 2400 --painter-learning-rate
+8e-4` on 2,700 demonstrations: 40, 42 and 46 of 50 in reach_target, push_button and pick_and_lift
+(GENIMA: 49, 49, 50). One step of denoising gives the mean of all futures that the painter thinks
+possible: the painted arm is soft at its edges, a fog at first (painter/validation.png). After 900
+steps of both networks it was 10, 0 and 3: four spheres are learned sooner than an arm with all its
+edges.
 """
 
-import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -30,10 +33,8 @@ import h5py
 import numpy as np
 import torch
 import tyro
-from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from numpy.random import Generator
-from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import AdamW
@@ -42,18 +43,19 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # genima/ is one folder up
 
-from genima import textures, training
-from genima.act import ACT, Controller
-from genima.base import SHIPPED, load_base
+from genima import painter_data, textures, training
+from genima.act import ACT, Controller, save_controller
+from genima.base import FROM_SCRATCH, SHIPPED, check_base, fingerprint, load_base
+from genima.checkpoints import choose_device
 from genima.demonstrations import describe, read_demonstrations, split_scenes
-from genima.files import run_stage, write_whole
+from genima.files import check_number, run_stage
 from genima.motions import Motions
-from genima.painter import PROMPT, load_painter
-from genima.painter_data import Augmentation, colour_jitter, find_frames, random_crop
-from genima.painter_training import make_optimizer
+from genima.painter import PROMPT, TinyPainter, load_painter
+from genima.painter_data import Augmentation, PainterDataset, find_frames
+from genima.painter_training import choose_precision
 from genima.plots import write_grid, write_losses
 from genima.policy import follow
-from genima.views import composite, tile_views
+from genima.views import composite, grid_of, tile_views
 
 NAME = "future_frame"
 DIFFERENT = 0.08  # of 1: where a pixel changes by more, the layer is opaque
@@ -62,7 +64,8 @@ GRIPPER_WEIGHT = 0.1
 STATE_DROPOUT = 0.3
 WEIGHT_DECAY = 1e-4
 GRADIENT_CLIP = 1.0
-COLUMNS = ("step", "loss")
+VALIDATION_BATCHES = 6
+COLUMNS = ("step", "loss", "held_out")
 
 
 @dataclass
@@ -72,7 +75,7 @@ class Settings:
     out: Path | None = None
     """Folder for both networks, if it is not <run>/future_frame."""
     base: str = str(SHIPPED)
-    """The base that the painter starts from."""
+    """The base that the painter starts from; none: random weights."""
     painter_steps: int = 900
     """Gradient steps of the painter."""
     steps: int = 1800
@@ -94,36 +97,30 @@ class Settings:
 
 
 # -------------------------------------------------------------------------------- stage 2: futures
-class Futures(Dataset):
+class Futures(PainterDataset):
     """Item i is batch i of the painter: views now, and the layer of their future."""
 
-    def __init__(self, data, settings: Settings):
-        self.frames = data.training
-        self.cameras = data.cameras
+    def __init__(self, frames, data, settings: Settings):
+        super().__init__(frames, data.cameras, None, None, settings.batch_size, settings.seed)
+        self.augmentation = Augmentation(hue=0.0)  # instructions name colours
         self.horizon = data.horizon
-        self.seed = settings.seed
-        self.batch_size = settings.painter_batch_size
 
     def __getitem__(self, i: int) -> dict:
-        rngs = [np.random.default_rng((self.seed, i, place)) for place in range(self.batch_size)]
-        frames = [self.frames[rng.integers(len(self.frames))] for rng in rngs]
-        return self.read(frames, rngs, Augmentation(hue=0.0))
+        rngs = [np.random.default_rng((self.seed, i, place)) for place in self.samples]
+        return self.read([self.draw_frame(rng) for rng in rngs], rngs)
 
-    def read(self, frames, rngs, augmentation=None) -> dict:
+    def read(self, frames, rngs) -> dict:
         pictures = torch.stack([self.read_frame(frame) for frame in frames])  # (B, 6, H, W)
-        if augmentation is not None:
-            pictures = random_crop(pictures, rngs, augmentation.crop, len(self.cameras))
+        crop = self.augmentation.crop
+        pictures = painter_data.random_crop(pictures, rngs, crop, len(self.cameras))
         now, future = pictures.split(3, dim=1)  # (B, 3, H, W) each
         change = (future - now).abs().amax(1, keepdim=True) > DIFFERENT
-        condition = now
-        if augmentation is not None:
-            condition = colour_jitter(now, rngs, augmentation)
         prompts = []
         for frame, rng in zip(frames, rngs):
             instruction = frame.instructions[rng.integers(len(frame.instructions))]
             prompts.append(PROMPT.format(instruction))
         return {
-            "condition": condition,
+            "condition": painter_data.colour_jitter(now, rngs, self.augmentation),
             "observation": now,
             "layer": torch.cat([future, change.float()], dim=1),  # (B, 4, H, W)
             "prompts": prompts,
@@ -141,8 +138,9 @@ class Futures(Dataset):
         return tile_views(views[None])[0].float() / 255
 
 
-def painting_loss(logits, batch) -> torch.Tensor:
+def painting_loss(painter, batch) -> torch.Tensor:
     """As train_controlnet.py's, with what changes in place of spheres."""
+    logits = painter(batch["condition"], batch["prompts"]).float()  # (B, 4, H, W)
     change = batch["layer"][:, 3:]
     where = F.binary_cross_entropy_with_logits(logits[:, 3:], change)
     painted = composite(logits.sigmoid(), batch["observation"])
@@ -152,17 +150,12 @@ def painting_loss(logits, batch) -> torch.Tensor:
 
 
 @torch.no_grad()
-def show_futures(painter, futures: Futures, frames, path: Path):
-    """Now, true future and painted future at the first frames of five scenes."""
-    firsts = [frame for frame in frames if frame.t == 0]
-    chosen = firsts[:5]
-    batch = futures.read(chosen, [np.random.default_rng(0)] * len(chosen))
-    painted = painter.paint_tiled(batch["observation"].to(painter.unet.device), batch["prompts"])
-    columns = {
-        "now": batch["observation"],
-        "true future": composite(batch["layer"], batch["observation"]),
-        "painted future": painted.cpu(),
-    }
+def show_futures(painter, batch: dict, path: Path):
+    """Now, true future and painted future, in unseen scenes."""
+    now = batch["observation"]  # (B, 3, H, W)
+    painted = painter.paint_tiled(now.to(painter.unet.device), batch["prompts"]).cpu()
+    future = composite(batch["layer"], now)
+    columns = {"now": now, "true future": future, "painted future": painted}
     write_grid(path, columns, [prompt.split("'")[1] for prompt in batch["prompts"]])
 
 
@@ -235,83 +228,79 @@ def act_loss(network: ACT, batch: dict) -> torch.Tensor:
 
 
 # ----------------------------------------------------------------------------------------- training
-def fit(network, dataset, loss_of, optimizer, peak, steps, settings, folder, identity, save_all):
-    """Minimise loss_of(network, batch). The loop of both stages."""
-    device = next(network.parameters()).device
+def fit(folder, network, loss_of, dataset, unseen, config, settings, save):
+    """Minimise loss_of(network, batch): the loop of both stages. unseen: held-out scenes."""
+    device = settings.device
+    bf16 = choose_precision("tiny", "auto") == "bf16"  # where this CPU is faster in it
+    held_out = [unseen[settings.steps + i] for i in range(VALIDATION_BATCHES)]
+    held_out = send_to_device(held_out, device)
+    optimizer = AdamW(network.parameters(), settings.learning_rate, weight_decay=WEIGHT_DECAY)
+    identity = {**config, "steps": settings.steps, "batch_size": settings.batch_size}
+    identity |= {"learning_rate": settings.learning_rate, "seed": settings.seed, "bf16": bf16}
     start, log = training.resume(folder, network, optimizer, identity)
+
     stopping = training.StopSignal()
-    batches = training.batches(dataset, start, steps, num_workers=2)
-    for step, batch in enumerate(tqdm(batches, folder.name, steps, initial=start), start + 1):
-        factor = training.warmup(step) * training.half_cosine(step, steps)
-        training.set_learning_rate(optimizer, peak * factor)
-        loss = loss_of(network, send_to_device(batch, device))
+    batches = training.batches(dataset, start, settings.steps, num_workers=2)
+    bar = tqdm(batches, folder.name, settings.steps, initial=start)
+    for step, batch in enumerate(bar, start + 1):
+        factor = training.warmup(step) * training.half_cosine(step, settings.steps)
+        training.set_learning_rate(optimizer, settings.learning_rate * factor)
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+            loss = loss_of(network, send_to_device(batch, device))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), GRADIENT_CLIP)
         optimizer.step()
 
-        log.append([step, loss.item()])
-        is_last = step == steps
-        if step % settings.checkpoint_every == 0 or is_last or stopping.requested:
-            save_all()
-            write_losses(folder, COLUMNS, log, ["loss"], [], "")
+        log.append([step, loss.item(), ""])
+        is_last = step == settings.steps
+        due = step % settings.checkpoint_every == 0 or is_last
+        if due:
+            with torch.no_grad():
+                losses = [loss_of(network, batch).item() for batch in held_out]
+            log[-1][2] = float(np.mean(losses))
+        if due or stopping.requested:
+            save()
+            write_losses(folder, COLUMNS, log, ["loss"], ["held_out"], "loss")
             training.save(folder, network, optimizer, identity, step, log)
         if stopping.requested and not is_last:
             training.stop_training(step, say=True)
+    print(f"{folder}: loss in held-out scenes {log[-1][2]:.4f}.")
 
 
-def train_painter(settings: Settings, folder: Path, device):
+def train_painter(settings: Settings, folder: Path):
+    check_base("tiny", settings.base, folder)
     data = find_frames(settings.run)
-    config = {
-        "size": "tiny",
-        "objective": "one-step",
-        "num_inference_steps": 1,
-        "image_size": data.image_size,
-        "resolution": 2 * data.image_size,
-        "horizon": data.horizon,
-        "cameras": data.cameras,
-    }
+    rows, _ = grid_of(len(data.cameras))
+    config = {"size": "tiny", "objective": "one-step", "num_inference_steps": 1}
+    config |= {"resolution": rows * data.image_size, **data.describe()}
     torch.manual_seed(settings.seed)
-    painter = load_base(settings.base, config).to(device)
-    peak = settings.painter_learning_rate
-    optimizer = make_optimizer("adamw", painter, peak)
-    steps = settings.painter_steps
-    identity = {"steps": steps, "learning_rate": peak, "frames": len(data.training), **config}
-    futures = Futures(data, settings)
-
-    def loss_of(painter, batch):
-        return painting_loss(painter(batch["condition"], batch["prompts"]), batch)
-
-    def save_all():
-        painter.save(folder)
-
-    fit(painter, futures, loss_of, optimizer, peak, steps, settings, folder, identity, save_all)
-    frames = data.held_out + data.training
-    show_futures(painter.eval(), futures, frames, folder / "validation.png")
+    if settings.base == FROM_SCRATCH:
+        painter = TinyPainter.from_scratch(data.instructions(), config)
+    else:
+        painter = load_base(settings.base, config)
+    painter.to(settings.device)
+    futures = Futures(data.training, data, settings)
+    unseen = Futures(data.held_out if data.held_out else data.training, data, settings)
+    save = partial(painter.save, folder)
+    base = {"base": fingerprint(settings.base)}
+    fit(folder, painter, painting_loss, futures, unseen, config | base, settings, save)
+    show_futures(painter.eval(), unseen[settings.steps], folder / "validation.png")
 
 
-def train_controller(settings: Settings, folder: Path, device):
+def train_controller(settings: Settings, folder: Path):
     demonstrations = read_demonstrations(settings.run, images=True, seed=settings.seed)
-    training_set, _ = split_scenes(demonstrations)
+    training_set, held_out = split_scenes(demonstrations)
     config = {"size": "tiny", "observation": "rgb", **describe(demonstrations, with_words=False)}
     config["cameras"] = [*config["cameras"], *[f"goal_{name}" for name in config["cameras"]]]
     motions = Motions(training_set, demonstrations, shifted=False)
     config.update(motions.state_statistics(settings.seed))
-    torch.manual_seed(settings.seed)
-    network = ACT(config).to(device)
-    peak = settings.learning_rate
-    optimizer = AdamW(network.parameters(), peak, weight_decay=WEIGHT_DECAY)
-    identity = {"steps": settings.steps, "learning_rate": peak, "seed": settings.seed, **config}
-
-    def save_all():
-        with write_whole(folder / "config.json") as path:
-            path.write_text(json.dumps(config, indent=1))
-        with write_whole(folder / "model.safetensors") as path:
-            save_file(network.state_dict(), path)
-
     goals = Goals(motions, config, settings)
-    steps = settings.steps
-    fit(network, goals, act_loss, optimizer, peak, steps, settings, folder, identity, save_all)
+    unseen = Goals(Motions(held_out, demonstrations, shifted=False), config, settings)
+    torch.manual_seed(settings.seed)
+    network = ACT(config).to(settings.device)
+    save = partial(save_controller, folder, network, config)
+    fit(folder, network, act_loss, goals, unseen, config, settings, save)
 
 
 # ------------------------------------------------------------------------------------------- policy
@@ -342,11 +331,18 @@ def policy(run: Path, device: str) -> FuturePolicy:
 def main():
     settings = tyro.cli(Settings, description=__doc__)
     training.check_numbers(settings)
+    check_number("--painter-steps", settings.painter_steps, 1)
+    check_number("--painter-batch-size", settings.painter_batch_size, 1)
     folder = settings.run / NAME if settings.out is None else settings.out
-    device = Accelerator(cpu=settings.device == "cpu").device
-    train_painter(settings, folder / "painter", device)
-    train_controller(settings, folder / "controller", device)
-    print(f"Painter and controller are in {folder}; look at painter/validation.png.")
+    settings.device = choose_device(settings.device)
+    painter_settings = replace(
+        settings,
+        steps=settings.painter_steps,
+        batch_size=settings.painter_batch_size,
+        learning_rate=settings.painter_learning_rate,
+    )
+    train_painter(painter_settings, folder / "painter")
+    train_controller(settings, folder / "controller")
 
 
 if __name__ == "__main__":
