@@ -43,16 +43,16 @@ from diffusers import (
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import render_spheres
 import train_controlnet
 from genima.diffusion import LatentCache
-from genima.episodes import CAMERAS, Episode, read_episode, write_episode
-from genima.files import UserError, run_stage, write_whole
+from genima.episodes import CAMERAS, Episode, write_episode
+from genima.files import UserError, run_stage, write_hdf5, write_whole
 from genima.hub import load_part
 from genima.micro_batch import random_batch, resolve_micro_batch, switch_checkpointing
 from genima.painter import PROMPT, TinyPainter, TurboPainter
 from genima.painter_data import find_frames
 from genima.painter_training import make_optimizer, prepare_turbo
+from genima.spheres import FORMAT as SPHERES_FORMAT
 from genima.turbo_speed import GraphPainting, compile_networks, record
 
 PARTS = ("painting", "compiled", "training", "loading", "tiny", "blocks")
@@ -419,7 +419,7 @@ def measure_blocks(settings: Settings, device: str, report: Report):
 
 # ----------------------------------------------------------------------------------------- loading
 def write_run(run: Path, size: int, frames: int = 40):
-    """An episode of four cameras, of smooth pictures, and its spheres."""
+    """An episode of four cameras, of coarse pictures, and a square in place of its spheres."""
     random = np.random.default_rng(0)
     joint_poses = np.tile(np.eye(4, dtype=np.float32), (frames, 8, 1, 1))
     joint_poses[..., :3, 3] = random.uniform(-0.3, 0.3, (1, 8, 3))
@@ -454,8 +454,14 @@ def write_run(run: Path, size: int, frames: int = 40):
     source.parent.mkdir(parents=True)
     target.parent.mkdir(parents=True)
     write_episode(source, episode)
-    first = read_episode(source, images=False)
-    render_spheres.render(source, target, 20, 0, {}, first)
+    layers = np.zeros((frames, size, size, 4), np.uint8)
+    layers[:, size // 4 : size // 2, size // 4 : size // 2] = 255
+    with write_hdf5(target) as root:
+        root.attrs["format"] = SPHERES_FORMAT
+        root.attrs["horizon"] = 20
+        for camera in CAMERAS:
+            dataset = f"layers/{camera}"
+            root.create_dataset(dataset, data=layers, chunks=(1, size, size, 4), compression=1)
 
 
 def measure_loading(settings: Settings, device: str, report: Report, steps: int = 24):
