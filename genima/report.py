@@ -63,7 +63,7 @@ def summarise(outcomes: list[dict], logs: list[dict]) -> dict:
     if failed_resets or errors:
         summary["failed_resets"] = failed_resets
         summary["episodes_with_errors"] = len(errors)
-        summary["errors"] = dict(Counter(error.split(":")[0] for error in errors))
+        summary["errors"] = dict(Counter(errors))
     summary["outcomes"] = outcomes
     return summary
 
@@ -178,7 +178,7 @@ def print_table(report: dict):
         if task.get("failed_resets"):
             print(f"{'':<24}{task['failed_resets']} scenes that could not be laid out")
         for kind, count in task.get("errors", {}).items():
-            print(f"{'':<24}{count} episodes with an error of the simulator: {kind}")
+            print(f"{'':<24}{count} episodes ended by the simulator's {kind}")
     mean = np.mean([task["rate"] for task in report["tasks"].values()])
     print(f"{'mean over the tasks':<24}{mean:>16.1%}")
     if "language" in report:

@@ -195,7 +195,7 @@ def test_a_failing_simulator_costs_one_episode(tmp_path, method, count, steps):
     assert evaluate.run_episode(workspace, 0, "reach_target", 0)[0] == good
 
     report = summarise([good, bad], [log, log])
-    assert report["errors"] == {"RuntimeError": 1} and report["episodes_with_errors"] == 1
+    assert report["errors"] == {bad["error"]: 1} and report["episodes_with_errors"] == 1
     for fatal in (UserError("a sentence"), MemoryError(), KeyboardInterrupt()):
         with pytest.raises(type(fatal)):
             rollout(Failing(env, method, count, fatal), Puppet(), 0)

@@ -81,7 +81,7 @@ def test_reads_well_on_a_page(name):
         assert output.get("name") != "stderr"
     pictures = [data for kind, data in stored_data(notebook) if kind.startswith("image/")]
     assert len(pictures) >= 4
-    assert max(map(len, pictures)) < 400_000
+    assert max(map(len, pictures)) < 200_000
     for kind, data in stored_data(notebook):
         if kind == "text/html":  # a film
             assert len(data) < 300_000
@@ -136,7 +136,7 @@ def test_teaches(name):
     exercises = notebook.cells[-1].source.split("## Exercises")[1]
     numbers = [line[:3] for line in exercises.splitlines() if line[:1].isdigit()]
     assert numbers == ["1. ", "2. ", "3. "]
-    assert exercises.count("*Hint:") == 3
+    assert exercises.count("*Hint: ") == 3
     assert "Fork the script" in exercises
     for script in set(re.findall(r"`([\w/]+\.py)`", text)):  # no file that does not exist
         to_be_made = f"to `{script}`" in text or f"`{script}` to" in text

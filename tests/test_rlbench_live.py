@@ -57,7 +57,7 @@ def test_a_failing_simulator_costs_its_episode_alone(tmp_path):
     for outcome in outcomes:
         assert "error" in outcome or outcome["steps"] == 5
     report = summarise(outcomes, [{"paint": [], "control": []}] * 6)
-    assert report["errors"] == {"RuntimeError": len(failed)}
+    assert report["errors"] == {failed[0]["error"]: len(failed)}
 
 
 @pytest.mark.parametrize("variation", [99, -1, 12])
