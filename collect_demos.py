@@ -41,7 +41,7 @@ from sims import Simulators
 from sims.coppeliasim import task_class
 from sims.demonstrator import record_demonstration
 from sims.mujoco_panda import MAX_HEIGHT
-from sims.mujoco_tasks import TASKS, check_task
+from sims.mujoco_tasks import find_task
 from sims.rendering import choose_renderer
 from sims.rlbench_dataset import find_demonstrations, read_demonstration, read_notes
 from sims.rlbench_folders import episode_file, identify, not_importable
@@ -176,13 +176,13 @@ def write_new(path: Path, episode: Episode):
 def embedded_jobs(settings: Settings, folder: Path) -> list[tuple]:
     tasks = chosen_tasks(settings)
     for task in tasks:
-        check_task(task)
+        find_task(task)  # raises UserError if there is none
     size = settings.image_size
     jobs = []
     count = settings.demos if settings.scenes is None else settings.scenes
     for seed in range(settings.seed, settings.seed + count):
         for task in tasks:
-            variations = range(TASKS[task].candidates)
+            variations = range(find_task(task).candidates)
             if settings.scenes is None:
                 variations = [seed % len(variations)]  # each object equally often
             for variation in variations:

@@ -26,10 +26,6 @@ TOWARDS_ANOTHER = (0, 0.15, 0.4, -0.2)
 CAMERA_SHIFT = 0.03  # metres
 CAMERA_TURN = np.deg2rad(3)
 
-# A camera is never quite where calibration says. At most so far along and about each axis:
-CAMERA_SHIFT = 0.03  # metres
-CAMERA_TURN = np.deg2rad(3)
-
 
 @dataclass
 class Motion:

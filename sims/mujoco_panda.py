@@ -22,7 +22,7 @@ import numpy as np
 
 from genima.episodes import CAMERAS
 from genima.files import UserError
-from sims.mujoco_tasks import PAINTED, TASKS, TOOL_DOWN, add_box, check_task
+from sims.mujoco_tasks import PAINTED, TOOL_DOWN, add_box, find_task
 from sims.rendering import new_renderer
 
 CONTROL_HZ = 10
@@ -229,13 +229,13 @@ class PandaEnv(ArmEnv):
 
     def __init__(self, task="reach_target", image_size=128, cameras=CAMERAS, images=True):
         """Raises UserError for an unknown task, or images that are too large."""
-        check_task(task)
+        task_class = find_task(task)
         if np.greater(image_size, (MAX_HEIGHT, MAX_WIDTH)).any():
             raise UserError(
                 f"Images of {image_size} pixels are too large for the embedded simulator: "
                 f"at most {MAX_HEIGHT} x {MAX_WIDTH}."
             )
-        self.task = TASKS[task]()
+        self.task = task_class()
         self.model = self.build().compile()
         self.data = mujoco.MjData(self.model)
         self.scratch = mujoco.MjData(self.model)  # for kinematics beside the simulation

@@ -591,6 +591,48 @@ class StackBlocks(Task):
         return stacked and centred and let_go
 
 
+class MoveAround(Task):
+    """No task but an exercise: the hand goes through random poses over an empty table.
+
+    A controller that follows spheres can learn it before it has seen any task.
+    """
+
+    candidates = 1
+    templates = ("move around",)
+    hand_box = np.array([[0.30, -0.30, 0.02], [0.66, 0.30, 0.40]])  # metres
+    waypoints = 6
+
+    def build(self, world):
+        pass
+
+    def place(self, env, rng):
+        self.rng = rng
+        self.first = rng.uniform(*self.hand_box)
+
+    def focus(self, env):
+        return self.first
+
+    def plan(self, env):
+        rng = self.rng
+        position = env.tool_pose()[:3, 3]
+        for _ in range(self.waypoints):
+            if rng.random() < 0.5:  # far away, or near by
+                position = rng.uniform(*self.hand_box)
+            else:
+                position = np.clip(position + rng.normal(0, 0.06, 3), *self.hand_box)
+            tilt = rng.normal(0, (0.1, 0.1, 0.4))  # rad
+            yield Move(
+                position,
+                gripper=float(rng.random() < 0.5),
+                dwell=int(rng.integers(6)),
+                rotation=rotation_from(tilt) @ TOOL_DOWN,
+                speed=rng.uniform(0.2, 0.45),
+            )
+
+    def success(self, env):
+        return True
+
+
 TASKS = {
     "reach_target": ReachTarget,
     "push_button": PushButton,
@@ -601,6 +643,17 @@ TASKS = {
     "close_box": CloseBox,
     "stack_blocks": StackBlocks,
 }
+
+
+EXERCISES = {"move_around": MoveAround}  # to be recorded, but nothing to be evaluated on
+
+
+def find_task(name: str) -> type[Task]:
+    """The class of a task or an exercise. Raises UserError for a name that does not exist."""
+    if name in EXERCISES:
+        return EXERCISES[name]
+    check_task(name)
+    return TASKS[name]
 
 
 def check_task(name: str):
