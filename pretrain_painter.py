@@ -40,6 +40,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from genima import painter_training as setup
+from genima.base import FROM_SCRATCH, fingerprint, load_base
 from genima.episodes import CAMERAS
 from genima.files import UserError, read_hdf5, run_stage, write_hdf5, write_whole
 from genima.painter import PROMPT, TinyPainter
@@ -74,6 +75,10 @@ KINDS = ("A", "B", "C", "C")  # of the sentences for each scene: a quarter, a qu
 class Settings:
     out: Path = Path("runs/base")
     """Folder of the base: scenes/ and the trained painter."""
+    base: str = FROM_SCRATCH
+    """A base to train further; by default random weights."""
+    first_scene: int = 0
+    """The first scene's number: a base that is trained further wants new scenes."""
     scenes: int = 22_500
     """Random scenes to draw, each with four sentences; 0.6 GB on disk."""
     steps: int = 900
@@ -136,20 +141,22 @@ def draw_shard(environments: dict, path: Path, first: int):
         root["sentences"] = np.array(sentences, dtype=h5py.string_dtype())  # (N, S)
 
 
-def find_shards(folder: Path, scenes: int) -> list[Path]:
-    return [folder / f"{first:07d}.hdf5" for first in range(0, scenes, SHARD)]
+def find_shards(folder: Path, first_scene: int, scenes: int) -> dict[Path, int]:
+    """The scenes' files, with the number of the first scene in each."""
+    starts = range(first_scene, first_scene + scenes, SHARD)
+    return {folder / f"{start:07d}.hdf5": start for start in starts}
 
 
 def draw_scenes(settings: Settings) -> list[Path]:
     """Draw all scenes that are not there yet, in parallel. Returns the files."""
-    shards = find_shards(settings.out / "scenes", settings.scenes)
-    jobs = [(draw_shard, path, i * SHARD) for i, path in enumerate(shards)]
+    shards = find_shards(settings.out / "scenes", settings.first_scene, settings.scenes)
+    jobs = [(draw_shard, path, first) for path, first in shards.items()]
     choose_renderer()  # once, for all processes
     make_context = partial(make_environments, settings.image_size)
     for _ in run_in_parallel(jobs, settings.workers, "scenes", f"{SHARD} scenes", make_context):
         pass
-    write_contact_sheet(shards[0], settings.out / "scenes.png")
-    return shards
+    write_contact_sheet(next(iter(shards)), settings.out / "scenes.png")
+    return list(shards)
 
 
 def write_contact_sheet(shard: Path, path: Path, rows: int = 8):
@@ -302,11 +309,15 @@ def main():
         "cameras": list(CAMERAS),
     }
     torch.manual_seed(settings.seed)
-    painter = TinyPainter.from_scratch(all_sentences(), config)
+    if settings.base == FROM_SCRATCH:
+        painter = TinyPainter.from_scratch(all_sentences(), config)
+    else:
+        painter = load_base(settings.base, config)
     painter = setup.prepare_tiny(painter, accelerator.device, bf16)
     optimizer = setup.make_optimizer("adamw", painter, settings.learning_rate)
 
     identity = {name: getattr(settings, name) for name in IDENTITY}
+    identity["base"] = fingerprint(settings.base)
     start, log = resume(settings.out, painter, optimizer, identity)
     model, optimizer = accelerator.prepare(painter, optimizer)
     dataset = SceneDataset(training, settings.batch_size, settings.seed)
@@ -340,7 +351,7 @@ def main():
     print(f"{settings.out}: overlap (IoU) in scenes held out, A, B and C: {log[-1][2:]}")
 
 
-IDENTITY = ("scenes", "steps", "batch_size", "learning_rate", "image_size", "seed")
+IDENTITY = ("first_scene", "scenes", "steps", "batch_size", "learning_rate", "image_size", "seed")
 
 
 if __name__ == "__main__":
