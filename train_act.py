@@ -32,8 +32,10 @@ from tqdm import tqdm
 
 from genima import training
 from genima.act import ACT, SIZES, make_bag_of_words, save_controller
+from genima.act_training import check_settings, fill_in_defaults, validate
+from genima.base import hash_weights, load_controller_base
 from genima.demonstrations import describe, describe_held_out, read_demonstrations, split_scenes
-from genima.files import UserError, run_stage
+from genima.files import run_stage
 from genima.motions import Motion, Motions, misplace_camera
 from genima.painter_training import choose_precision
 from genima.plots import write_losses
@@ -51,12 +53,16 @@ class Settings:
     """tiny: a narrow network, for a laptop; sd-turbo: the paper's."""
     observation: Literal["spheres", "rgb"] = "spheres"
     """spheres: GENIMA's controller; rgb: the ACT baseline on plain views and the instruction."""
-    steps: int = 2400
-    """Gradient steps; the learning rate falls to zero over them."""
+    base: str | None = None
+    """A controller to start from, or none: random weights. By default for spheres the shipped one,
+    which has followed random motions, where its cameras and joints are those of the data."""
+    steps: int | None = None
+    """Gradient steps, 600 from a base, else 2400; the learning rate falls to zero over them."""
     batch_size: int = 32
     """Samples per step, shared among all processes."""
     learning_rate: float | None = None
-    """Highest learning rate; by default 1e-3 for tiny, 5e-5 for sd-turbo (published code)."""
+    """Highest learning rate; by default 1e-3 for tiny, 3e-4 from a base, 5e-5 for sd-turbo
+    (published code)."""
     failed: bool = False
     """Also train on demonstrations that failed."""
     seed: int = 0
@@ -84,7 +90,7 @@ VALIDATE_EVERY = 250  # steps
 VALIDATION_BATCHES = 6
 FOLDERS = {"spheres": "act", "rgb": "act_rgb"}
 FILES = ["config.json", "model.safetensors"]  # of a trained controller
-# Columns of losses.csv: on training samples, and on held-out scenes.
+# Columns of losses.csv: on training samples, and on held-out scenes (genima/act_training.py).
 TRAINING_COLUMNS = ["joints", "gripper", "kl"]
 VALIDATION_COLUMNS = ["error", "error_last", "error_without_state", "gripper_right"]
 COLUMNS = ["step", "loss", *TRAINING_COLUMNS, *VALIDATION_COLUMNS]
@@ -185,7 +191,7 @@ class Samples(Dataset):
         return np.stack(layers)
 
 
-# -------------------------------------------------------------------------------- loss, validation
+# -------------------------------------------------------------------------------------------- loss
 def act_loss(model, batch: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """L1 of the joints, cross-entropy of the gripper, KL of the latent: their sum, and each.
 
@@ -214,39 +220,10 @@ def act_loss(model, batch: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]
     return loss, parts
 
 
-@torch.inference_mode()
-def validate(network: ACT, batches: list[dict], state_std: list[float]) -> list[float]:
-    """VALIDATION_COLUMNS on held-out scenes: the joints' mean error (rad) over all steps, at the
-    last step, and with the state hidden; the share of steps with the right gripper command."""
-
-    def predict(batch, with_state):
-        has_state = torch.full_like(batch["has_state"], with_state)
-        inputs = (batch["images"], batch["state"], has_state, batch["bag_of_words"])
-        joints, gripper_logits, _ = network(*inputs)
-        error = (joints - batch["actions"][..., :-1]).abs() * scale  # (B, K, D) rad
-        gripper_is_right = (gripper_logits > 0) == (batch["actions"][..., -1] > 0.5)
-        return error.mean(-1), gripper_is_right  # (B, K) each
-
-    network.eval()
-    scale = torch.tensor(state_std[:-1], device=network.queries.device)  # (D,) rad
-    with_state = [predict(batch, True) for batch in batches]
-    without_state = [predict(batch, False) for batch in batches]
-    network.train()
-    error = torch.cat([error for error, _ in with_state])  # (N, K)
-    gripper_is_right = torch.cat([right for _, right in with_state])
-    error_without_state = torch.cat([error for error, _ in without_state])
-    is_action = ~torch.cat([batch["action_is_pad"] for batch in batches])
-    return [
-        error[is_action].mean().item(),
-        error[:, -1][is_action[:, -1]].mean().item(),
-        error_without_state[is_action].mean().item(),
-        gripper_is_right[is_action].float().mean().item(),
-    ]
-
-
 # ---------------------------------------------------------------------------------------- training
 def prepare_data(settings: Settings, process: int, processes: int):
-    """The network's config, samples, held-out batches, and what a resumed training must share."""
+    """The network's config, its base, samples, held-out batches, and what a resumed training must
+    share."""
     spheres = settings.observation == "spheres"
     demonstrations = read_demonstrations(
         settings.run, not spheres, settings.seed, settings.failed, settings.size
@@ -257,13 +234,20 @@ def prepare_data(settings: Settings, process: int, processes: int):
         "observation": settings.observation,
         **describe(demonstrations, with_words=not spheres),
     }
+    base = load_controller_base(settings.base, config)
+    fill_in_defaults(settings, base)
     identity = dict(config)
     for name in ("steps", "batch_size", "learning_rate", "seed", "precision"):
         identity[name] = getattr(settings, name)
     identity["episodes"] = len(demonstrations)
     identity["frames"] = sum(len(one.qpos) for one in demonstrations)
+    identity["base"] = None
     motions = Motions(training_set, demonstrations, shifted=spheres)
-    config.update(motions.state_statistics(settings.seed))
+    if base is None:
+        config.update(motions.state_statistics(settings.seed))
+    else:
+        config.update({name: base.config[name] for name in ("state_mean", "state_std")})
+        identity["base"] = hash_weights(base.model)
     scenes = [one.images for one in demonstrations if one.images]
     samples = Samples(motions, scenes, config, settings, process, processes)
     batches = []
@@ -273,21 +257,11 @@ def prepare_data(settings: Settings, process: int, processes: int):
         motions = Motions(held_out, demonstrations, shifted=spheres)
         held_out_samples = Samples(motions, scenes, config, settings)
         batches = [held_out_samples[settings.steps + i] for i in range(VALIDATION_BATCHES)]
-    return config, samples, batches, identity
-
-
-def check_settings(settings: Settings, accelerator: Accelerator):
-    training.check_numbers(settings)
-    if settings.device not in ("auto", accelerator.device.type):
-        raise UserError(f"There is no {settings.device} device here: use --device auto.")
-    if settings.batch_size % accelerator.num_processes:
-        raise UserError("--batch-size must be a multiple of the number of processes.")
+    return config, base, samples, batches, identity
 
 
 def main():
     settings = tyro.cli(Settings, description=__doc__)
-    if settings.learning_rate is None:
-        settings.learning_rate = SIZES[settings.size]["learning_rate"]
     folder = settings.out
     if folder is None:
         folder = settings.run / FOLDERS[settings.observation]
@@ -298,10 +272,13 @@ def main():
     check_settings(settings, accelerator)
     device = accelerator.device
     process = accelerator.process_index
-    config, samples, held_out, identity = prepare_data(settings, process, accelerator.num_processes)
+    data = prepare_data(settings, process, accelerator.num_processes)
+    config, base, samples, held_out, identity = data
     held_out = send_to_device(held_out, device)
     torch.manual_seed(settings.seed)
     network = ACT(config).to(device)
+    if base is not None:
+        network.load_state_dict(base.model.state_dict())
     parameters = network.parameters()
     optimizer = AdamW(parameters, settings.learning_rate, weight_decay=WEIGHT_DECAY, fused=True)
     start, log = training.resume(folder, network, optimizer, identity)

@@ -1,11 +1,16 @@
-"""The base that tiny starts from, in SD-Turbo's place: a painter that pretrain_painter.py has made.
+"""What tiny starts from: a painter in SD-Turbo's place, and a controller that follows spheres.
 
-A base is a folder like a trained painter's. It has read words and seen things, but no task.
+A base is a folder like a trained painter's, made by pretrain_painter.py. It has read words and seen
+things, but no task. Its folder act/ is a controller that train_act.py has trained on random motions
+(collect_demos.py --tasks move_around).
 """
 
 import hashlib
 from pathlib import Path
 
+import torch
+
+from genima.act import Controller
 from genima.files import UserError
 from genima.painter import TinyPainter, load_painter
 
@@ -52,6 +57,29 @@ def load_base(base: str, config: dict) -> TinyPainter:
     return painter
 
 
+def load_controller_base(base: str | None, config: dict) -> Controller | None:
+    """The controller that a training with this config starts from; None: random weights.
+
+    base: its folder, or "none"; None: the shipped one, where it fits the data. Raises UserError
+    for a folder without a controller, and for a controller that does not fit.
+    """
+    if base == FROM_SCRATCH:
+        return None
+    folder = SHIPPED / "act" if base is None else Path(base)
+    controller = Controller.load(folder)
+    for name in ("size", "observation", "cameras", "image_size", "horizon", "joints", "style"):
+        theirs = controller.config.get(name)
+        ours = config.get(name)
+        if theirs == ours:
+            continue
+        words = f"The controller {folder} is for {name} {theirs}, this run has {ours}"
+        if base is None:
+            print(f"{words}: this training starts from random weights.")
+            return None
+        raise UserError(f"{words}: give another --base, or --base none.")
+    return controller
+
+
 def fingerprint(base: str) -> str | None:
     """A hash of a base's parts: a training is resumed from the same base only.
 
@@ -63,4 +91,12 @@ def fingerprint(base: str) -> str | None:
     for part in TinyPainter.saved_parts:
         for path in sorted((Path(base) / part).glob("*.*")):
             digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def hash_weights(network: torch.nn.Module) -> str:
+    """A hash of a network's weights, likewise."""
+    digest = hashlib.sha256()
+    for weights in network.state_dict().values():
+        digest.update(weights.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

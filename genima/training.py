@@ -47,11 +47,15 @@ LEFT_OVER = (".saving-*", ".step-*", ".*.tmp.*")  # names of what is not complet
 
 
 def check_numbers(settings):
-    """Raise a UserError for settings, of those in LIMITS, that no training can have."""
+    """Raise a UserError for settings, of those in LIMITS, that no training can have.
+
+    None has yet to be filled in.
+    """
     for name, (low, high) in LIMITS.items():
-        if hasattr(settings, name):
+        value = getattr(settings, name, None)
+        if value is not None:
             option = "--" + name.replace("_", "-")
-            check_number(option, getattr(settings, name), low, high)
+            check_number(option, value, low, high)
 
 
 class StopSignal:
