@@ -1,6 +1,6 @@
 # make try         sets up; the shipped checkpoint drives the robot and leaves a film
 # make demo        sets up, then runs the whole method on the smallest rung
-# make base        sets up, then makes the base that make demo starts from
+# make base        sets up, then makes the painter and the controller that make demo starts from
 # make scratch     as make demo, but from random weights and with 2,700 demonstrations
 # make test        sets up, then runs lint and the fast tests
 # make notebooks   sets up, then runs all notebooks and stores their outputs
@@ -66,16 +66,19 @@ demo: setup
 	$(PY) train_act.py --run $(RUN)
 	$(PY) evaluate.py --run $(RUN)
 
-# the base, from nothing: random scenes, then the training
+# the base, from nothing: a painter of random scenes, and a controller of random motions
 base: setup
 	$(PY) pretrain_painter.py --out runs/base
+	$(PY) collect_demos.py --run runs/motions --tasks move_around --demos 800
+	$(PY) render_spheres.py --run runs/motions
+	$(PY) train_act.py --run runs/motions --base none --steps 4000 --batch-size 64
 
 # the five stages without the base: every object of 300 scenes, and eight times the training
 scratch: setup
 	$(PY) collect_demos.py --run runs/scratch --scenes 300
 	$(PY) render_spheres.py --run runs/scratch --preview
 	$(PY) train_controlnet.py --run runs/scratch --base none
-	$(PY) train_act.py --run runs/scratch
+	$(PY) train_act.py --run runs/scratch --base none
 	$(PY) evaluate.py --run runs/scratch
 
 # faults and layout of every Python file; changes nothing

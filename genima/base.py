@@ -1,8 +1,8 @@
 """What tiny starts from: a painter in SD-Turbo's place, and a controller that follows spheres.
 
 A base is a folder like a trained painter's, made by pretrain_painter.py. It has read words and seen
-things, but no task. Its folder act/ is a controller that train_act.py has trained on random motions
-(collect_demos.py --tasks move_around).
+things, but no task. The controller was trained by train_act.py on random motions (collect_demos.py
+--tasks move_around).
 """
 
 import hashlib
@@ -15,6 +15,7 @@ from genima.files import UserError
 from genima.painter import TinyPainter, load_painter
 
 SHIPPED = Path(__file__).resolve().parent.parent / "checkpoints/base"
+FOLLOWER = SHIPPED.parent / "follower"
 FROM_SCRATCH = "none"  # in place of a folder: random weights
 OWN = "make a base of its own (pretrain_painter.py), or start from random weights (--base none)"
 
@@ -65,7 +66,7 @@ def load_controller_base(base: str | None, config: dict) -> Controller | None:
     """
     if base == FROM_SCRATCH:
         return None
-    folder = SHIPPED / "act" if base is None else Path(base)
+    folder = FOLLOWER if base is None else Path(base)
     controller = Controller.load(folder)
     for name in ("size", "observation", "cameras", "image_size", "horizon", "joints", "style"):
         theirs = controller.config.get(name)

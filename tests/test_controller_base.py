@@ -8,7 +8,7 @@ import torch
 from test_train_act import CAMERAS, HORIZON, train, write_targets
 
 from genima.act import ACT, Controller, save_controller
-from genima.base import SHIPPED, hash_weights, load_controller_base
+from genima.base import FOLLOWER, hash_weights, load_controller_base
 from genima.files import UserError
 from sims import make_env
 from sims.demonstrator import record_demonstration
@@ -69,7 +69,7 @@ def test_a_training_resumes_from_its_own_base_alone(with_spheres, tmp_path, caps
 
 
 def test_the_shipped_controller_is_left_where_it_does_not_fit(capsys):
-    config = Controller.load(SHIPPED / "act").config
+    config = Controller.load(FOLLOWER).config
     assert load_controller_base(None, config) is not None
     assert load_controller_base("none", config) is None
     others = {"cameras": ["wrist"], "joints": 6, "image_size": [48, 64], "horizon": 20}

@@ -27,8 +27,8 @@ DATA = ("episodes", "spheres")
 # Folders whose weights are stored in half precision. Both networks read them back as float32.
 # The text encoder is small and stays as it is.
 HALF_PRECISION = ("act", "unet", "controlnet")
-# What a trained network does not need: the optimiser's state, and pictures to look at.
-LEFT_OUT = (".pt", ".png")
+# What a trained network does not need: the optimiser's state, its lock, pictures to look at.
+LEFT_OUT = (".pt", ".lock", ".png")
 
 
 @dataclass
