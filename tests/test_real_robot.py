@@ -27,9 +27,10 @@ from real_robot import Record, Replay, Run
 from robot import policy_process
 from robot.arm import Fault, Franka, explain
 from robot.cameras import Cameras, resize_and_crop
+from robot.chunks import ChunkFollower
 from robot.policy_process import Answer, PolicyProcess
 from robot.recording import Recording, recover
-from robot.safety import Safety
+from robot.safety import MAX_VELOCITY, Safety
 from robot.session import stop_on_signals
 from robot.workcell import Workcell
 
@@ -68,6 +69,30 @@ def test_speed_is_capped_and_the_rest_of_the_way_remains():
     assert fraction == pytest.approx(0.435)
     assert (Safety(speed=1.0).limit_step(HOME, target)[0] == target).all()
     assert Safety().limit_step(HOME, HOME)[1] == 1
+
+
+@pytest.mark.parametrize("speed", [0.07, 0.1, 0.2, 1.0])
+def test_no_target_is_passed_at_the_maximum_velocity(speed):
+    """The planner refuses one that is above it by a rounding."""
+    safety = Safety(speed=speed, workspace=(-2, -2, -2, 2, 2, 2))
+    chunk = np.tile(np.append(HOME, 1.0), (8, 1))
+    chunk[:, [0, 6]] += 0.3 * np.arange(1, 9)[:, None] * [1, -1]
+    follower = fast_follower(safety, chunk)
+    fastest = []
+    for _ in range(6):
+        velocity = follower.next_command()[1]
+        fastest.append(np.abs(velocity / MAX_VELOCITY).max())
+    assert speed * 0.98 < max(fastest) < speed * 0.995
+
+
+def fast_follower(safety, chunk):
+    """Follows a chunk from HOME on."""
+    policy = types.SimpleNamespace(config={"cameras": ("front",), "image_size": (4, 4)})
+    follower = ChunkFollower(policy, safety, Run(), "", None)
+    follower.chunk = chunk
+    follower.previous = HOME
+    follower.origin = 0.0
+    return follower
 
 
 @pytest.mark.parametrize(
@@ -928,6 +953,31 @@ def test_hold_waits_for_a_lost_connection():
     with contextlib.suppress(Exception):
         robot.robot.join_motion()
     assert held
+
+
+def test_the_arm_follows_a_chunk_at_a_low_speed():
+    """Every command is as fast as --speed allows, in two joints, one up and one down."""
+    from sims.franky_panda import SimulatedWorkcell
+
+    workcell = SimulatedWorkcell("reach_target", 500_000)
+    safety = Safety(speed=0.1, workspace=(-2, -2, -2, 2, 2, 2))
+    robot = Franka(workcell.host, safety)
+    try:
+        start = robot.state()[1][:7]
+        chunk = np.tile(np.append(start, 1.0), (8, 1))
+        chunk[:, [0, 5]] += 0.03 * np.arange(1, 9)[:, None] * [1, -1]
+        follower = fast_follower(safety, chunk)
+        follower.previous = start
+        for _ in range(8):
+            command, velocity, _ = follower.next_command()
+            robot.send(command, velocity)
+            time.sleep(0.1)
+            reached = robot.state()[1][:7]
+        assert np.abs(reached - command).max() < 0.03
+        assert np.abs(reached - start).max() > 0.08
+    finally:
+        robot.hold()
+        workcell.close()
 
 
 def test_a_run_over_the_protocol_and_its_film(tmp_path, capsys):
