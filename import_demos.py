@@ -27,7 +27,7 @@ from genima.episodes import find_episodes, read_episode, write_episode
 from genima.export_act import export_act
 from genima.files import UserError, run_stage
 from genima.import_hdf5 import detect_mapping, open_recording, read_recording
-from genima.mapping import Mapping, read_mapping
+from genima.mapping import Mapping, read_mapping, ready_mappings
 from genima.parallel import run_in_parallel
 from genima.recordings import Conversion, Recording
 from genima.robots import check_robot
@@ -115,11 +115,12 @@ def find_sources(settings: Settings) -> tuple[list[Source], list[str]]:
         else:
             files.append(path)
     stems = Counter(path.stem for path in files)
+    ready = ready_mappings()
     errors = []
     for path in files:
         name = path.stem if stems[path.stem] == 1 else f"{path.parent.name}_{path.stem}"
         try:
-            sources.append(Source(path, name, chosen or detect_mapping(path)))
+            sources.append(Source(path, name, chosen or detect_mapping(path, ready)))
         except UserError as error:
             errors.append(str(error))
     for number, source in enumerate(sources):

@@ -24,7 +24,7 @@ import numpy as np
 import yaml
 
 from genima.episodes import check_array
-from genima.files import UserError
+from genima.files import UserError, parse_yaml
 from genima.robots import frame_name
 
 HELP = "see docs/your-data.md"
@@ -80,7 +80,7 @@ def parse(path: Path) -> dict:
         try:
             content = json.loads(text)
         except ValueError:
-            content = yaml.safe_load(text)
+            content = parse_yaml(text)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from None
     except (ValueError, yaml.YAMLError) as error:

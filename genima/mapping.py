@@ -14,7 +14,7 @@ from pathlib import Path
 import h5py
 import yaml
 
-from genima.files import UserError
+from genima.files import UserError, parse_yaml
 
 FOLDER = Path(__file__).resolve().parent.parent / "mappings"
 HELP = "see docs/your-data.md"
@@ -61,7 +61,7 @@ def read_mapping(name: str | Path) -> Mapping:
         ready = ", ".join(sorted(entry.stem for entry in FOLDER.glob("*.yaml")))
         raise UserError(f"There is no mapping '{name}': give one of {ready}, or a file's path.")
     try:
-        content = yaml.safe_load(path.read_text())
+        content = parse_yaml(path.read_text())
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     known = [entry.name for entry in fields(Mapping)]
@@ -79,6 +79,11 @@ def read_mapping(name: str | Path) -> Mapping:
     if mapping.joint_unit not in ("radians", "degrees"):
         raise UserError(f"{path}: joint_unit is not one of radians, degrees.")
     return mapping
+
+
+def ready_mappings() -> list[Mapping]:
+    """Those in mappings/."""
+    return [read_mapping(entry.stem) for entry in sorted(FOLDER.glob("*.yaml"))]
 
 
 def split_columns(name: str) -> tuple[str, slice | int | None]:
