@@ -13,7 +13,9 @@ The layout is that of ACT's and ALOHA's datasets, so that their loaders read the
     /cameras/<camera>/intrinsics       (3, 3) pixels
     /cameras/<camera>/extrinsics       (T, 4, 4) world from camera
     /extras/...                        in the log of a run (real_robot.py): painted targets,
-                                       timings, events
+                                       timings, events; from import_demos.py, where the source has
+                                       them: timestamps (T,) seconds when the joints were read,
+                                       timestamps_<camera> (T,), tool_pose (T, 4, 4) as recorded
 
 T frames, D joints. The world is the robot's base, in metres, z up. A joint's z axis is the axis it
 turns about, and its frame turns with it. Cameras have OpenCV's axes: x right, y down, z forward.

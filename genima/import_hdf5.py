@@ -206,6 +206,7 @@ def read_recording(
         gripper_command=None if command is None else command.reshape(frames, -1)[:, -1],
         images=images,
         image_seconds=image_seconds,
+        timed=source_fps is None and is_there(root, mapping.timestamps),
         tool_poses=read_tool_poses(root, mapping, frames),
         intrinsics=read_cameras(root, mapping.intrinsics, images),
         extrinsics=read_cameras(root, mapping.extrinsics, images),
