@@ -118,7 +118,7 @@ def set_lens(camera: Camera, model: str, coefficients, where: str):
     coefficients = numbers(coefficients, f"{where}: distortion").reshape(-1)
     if not coefficients.any() or word == "none":
         return
-    if word == "inverse_brown_conrady":
+    if word in ("inverse_brown", "inverse_brown_conrady"):
         camera.model = "inverse_brown"
     elif word in ("equidistant", "fisheye", "kannala_brandt4"):
         camera.model = "fisheye"

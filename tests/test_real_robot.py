@@ -15,11 +15,14 @@ import types
 from functools import partial
 from pathlib import Path
 
+import cv2
 import h5py
 import numpy as np
 import pytest
 
 import real_robot
+from genima.calibration import undistort, undistortion
+from genima.calibration_files import read_calibration_file
 from genima.episodes import read_episode
 from genima.files import UserError, run_stage
 from genima.kinematics import JOINT_LIMITS, franka_chain
@@ -642,6 +645,30 @@ def test_opencv_cameras_and_two_views_in_one_picture(monkeypatch):
     first = stamps["wrist"]
     wait_for(lambda: cameras.read_frames()[0]["wrist"] > first)  # a thread reads on
     cameras.close()
+
+
+@pytest.mark.parametrize("model", ["brown", "inverse_brown_conrady", "fisheye"])
+def test_pictures_are_straightened_as_the_import_does_it(tmp_path, monkeypatch, model):
+    """Both views of a device, each by its own lens; one without distortion stays as it is."""
+    random = np.random.default_rng(0)
+    taken = cv2.GaussianBlur(random.integers(0, 256, (48, 128, 3), np.uint8), (7, 7), 0)
+    monkeypatch.setattr(FakeCapture, "read", lambda self: (True, taken))
+    monkeypatch.setattr("cv2.VideoCapture", FakeCapture)
+    path = tmp_path / "cameras.yaml"
+    entry = {"intrinsics": [[50.0, 0, 32], [0, 50, 24], [0, 0, 1]]}
+    entry["world_from_camera"] = np.eye(4).tolist()
+    bent = entry | {"distortion": [0.2, -0.1, 0.0, 0.0], "distortion_model": model}
+    path.write_text(json.dumps({"left": bent, "right": entry}))
+    sources = ("left=opencv:0:left", "right=opencv:0:right")
+    settings = Run(robot="10.0.0.1", calibration=path, cameras=sources, instruction="wipe")
+    workcell = Workcell(settings)
+    images = workcell.read_frames()[1]
+    workcell.close()
+    rgb = cv2.cvtColor(taken, cv2.COLOR_BGR2RGB)
+    camera = read_calibration_file(path)["left"]
+    expected = undistort(rgb[:, :64], undistortion(camera, camera.intrinsics, (48, 64)))
+    assert (images["left"] == expected).all() and (images["right"] == rgb[:, 64:]).all()
+    assert np.abs(images["left"].astype(int) - rgb[:, :64]).mean() > 3
 
 
 def test_opencv_cameras_that_cannot_be_opened_are_one_sentence(monkeypatch):
