@@ -463,7 +463,7 @@ def test_folders_that_hold_something_else(tmp_path, command):
     pickle.touch()
     for folder, words in [
         (tmp_path / "empty", "neither HDF5 files"),
-        (tmp_path / "rlbench", "collect_demos.py --from-rlbench"),
+        (tmp_path / "rlbench", "at 20 frames a second: give --fps 20"),
         (tmp_path / "nowhere", "does not exist"),
     ]:
         code, _, err = command(folder, "--run", tmp_path / "run")
