@@ -249,7 +249,10 @@ def read_rate(root: h5py.File, mapping: Mapping, notes: list[str]) -> float:
     rate = mapping.rate
     if isinstance(rate, str):
         found = find(root, rate)
-        rate = None if found is None else float(text(found))
+        try:
+            rate = None if found is None else float(text(found))
+        except ValueError:
+            raise UserError(f"{root.filename}: {rate} is no rate: give --source-fps.") from None
     elif rate is not None:
         notes.append(
             f"no timestamps: {rate:g} Hz, as mapping {mapping.name} says; else --source-fps."
