@@ -1,9 +1,11 @@
 """Stage 0 for data that exists: what others recorded becomes episodes, or episodes go to others.
 
-In:   HDF5 files of ACT, ALOHA or a vendor; a dataset of LeRobot v3.0; where the cameras are.
+In:   HDF5 files of ACT, ALOHA or a vendor; a dataset of LeRobot v3.0 or RLBench; where the cameras
+      are.
 Out:  <run>/episodes/<task>/<name>.hdf5, see genima/episodes.py; or a dataset for LeRobot or ACT.
 Run:  python import_demos.py bought/ --run runs/mine --calibration cameras.yaml
       python import_demos.py aloha/ --run runs/mine --robot panda --instruction "pick up the cup"
+      python import_demos.py rlbench/ --run runs/rlbench --fps 20
       python import_demos.py --to-lerobot runs/mine/episodes exported/
       python import_demos.py --to-act runs/mine/episodes/pick_up_the_cup exported/
 
@@ -23,14 +25,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process for each core does th
 import tyro
 
 from genima.conversion import convert, task_name
-from genima.episodes import find_episodes, read_episode, write_episode
+from genima.episodes import CAMERAS, find_episodes, read_episode, write_episode
 from genima.export_act import export_act
 from genima.files import UserError, run_stage
 from genima.import_hdf5 import detect_mapping, open_recording, read_recording
-from genima.mapping import Mapping, read_mapping
+from genima.mapping import Mapping, read_mapping, ready_mappings
 from genima.parallel import run_in_parallel
 from genima.recordings import Conversion, Recording
 from genima.robots import check_robot
+from sims.rlbench_dataset import HZ, find_demonstrations, identify, read_demonstration, read_notes
+from sims.rlbench_folders import episode_file, not_importable
 
 RLBENCH = "*/variation*/episodes/*/low_dim_obs.pkl"  # in a dataset of RLBench
 
@@ -38,7 +42,7 @@ RLBENCH = "*/variation*/episodes/*/low_dim_obs.pkl"  # in a dataset of RLBench
 @dataclass
 class Settings:
     sources: tyro.conf.Positional[tuple[Path, ...]] = ()
-    """HDF5 files, folders of them, or datasets of LeRobot."""
+    """HDF5 files, folders of them, or datasets of LeRobot or RLBench."""
     run: Path = Path("runs/mine")
     """Folder of the run; episodes go to <run>/episodes."""
     mapping: str | None = None
@@ -98,15 +102,15 @@ def find_sources(settings: Settings) -> tuple[list[Source], list[str]]:
     chosen = read_mapping(settings.mapping) if settings.mapping else None
     files: list[Path] = []
     sources: list[Source] = []
+    errors: list[str] = []
     for path in settings.sources:
         if not path.exists():
             raise UserError(f"{path} does not exist.")
         if (path / "meta" / "info.json").exists():
             sources += find_lerobot(path, chosen or read_mapping("lerobot"))
         elif any(path.glob(RLBENCH)):
-            raise UserError(
-                f"{path} is a dataset of RLBench: python collect_demos.py --from-rlbench {path}"
-            )
+            sources += find_rlbench(path, settings)
+            errors += not_importable(path)
         elif path.is_dir():
             found = [*path.rglob("*.hdf5"), *path.rglob("*.h5")]
             if not found:
@@ -115,11 +119,11 @@ def find_sources(settings: Settings) -> tuple[list[Source], list[str]]:
         else:
             files.append(path)
     stems = Counter(path.stem for path in files)
-    errors = []
+    ready = ready_mappings()
     for path in files:
         name = path.stem if stems[path.stem] == 1 else f"{path.parent.name}_{path.stem}"
         try:
-            sources.append(Source(path, name, chosen or detect_mapping(path)))
+            sources.append(Source(path, name, chosen or detect_mapping(path, ready)))
         except UserError as error:
             errors.append(str(error))
     for number, source in enumerate(sources):
@@ -139,10 +143,25 @@ def find_lerobot(folder: Path, mapping: Mapping) -> list[Source]:
     return sources
 
 
+def find_rlbench(folder: Path, settings: Settings) -> list[Source]:
+    """The demonstrations of an RLBench dataset, which says where its cameras are."""
+    if settings.fps != HZ:
+        raise UserError(
+            f"{folder} is a dataset of RLBench, at {HZ} frames a second: give --fps {HZ}."
+        )
+    folders = find_demonstrations(folder)
+    for note in read_notes(folders):
+        print(f"Note: {note}")
+    mapping = Mapping(source="rlbench")
+    return [Source(path, episode_file(path).removesuffix(".hdf5"), mapping) for path in folders]
+
+
 # -------------------------------------------------------------------------------- one episode
 def import_one(source: Source, settings: Settings) -> Outcome:
     """Import one demonstration, unless that was done. Runs in a process of its own."""
     try:
+        if source.mapping.name == "rlbench":
+            return import_rlbench(source, settings)
         if source.row is None:
             with open_recording(source.path) as root:
                 recording = read_recording(
@@ -155,6 +174,16 @@ def import_one(source: Source, settings: Settings) -> Outcome:
         return write_recording(recording, source, settings)
     except UserError as error:
         return Outcome(error=str(error))
+
+
+def import_rlbench(source: Source, settings: Settings) -> Outcome:
+    """As collect_demos.py --from-rlbench, which knows more options."""
+    task = identify(source.path)[0]
+    path = settings.run / "episodes" / task / f"{source.name}.hdf5"
+    if path.exists():
+        return Outcome(task, skipped=True)
+    write_episode(path, read_demonstration(source.path, settings.cameras or CAMERAS))
+    return Outcome(task)
 
 
 def write_recording(recording: Recording, source: Source, settings: Settings) -> Outcome:

@@ -24,7 +24,7 @@ import numpy as np
 import yaml
 
 from genima.episodes import check_array
-from genima.files import UserError
+from genima.files import UserError, parse_yaml
 from genima.robots import frame_name
 
 HELP = "see docs/your-data.md"
@@ -80,7 +80,7 @@ def parse(path: Path) -> dict:
         try:
             content = json.loads(text)
         except ValueError:
-            content = yaml.safe_load(text)
+            content = parse_yaml(text)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from None
     except (ValueError, yaml.YAMLError) as error:
@@ -118,7 +118,7 @@ def set_lens(camera: Camera, model: str, coefficients, where: str):
     coefficients = numbers(coefficients, f"{where}: distortion").reshape(-1)
     if not coefficients.any() or word == "none":
         return
-    if word == "inverse_brown_conrady":
+    if word in ("inverse_brown", "inverse_brown_conrady"):
         camera.model = "inverse_brown"
     elif word in ("equidistant", "fisheye", "kannala_brandt4"):
         camera.model = "fisheye"

@@ -110,12 +110,15 @@ def convert(recording: Recording, conversion: Conversion) -> tuple[Episode, list
     check_tool(recording, index, joint_poses, robot, conversion, notes)
 
     cameras = cameras_of(recording, robot, conversion, notes)
+    extras = extras_of(recording, index)
     images = {}
     intrinsics = {}
     extrinsics = {}
     blind = []
     for name, stored in recording.images.items():
         chosen = nearest(recording.image_seconds.get(name, recording.seconds), times)
+        if name in recording.image_seconds:
+            extras[f"timestamps_{name}"] = recording.image_seconds[name][chosen]
         first = stored[int(chosen[0])]
         size = first.shape[:2]
         if name in cameras:
@@ -152,7 +155,18 @@ def convert(recording: Recording, conversion: Conversion) -> tuple[Episode, list
         images=images,
         intrinsics=intrinsics,
         extrinsics=extrinsics,
+        extras=extras,
     ), notes
+
+
+def extras_of(recording: Recording, index: np.ndarray) -> dict[str, np.ndarray]:
+    """What training does not need, but a report on the data does: times and tool poses."""
+    extras = {}
+    if recording.timed:
+        extras["timestamps"] = recording.seconds[index]
+    if recording.tool_poses is not None:
+        extras["tool_pose"] = recording.tool_poses[index]
+    return extras
 
 
 def normalise_gripper(recording: Recording, robot: str, notes: list[str]) -> np.ndarray:

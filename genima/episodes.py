@@ -13,7 +13,9 @@ The layout is that of ACT's and ALOHA's datasets, so that their loaders read the
     /cameras/<camera>/intrinsics       (3, 3) pixels
     /cameras/<camera>/extrinsics       (T, 4, 4) world from camera
     /extras/...                        in the log of a run (real_robot.py): painted targets,
-                                       timings, events
+                                       timings, events; from import_demos.py, where the source has
+                                       them: timestamps (T,) seconds when the joints were read,
+                                       timestamps_<camera> (T,), tool_pose (T, 4, 4) as recorded
 
 T frames, D joints. The world is the robot's base, in metres, z up. A joint's z axis is the axis it
 turns about, and its frame turns with it. Cameras have OpenCV's axes: x right, y down, z forward.
@@ -221,27 +223,25 @@ def write_episode(path: Path, episode: Episode):
             if dtype != np.uint8 or array.ndim != 4:
                 root[dataset] = np.asarray(array, dtype)
                 continue
-            images = create_images(root, dataset, array)
-            for t in range(array.shape[0]):  # one by one, because they may not fit into memory
-                images[t] = array[t]
+            write_images(root, dataset, array)
 
 
-def create_images(root: h5py.File, dataset: str, images: np.ndarray) -> h5py.Dataset:
-    """An empty dataset for images (T, H, W, 3): one chunk per frame, a checksum either way.
+def write_images(root: h5py.File, dataset: str, images: np.ndarray):
+    """Write images (T, H, W, 3), one chunk per frame, each with a checksum.
 
-    Compressing takes twice as long as decoding a PNG. Noisy images hardly shrink, so those are
-    stored as they are.
+    They are read one by one, because they may not fit into memory. Noisy images, as real cameras
+    make them, hardly shrink: zlib stores those as they are, and only adds its checksum.
     """
-    compressed = zlib.compress(images[0].tobytes(), 1)
-    shrinks = len(compressed) < images[0].size / 2
-    return root.create_dataset(
-        dataset,
-        images.shape,
-        np.uint8,
-        chunks=(1, *images.shape[1:]),
-        compression=1 if shrinks else None,
-        fletcher32=not shrinks,
+    first = np.ascontiguousarray(images[0])
+    shrinks = len(zlib.compress(first, 1)) < first.nbytes / 2
+    chunks = root.create_dataset(
+        dataset, images.shape, np.uint8, chunks=(1, *images.shape[1:]), compression=1
     )
+    for t in range(images.shape[0]):
+        image = np.ascontiguousarray(images[t])
+        check_array(image, images.shape[1:], np.uint8, f"{dataset}: frame {t}")
+        # As HDF5 would write it, which copies an image several times.
+        chunks.id.write_direct_chunk((t, 0, 0, 0), zlib.compress(image, int(shrinks)))
 
 
 # ------------------------------------------------------------------------------------------ reading

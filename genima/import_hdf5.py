@@ -1,6 +1,6 @@
 """HDF5 files of other programs -> recordings, by a mapping (genima/mapping.py).
 
-    mapping = detect_mapping(path)
+    mapping = detect_mapping(path, ready_mappings())
     with open_recording(path) as root:
         recording = read_recording(root, mapping)
 
@@ -20,14 +20,12 @@ import numpy as np
 
 from genima.files import UserError
 from genima.mapping import (
-    FOLDER,
     HELP,
     SECONDS,
     Mapping,
     find,
     find_cameras,
     is_there,
-    read_mapping,
 )
 from genima.recordings import Recording
 
@@ -63,13 +61,12 @@ def reason_of(path: Path, error: OSError) -> str:
     return f"it cannot be read ({' '.join(str(error).split())})."
 
 
-def detect_mapping(path: Path) -> Mapping:
-    """The ready mapping that finds most of its parts in this file. Raises UserError for none."""
+def detect_mapping(path: Path, ready: Sequence[Mapping]) -> Mapping:
+    """The one that finds most of its parts in this file. Raises UserError where none fits."""
     best = None
     most = 0
     with open_recording(path) as root:
-        for entry in sorted(FOLDER.glob("*.yaml")):
-            mapping = read_mapping(entry.stem)
+        for mapping in ready:
             if find(root, mapping.joints) is None or not find_cameras(root, mapping.images):
                 continue
             found = sum(is_there(root, name) for name in vars(mapping).values())
@@ -110,14 +107,15 @@ class StoredImages:
 
     def __getitem__(self, t: int) -> np.ndarray:
         stored = self.dataset[t]
-        if not self.raw:  # a JPEG or PNG, perhaps with zeros after its end
-            data = np.frombuffer(bytes(stored), np.uint8)
-            stored = cv2.imdecode(data, cv2.IMREAD_COLOR) if len(data) else None
-            if stored is None:
-                raise UserError(f"{self.where}: frame {t} is no JPEG or PNG picture.")
-        if self.order == "bgr":
-            stored = stored[..., ::-1]
-        return np.ascontiguousarray(stored)
+        if self.raw:
+            return cv2.cvtColor(stored, cv2.COLOR_BGR2RGB) if self.order == "bgr" else stored
+        # A JPEG or PNG, perhaps with zeros after its end.
+        data = np.frombuffer(bytes(stored), np.uint8)
+        how = cv2.IMREAD_COLOR_RGB if self.order == "bgr" else cv2.IMREAD_COLOR
+        picture = cv2.imdecode(data, how) if len(data) else None
+        if picture is None:
+            raise UserError(f"{self.where}: frame {t} is no JPEG or PNG picture.")
+        return picture
 
 
 # ----------------------------------------------------------------------- a whole recording
@@ -208,6 +206,7 @@ def read_recording(
         gripper_command=None if command is None else command.reshape(frames, -1)[:, -1],
         images=images,
         image_seconds=image_seconds,
+        timed=source_fps is None and is_there(root, mapping.timestamps),
         tool_poses=read_tool_poses(root, mapping, frames),
         intrinsics=read_cameras(root, mapping.intrinsics, images),
         extrinsics=read_cameras(root, mapping.extrinsics, images),
@@ -250,7 +249,10 @@ def read_rate(root: h5py.File, mapping: Mapping, notes: list[str]) -> float:
     rate = mapping.rate
     if isinstance(rate, str):
         found = find(root, rate)
-        rate = None if found is None else float(text(found))
+        try:
+            rate = None if found is None else float(text(found))
+        except ValueError:
+            raise UserError(f"{root.filename}: {rate} is no rate: give --source-fps.") from None
     elif rate is not None:
         notes.append(
             f"no timestamps: {rate:g} Hz, as mapping {mapping.name} says; else --source-fps."

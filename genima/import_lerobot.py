@@ -120,10 +120,10 @@ class ImageRows:
 
     def __getitem__(self, t: int) -> np.ndarray:
         data = np.frombuffer(self.rows[t]["bytes"] or b"", np.uint8)
-        picture = cv2.imdecode(data, cv2.IMREAD_COLOR) if len(data) else None
+        picture = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB) if len(data) else None
         if picture is None:
             raise UserError(f"{self.where}: frame {t} is no picture: copy the dataset again.")
-        return np.ascontiguousarray(picture[..., ::-1])
+        return picture
 
 
 def column(table: pa.Table, name: str | None, where: str, needed: bool = False):

@@ -14,7 +14,7 @@ from pathlib import Path
 import h5py
 import yaml
 
-from genima.files import UserError
+from genima.files import UserError, parse_yaml
 
 FOLDER = Path(__file__).resolve().parent.parent / "mappings"
 HELP = "see docs/your-data.md"
@@ -61,7 +61,7 @@ def read_mapping(name: str | Path) -> Mapping:
         ready = ", ".join(sorted(entry.stem for entry in FOLDER.glob("*.yaml")))
         raise UserError(f"There is no mapping '{name}': give one of {ready}, or a file's path.")
     try:
-        content = yaml.safe_load(path.read_text())
+        content = parse_yaml(path.read_text())
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     known = [entry.name for entry in fields(Mapping)]
@@ -70,6 +70,7 @@ def read_mapping(name: str | Path) -> Mapping:
     for key in content:
         if key not in known:
             raise UserError(f"{path}: '{key}' is not one of {', '.join(known[1:])}.")
+    check_values(content, path)
     mapping = Mapping(**content | {"source": str(path)})
     for key in ("joints", "images"):
         if getattr(mapping, key) is None:
@@ -79,6 +80,25 @@ def read_mapping(name: str | Path) -> Mapping:
     if mapping.joint_unit not in ("radians", "degrees"):
         raise UserError(f"{path}: joint_unit is not one of radians, degrees.")
     return mapping
+
+
+def check_values(content: dict, path: Path):
+    """Raise a UserError for a line of a mapping that names nothing."""
+    for key, value in content.items():
+        if key == "gripper_range" and value is not None:
+            numbers = isinstance(value, list) and len(value) == 2
+            numbers = numbers and all(isinstance(entry, (int, float)) for entry in value)
+            if not numbers or value[0] == value[1]:
+                raise UserError(f"{path}: gripper_range has to be [closed, open], two numbers.")
+        elif key == "rate" and isinstance(value, (int, float)):
+            continue
+        elif value is not None and key != "gripper_range" and not isinstance(value, str):
+            raise UserError(f"{path}: '{key}' has to be a name, such as act.yaml's, not {value}.")
+
+
+def ready_mappings() -> list[Mapping]:
+    """Those in mappings/."""
+    return [read_mapping(entry.stem) for entry in sorted(FOLDER.glob("*.yaml"))]
 
 
 def split_columns(name: str) -> tuple[str, slice | int | None]:
@@ -111,7 +131,12 @@ def find(root: h5py.File, name: str | None):
         return node
     if node.ndim != 2:
         raise UserError(f"{root.filename}: {dataset} has shape {node.shape}, so '{name}' is not.")
-    return node[:, columns]
+    try:
+        return node[:, columns]
+    except (IndexError, ValueError):
+        raise UserError(
+            f"{root.filename}: {dataset} has {node.shape[1]} columns, so there is no '{name}'."
+        ) from None
 
 
 def find_cameras(root: h5py.File, pattern: str) -> dict[str, h5py.Dataset]:

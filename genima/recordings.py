@@ -36,6 +36,7 @@ class Recording:
     action: np.ndarray | None = None  # (T, D) commanded joint positions, radians
     gripper_command: np.ndarray | None = None  # (T,) in the unit of `gripper`, or 0..1
     image_seconds: dict[str, np.ndarray] = field(default_factory=dict)  # {camera: (T',)}
+    timed: bool = True  # False: `seconds` follow from a rate, because no times were recorded
     tool_poses: np.ndarray | None = None  # (T, 4, 4) as the robot reported them
     intrinsics: dict[str, np.ndarray] = field(default_factory=dict)  # {camera: (3, 3)}
     extrinsics: dict[str, np.ndarray] = field(default_factory=dict)  # {camera: (T, 4, 4)}

@@ -109,7 +109,11 @@ def calibrate(settings):
 def write_calibration(path: Path, cameras: dict):
     plain = {}
     for name, entry in cameras.items():
-        plain[name] = {key: np.round(value, 9).tolist() for key, value in entry.items()}
+        plain[name] = {}
+        for key, value in entry.items():
+            if isinstance(value, np.ndarray):
+                value = np.round(value, 9).tolist()
+            plain[name][key] = value  # the model of a lens is a word
     with write_whole(path) as temporary:
         temporary.write_text(
             yaml.safe_dump(plain, sort_keys=False, default_flow_style=None, width=200)

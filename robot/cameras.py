@@ -19,6 +19,8 @@ from contextlib import suppress
 import numpy as np
 from PIL import Image, ImageOps
 
+from genima.calibration import undistort, undistortion
+from genima.calibration_files import Camera
 from genima.files import UserError
 from robot.arm import Fault, one_line
 
@@ -135,11 +137,23 @@ def cut_half(image: np.ndarray, half: str) -> np.ndarray:
     return image
 
 
-class Cameras:
-    """The newest frame of each camera."""
+def lens_maps(entry: dict, size: tuple[int, int]):
+    """What straightens the pictures (H, W) of a calibrated camera; None where nothing is bent."""
+    camera = Camera("calibration", distortion=entry.get("distortion"))
+    camera.model = entry.get("distortion_model", "brown")
+    return undistortion(camera, entry["intrinsics"], size)
 
-    def __init__(self, sources: dict[str, str]):
-        """sources: {camera: source}. Returns when every camera has sent its first frame."""
+
+class Cameras:
+    """The newest frame of each camera, straightened as its calibration says."""
+
+    def __init__(self, sources: dict[str, str], calibration: dict | None = None):
+        """sources: {camera: source}. calibration: as genima/calibration.py's load_calibration.
+
+        Returns when every camera has sent its first frame.
+        """
+        self.lenses = {} if calibration is None else calibration
+        self.maps = {}  # camera -> what straightens its pictures
         self.newest = {}  # camera -> (time.monotonic(), (H, W, 3) uint8)
         self.errors = {}  # camera -> what its device reported
         self.closing = threading.Event()
@@ -165,12 +179,20 @@ class Cameras:
                 if image is None:
                     continue
                 for camera, half in halves.items():
-                    self.newest[camera] = stamp, cut_half(image, half)
+                    self.newest[camera] = stamp, self._straighten(camera, cut_half(image, half))
         except Exception as error:
             for camera in halves:
                 self.errors[camera] = one_line(error)
         with suppress(Exception):
             device.stop()
+
+    def _straighten(self, camera, image):
+        """As import_demos.py does it with recorded pictures."""
+        if camera not in self.lenses:
+            return image
+        if camera not in self.maps:
+            self.maps[camera] = lens_maps(self.lenses[camera], image.shape[:2])
+        return undistort(image, self.maps[camera])
 
     def _wait_for_first_frames(self, sources):
         end = time.monotonic() + FIRST_FRAME

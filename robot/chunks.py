@@ -79,6 +79,7 @@ class ChunkFollower:
         position += fraction
         following = interpolate(self.chunk, position)[:7]  # the same at the chunk's end
         velocity = passing_velocity(command - self.previous, following - command)
+        velocity = self.safety.limit_passing(velocity)
         step = min(math.ceil(position) - 1, len(self.chunk) - 1)
         self.opened = bool(self.chunk[step, 7] > 0.5)
         self.previous = command

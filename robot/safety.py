@@ -31,6 +31,7 @@ class Safety:
     watchdog: float = 0.5  # s that the policy may be late
     stale: float = 0.25  # s that a picture, or the robot's clock, may be old
 
+    passing = 0.99  # of --speed: the planner refuses a target passed at its maximum and a rounding
     margin = 0.05  # rad that commands keep away from the joints' limits
     jump = 0.35  # rad from a command to the next target: thrice a fast demonstration's step
 
@@ -77,6 +78,11 @@ class Safety:
         self.check_joint_limits(previous, command)
         self.check_workspace(previous, command)
         return command, fraction
+
+    def limit_passing(self, velocity: np.ndarray) -> np.ndarray:
+        """The velocity (7,), rad/s, at which the arm may pass a target: below its maximum."""
+        fastest = self.passing * self.speed * MAX_VELOCITY
+        return velocity.clip(-fastest, fastest)
 
     def check_joint_limits(self, previous: np.ndarray, command: np.ndarray):
         """A command must not leave the joints' limits, or leave them further."""

@@ -63,7 +63,7 @@ class Workcell(Cameras):
             self.instruction = prompt_user("Instruction: ")
         if not self.instruction:
             raise UserError("There is no instruction: give one with --instruction.")
-        super().__init__(sources)
+        super().__init__(sources, calibration)
         self.calibration = {camera: calibration[camera] for camera in sources}
         self.host = settings.robot
         self.seed = int(time.time())

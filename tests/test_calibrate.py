@@ -22,7 +22,7 @@ from genima.files import UserError
 from genima.kinematics import franka_chain
 from robot import board as printed_board
 from robot.board import find_corners, make_board
-from robot.calibrate import fit_camera, pose_from_vector
+from robot.calibrate import fit_camera, pose_from_vector, write_calibration
 
 INTRINSICS = np.array([[615.0, 0, 322], [0, 613, 237], [0, 0, 1]])
 SIZE = (480, 640)
@@ -489,3 +489,19 @@ def test_the_printed_board_has_its_true_size(tmp_path, monkeypatch, capsys):
         )[0]
         == 2
     )
+
+
+@pytest.mark.parametrize("model", ["inverse_brown_conrady", "fisheye", "plumb_bob"])
+def test_a_camera_with_a_lens_stays_in_the_file(tmp_path, model):
+    """Another camera is calibrated into a file: the model of this one's lens is a word."""
+    path = tmp_path / "calibration.yaml"
+    entry = {"intrinsics": INTRINSICS.tolist(), "world_from_camera": np.eye(4).tolist()}
+    entry |= {"distortion": [0.1, -0.2, 0.0, 0.01], "distortion_model": model}
+    path.write_text(yaml.safe_dump({"front": entry}))
+    before = load_calibration(path)
+    side = {"intrinsics": INTRINSICS, "world_from_camera": np.eye(4)}
+    write_calibration(path, before | {"side": side})
+    after = load_calibration(path)
+    assert list(after) == ["front", "side"]
+    for key, value in before["front"].items():
+        np.testing.assert_array_equal(after["front"][key], value)

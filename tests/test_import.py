@@ -386,6 +386,34 @@ def test_what_cannot_be_imported_is_said_in_one_sentence(
     assert not list(run.rglob("*.hdf5"))
 
 
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("gripper_range: [0]", "gripper_range has to be [closed, open]"),
+        ("gripper_range: [0.08, 0.08]", "gripper_range has to be [closed, open]"),
+        ("gripper_range: 0.08", "gripper_range has to be [closed, open]"),
+        ("gripper: joint_positions[7]", "joint_positions has 7 columns"),
+        ("action: [joint_positions]", "'action' has to be a name"),
+        ("instruction: 3", "'instruction' has to be a name"),
+        ("timestamps: null\nrate: '@language_instruction'", "is no rate: give --source-fps"),
+        ("rate: 0\ntimestamps: null", "neither timestamps nor a rate"),
+        ("joint_unit: grad", "joint_unit is not one of"),
+        ("colour: rgb", "'colour' is not one of"),
+    ],
+)
+def test_a_mapping_that_is_wrong_is_one_sentence(tmp_path, command, cams, line, words):
+    path = tmp_path / "take.hdf5"
+    write_vendor(path, frames=30, cameras={"wrist": (48, 64)})
+    text = (ROOT / "mappings" / "vendor.yaml").read_text()
+    for entry in line.splitlines():
+        key = entry.split(":")[0]
+        text = re.sub(rf"^{key}:.*\n", "", text, flags=re.MULTILINE)
+    (tmp_path / "mine.yaml").write_text(f"{text}\n{line}\n")
+    arguments = (path, "--run", tmp_path / "run", "--calibration", cams)
+    code, _, err = command(*arguments, "--mapping", tmp_path / "mine.yaml")
+    assert code == 2 and words in err.splitlines()[0]
+
+
 def test_the_others_are_imported_all_the_same(tmp_path, command, cams):
     for number in range(3):
         path = tmp_path / "bought" / f"take_{number}.hdf5"
@@ -463,7 +491,7 @@ def test_folders_that_hold_something_else(tmp_path, command):
     pickle.touch()
     for folder, words in [
         (tmp_path / "empty", "neither HDF5 files"),
-        (tmp_path / "rlbench", "collect_demos.py --from-rlbench"),
+        (tmp_path / "rlbench", "at 20 frames a second: give --fps 20"),
         (tmp_path / "nowhere", "does not exist"),
     ]:
         code, _, err = command(folder, "--run", tmp_path / "run")

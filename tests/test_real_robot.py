@@ -15,11 +15,14 @@ import types
 from functools import partial
 from pathlib import Path
 
+import cv2
 import h5py
 import numpy as np
 import pytest
 
 import real_robot
+from genima.calibration import undistort, undistortion
+from genima.calibration_files import read_calibration_file
 from genima.episodes import read_episode
 from genima.files import UserError, run_stage
 from genima.kinematics import JOINT_LIMITS, franka_chain
@@ -27,9 +30,10 @@ from real_robot import Record, Replay, Run
 from robot import policy_process
 from robot.arm import Fault, Franka, explain
 from robot.cameras import Cameras, resize_and_crop
+from robot.chunks import ChunkFollower
 from robot.policy_process import Answer, PolicyProcess
 from robot.recording import Recording, recover
-from robot.safety import Safety
+from robot.safety import MAX_VELOCITY, Safety
 from robot.session import stop_on_signals
 from robot.workcell import Workcell
 
@@ -68,6 +72,30 @@ def test_speed_is_capped_and_the_rest_of_the_way_remains():
     assert fraction == pytest.approx(0.435)
     assert (Safety(speed=1.0).limit_step(HOME, target)[0] == target).all()
     assert Safety().limit_step(HOME, HOME)[1] == 1
+
+
+@pytest.mark.parametrize("speed", [0.07, 0.1, 0.2, 1.0])
+def test_no_target_is_passed_at_the_maximum_velocity(speed):
+    """The planner refuses one that is above it by a rounding."""
+    safety = Safety(speed=speed, workspace=(-2, -2, -2, 2, 2, 2))
+    chunk = np.tile(np.append(HOME, 1.0), (8, 1))
+    chunk[:, [0, 6]] += 0.3 * np.arange(1, 9)[:, None] * [1, -1]
+    follower = fast_follower(safety, chunk)
+    fastest = []
+    for _ in range(6):
+        velocity = follower.next_command()[1]
+        fastest.append(np.abs(velocity / MAX_VELOCITY).max())
+    assert speed * 0.98 < max(fastest) < speed * 0.995
+
+
+def fast_follower(safety, chunk):
+    """Follows a chunk from HOME on."""
+    policy = types.SimpleNamespace(config={"cameras": ("front",), "image_size": (4, 4)})
+    follower = ChunkFollower(policy, safety, Run(), "", None)
+    follower.chunk = chunk
+    follower.previous = HOME
+    follower.origin = 0.0
+    return follower
 
 
 @pytest.mark.parametrize(
@@ -619,6 +647,30 @@ def test_opencv_cameras_and_two_views_in_one_picture(monkeypatch):
     cameras.close()
 
 
+@pytest.mark.parametrize("model", ["brown", "inverse_brown_conrady", "fisheye"])
+def test_pictures_are_straightened_as_the_import_does_it(tmp_path, monkeypatch, model):
+    """Both views of a device, each by its own lens; one without distortion stays as it is."""
+    random = np.random.default_rng(0)
+    taken = cv2.GaussianBlur(random.integers(0, 256, (48, 128, 3), np.uint8), (7, 7), 0)
+    monkeypatch.setattr(FakeCapture, "read", lambda self: (True, taken))
+    monkeypatch.setattr("cv2.VideoCapture", FakeCapture)
+    path = tmp_path / "cameras.yaml"
+    entry = {"intrinsics": [[50.0, 0, 32], [0, 50, 24], [0, 0, 1]]}
+    entry["world_from_camera"] = np.eye(4).tolist()
+    bent = entry | {"distortion": [0.2, -0.1, 0.0, 0.0], "distortion_model": model}
+    path.write_text(json.dumps({"left": bent, "right": entry}))
+    sources = ("left=opencv:0:left", "right=opencv:0:right")
+    settings = Run(robot="10.0.0.1", calibration=path, cameras=sources, instruction="wipe")
+    workcell = Workcell(settings)
+    images = workcell.read_frames()[1]
+    workcell.close()
+    rgb = cv2.cvtColor(taken, cv2.COLOR_BGR2RGB)
+    camera = read_calibration_file(path)["left"]
+    expected = undistort(rgb[:, :64], undistortion(camera, camera.intrinsics, (48, 64)))
+    assert (images["left"] == expected).all() and (images["right"] == rgb[:, 64:]).all()
+    assert np.abs(images["left"].astype(int) - rgb[:, :64]).mean() > 3
+
+
 def test_opencv_cameras_that_cannot_be_opened_are_one_sentence(monkeypatch):
     monkeypatch.setattr("cv2.VideoCapture", FakeCapture)
     with pytest.raises(UserError, match="OpenCV cannot open camera '9' for 'front'"):
@@ -928,6 +980,31 @@ def test_hold_waits_for_a_lost_connection():
     with contextlib.suppress(Exception):
         robot.robot.join_motion()
     assert held
+
+
+def test_the_arm_follows_a_chunk_at_a_low_speed():
+    """Every command is as fast as --speed allows, in two joints, one up and one down."""
+    from sims.franky_panda import SimulatedWorkcell
+
+    workcell = SimulatedWorkcell("reach_target", 500_000)
+    safety = Safety(speed=0.1, workspace=(-2, -2, -2, 2, 2, 2))
+    robot = Franka(workcell.host, safety)
+    try:
+        start = robot.state()[1][:7]
+        chunk = np.tile(np.append(start, 1.0), (8, 1))
+        chunk[:, [0, 5]] += 0.03 * np.arange(1, 9)[:, None] * [1, -1]
+        follower = fast_follower(safety, chunk)
+        follower.previous = start
+        for _ in range(8):
+            command, velocity, _ = follower.next_command()
+            robot.send(command, velocity)
+            time.sleep(0.1)
+            reached = robot.state()[1][:7]
+        assert np.abs(reached - command).max() < 0.03
+        assert np.abs(reached - start).max() > 0.08
+    finally:
+        robot.hold()
+        workcell.close()
 
 
 def test_a_run_over_the_protocol_and_its_film(tmp_path, capsys):

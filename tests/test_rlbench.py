@@ -566,6 +566,27 @@ def test_importing_chooses_goes_on_and_needs_no_rlbench(tmp_path):
     )
 
 
+def test_both_commands_import_the_same(tmp_path):
+    write_dataset(tmp_path / "data", variations=(0, 1), episodes=2, size=(16, 24))
+    by_collecting = tmp_path / "collected"
+    by_importing = tmp_path / "imported"
+    run("collect_demos.py", "--from-rlbench", tmp_path / "data", "--run", by_collecting)
+    words = ["import_demos.py", tmp_path / "data", "--run", by_importing, "--fps", 20]
+    for sentence in ("4 demonstrations imported", "4 were there already"):
+        done = run(*words, PYTHONPATH="")
+        assert done.returncode == 0 and sentence in done.stdout, done.stderr
+    paths = sorted(by_collecting.rglob("*.hdf5"))
+    assert len(paths) == 4
+    for path in paths:
+        ours = read_episode(by_importing / path.relative_to(by_collecting))
+        theirs = read_episode(path)
+        assert ours.instruction == theirs.instruction and ours.seed == theirs.seed
+        for name in ("qpos", "action", "joint_poses"):
+            np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
+        for camera, images in theirs.images.items():
+            np.testing.assert_array_equal(ours.images[camera], images)
+
+
 def test_stages_1_to_3_run_on_an_imported_dataset(tmp_path):
     write_dataset(tmp_path / "data", variations=(0, 1), episodes=2, size=(32, 32))
     for words in (

@@ -4,6 +4,7 @@
     python tools/benchmark.py demos       demonstrations a minute: pick_and_lift, four cameras
     python tools/benchmark.py rlbench --dataset FOLDER      importing a dataset of RLBench, beside
                                           decoding its pictures twice
+    python tools/benchmark.py import      importing a vendor's JPEGs, beside decoding them alone
     python tools/benchmark.py step        a training step of the laptop's painter, beside diffusers'
                                           own ControlNet training loop
     python tools/benchmark.py memory      what training on SD-Turbo needs, tensor by tensor
@@ -33,6 +34,7 @@ from genima.episodes import CAMERAS
 from genima.files import UserError, run_stage
 from genima.parallel import run_in_parallel, usable_cores
 from genima.spheres import DARK_STRIPE, draw_spheres, target_spheres
+from tools.benchmark_import import importing
 from tools.benchmark_training import memory, step
 
 INSTALL_PYRENDER = (
@@ -231,6 +233,7 @@ def main():
         "spheres": spheres,
         "demos": demos,
         "rlbench": rlbench,
+        "import": importing,
         "step": step,
         "memory": memory,
     }
