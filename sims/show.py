@@ -178,15 +178,11 @@ def thin_out(vertices: np.ndarray, faces: np.ndarray, cell: float):
 
 def add_surroundings(spec):
     """A sky, a bright floor, and a sun that casts shadows."""
-    spec.add_texture(
-        name="sky",
-        type=mujoco.mjtTexture.mjTEXTURE_SKYBOX,
-        builtin=mujoco.mjtBuiltin.mjBUILTIN_GRADIENT,
-        rgb1=(0.55, 0.67, 0.82),
-        rgb2=(0.93, 0.95, 0.98),
-        width=128,
-        height=768,
-    )
+    sky = spec.texture("sky")
+    sky.rgb1 = (0.55, 0.67, 0.82)
+    sky.rgb2 = (0.93, 0.95, 0.98)
+    sky.width = 128
+    sky.height = 6 * sky.width
     spec.geom("backdrop").rgba = (0.80, 0.83, 0.86, 1)
     spec.visual.headlight.ambient = (0.46, 0.46, 0.46)
     spec.visual.headlight.diffuse = (0.15, 0.15, 0.15)
