@@ -1,9 +1,9 @@
 """Stage 4: closed loop. Does the robot do what it is told, in scenes that no network has seen?
 
-In:   runs/demo/controlnet/ and runs/demo/act/        (train_controlnet.py, train_act.py)
-Out:  runs/demo/evaluation/evaluation.json            per task: successes, interval, every outcome
-      runs/demo/evaluation/<task>_people.mp4          a film; what the networks see: <task>.mp4
-      runs/demo/evaluation/success.png, <task>.png
+    In:   runs/demo/controlnet/ and runs/demo/act/    (train_controlnet.py, train_act.py)
+    Out:  runs/demo/evaluation/evaluation.json        per task: successes, interval, every outcome
+          runs/demo/evaluation/<task>_people.mp4      a film; what the networks see: <task>.mp4
+          runs/demo/evaluation/success.png, <task>.png
 
     python evaluate.py                                the tasks of runs/demo/episodes, 50 scenes
     python evaluate.py --tasks pick_and_lift --seed 1000      one task, other scenes

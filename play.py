@@ -1,7 +1,7 @@
 """A page to play with: tell the robot something, change your mind, take a sphere in your hand.
 
-In:   runs/demo/controlnet/ and runs/demo/act/; act_rgb/ too, where plain ACT was trained
-Out:  a page at http://127.0.0.1:7860, and the film that you download from it
+    In:   runs/demo/controlnet/ and runs/demo/act/; act_rgb/ too, where plain ACT was trained
+    Out:  a page at http://127.0.0.1:7860, and the film that you download from it
 
     pip install -r requirements-play.txt
     python play.py --run checkpoints/demo      the checkpoint that is shipped

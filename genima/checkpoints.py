@@ -152,19 +152,20 @@ def check_networks(settings) -> dict[str, Path]:
 
 def note_unseen_tasks(tasks: Sequence[str], folders: dict[str, Path], run: Path):
     """Say which of the tasks a network was never trained on, before anybody wonders about 0 %."""
-    recorded = sorted(path.name for path in (run / "episodes").glob("*/"))
-    for name, folder in folders.items():
-        known = trained_tasks(folder)
-        verb = "was never"
-        if not known:  # a checkpoint of an earlier version
-            known = recorded
-            verb = "was probably never"
-        unseen = [task for task in tasks if task not in known]
-        if known and unseen:
-            print(
-                f"Note: the {name} {verb} trained on {', '.join(unseen)}, only on "
-                f"{', '.join(known)}; expect failures."
-            )
+    trained = [set(trained_tasks(folder)) for folder in folders.values()]
+    trained = [known for known in trained if known]
+    verb = "were never"
+    if trained:
+        known = set.intersection(*trained)
+    else:  # checkpoints of an earlier version
+        known = {path.name for path in (run / "episodes").glob("*/")}
+        verb = "were probably never"
+    unseen = [task for task in tasks if task not in known]
+    if known and unseen:
+        print(
+            f"Note: these networks {verb} trained on {', '.join(unseen)}, only on "
+            f"{', '.join(sorted(known))}: expect failures."
+        )
 
 
 def trained_tasks(folder: Path) -> list[str]:
