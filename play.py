@@ -277,10 +277,10 @@ def build_page(page: Page):
 
         shown = [panels, status]
         hand = [guide, x, y, z]
-        always = {"trigger_mode": "multiple", "concurrency_limit": None, "show_progress": "hidden"}
+        always = {"trigger_mode": "multiple", "concurrency_limit": None}
 
-        def wire(event, handler, inputs=None, outputs=shown):
-            return event(handler, inputs, outputs, **always)
+        def wire(event, handler, inputs=None, outputs=shown, progress="hidden"):
+            return event(handler, inputs, outputs, show_progress=progress, **always)
 
         def drag(event: gr.EventData):
             return page.drag(event.camera, event.x, event.y)
@@ -311,8 +311,8 @@ def build_page(page: Page):
         wire(step.click, page.step)
         wire(stop.click, partial(page.press, "stop"))
         wire(wire(reset.click, partial(page.press, "reset")).then, page.controls, None, hand)
-        wire(film.click, show_film, None, [video, *shown])
-        wire(look_at_words.click, page.words, [kind], [words, *shown])
+        wire(film.click, show_film, None, [video, *shown], "full")
+        wire(look_at_words.click, page.words, [kind], [words, *shown], "full")
         wire(blocks.load, page.show)
         wire(blocks.load, show_examples, None, examples)
         wire(blocks.load, page.controls, None, hand)

@@ -28,6 +28,13 @@ SMOOTHING = 50  # training losses are shown as the mean of this many steps
 LABELS = {
     "loss": "training loss",
     "first_frame_iou": "overlap with true spheres (first frames)",
+    "iou_A": "A: the robot as it is",
+    "iou_B": "B: the thing that is named",
+    "iou_C": "C: the hand where it is told",
+    "held_out": "training loss, in these scenes",
+    "gripper_median": "gripper's place, median (m)",
+    "gripper_mean": "gripper's place, mean (m)",
+    "gripper_right": "gripper commands that are right (share)",
     "joints": "joint positions (L1, normalised)",
     "gripper": "gripper (cross-entropy)",
     "kl": "KL divergence of the CVAE",
