@@ -66,7 +66,8 @@ def fresh(robot):
     return robot
 
 
-def drive(robot, steps=100):
+def drive(robot, steps=250):
+    """Until it stops: no sooner than the way back and the steps of an episode allow."""
     for _ in range(steps):
         if robot.running:
             robot.step()

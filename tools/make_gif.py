@@ -27,7 +27,7 @@ from sims.mujoco_tasks import TASKS
 from sims.playground import Playground
 from sims.show import PeopleCamera, film_frames, snapshot
 
-HALF_WAY = 14  # steps of the first sentence
+HALF_WAY = 10  # steps of the first sentence
 MOST_STEPS = 60  # of the second, so that the film stays short
 SCENES = 100  # to try
 HEIGHT = 390  # of the GIF's scene, pixels
@@ -41,16 +41,18 @@ COLUMNS = 2
 class Settings:
     run: Path = Path("checkpoints/demo")
     """Folder of the run that drives the arm."""
+    scene: int = 0
+    """The first scene to try."""
     tasks: bool = False
     """Draw the tasks in place of the film."""
     out: Path = Path("docs")
     """Folder for the picture."""
 
 
-def change_of_mind(run: Path) -> Playground:
+def change_of_mind(run: Path, first_scene: int) -> Playground:
     """A robot that was told of one button and then, on its way, of another, which it pressed."""
     playground = Playground(run)
-    for scene in range(SCENES):
+    for scene in range(first_scene, first_scene + SCENES):
         playground.choose("push_button", scene, "usual")
         first, second, _ = playground.examples()
         playground.say(first)
@@ -122,7 +124,7 @@ def main():
             draw_tasks().save(temporary, optimize=True)
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB.")
         return
-    write_gif(change_of_mind(settings.run), settings.out / "demo.gif")
+    write_gif(change_of_mind(settings.run, settings.scene), settings.out / "demo.gif")
 
 
 if __name__ == "__main__":
