@@ -78,9 +78,7 @@ def write_gif(playground: Playground, path: Path):
     for frame in film_frames(camera, moments, True, PAINTED):
         frames.append(Image.fromarray(frame))
     # One palette for all frames, without dithering: what stands still is not stored again.
-    sample = [np.array(frames[i]) for i in (0, len(frames) // 2, -1)]
-    sample = Image.fromarray(np.concatenate(sample))
-    palette = sample.quantize(256, Image.Quantize.MAXCOVERAGE)  # small objects keep their colours
+    palette = choose_palette([frames[i] for i in (0, len(frames) // 2, -1)])
     frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     with write_whole(path) as temporary:
         frames[0].save(
@@ -91,6 +89,14 @@ def write_gif(playground: Playground, path: Path):
             loop=0,
         )
     print(f"{path}: {len(frames)} frames, {path.stat().st_size / 1e6:.1f} MB.")
+
+
+def choose_palette(frames: list[Image.Image]) -> Image.Image:
+    """256 colours. Vivid pixels count more, so that small objects keep theirs."""
+    pixels = np.concatenate([np.asarray(frame).reshape(-1, 3) for frame in frames])
+    vivid = pixels[np.ptp(pixels, axis=1) > 120]
+    repeated = np.resize(vivid, (len(pixels) // 2, 3))
+    return Image.fromarray(np.concatenate([pixels, repeated])[None]).quantize(256)
 
 
 def draw_tasks() -> Image.Image:
