@@ -189,16 +189,22 @@ def test_the_shipped_controller_follows_a_moved_sphere(fresh):
     assert 0.035 <= np.mean(ways) <= 0.06, np.round(ways, 3)
 
 
+def pixel_of_sphere(robot, camera):
+    """Where a view shows the gripper's sphere, 0..1."""
+    intrinsics, world_from_camera = robot.env.camera_parameters(camera)
+    sphere = robot.held_pose[:3, 3] + robot.offset
+    seen = intrinsics @ (np.linalg.inv(world_from_camera) @ np.append(sphere, 1))[:3]
+    return seen[:2] / seen[2] / (robot.env.width, robot.env.height)
+
+
 def test_a_drag_moves_the_sphere_under_the_pointer(fresh):
     for camera in ("front", "left_shoulder", "wrist"):
         fresh.reset()
         fresh.follow_guide("hand")
-        intrinsics, world_from_camera = fresh.env.camera_parameters(camera)
-        fresh.drag_sphere(camera, 0.55, 0.45)
-        sphere = fresh.held_pose[:3, 3] + fresh.offset
-        seen = intrinsics @ (np.linalg.inv(world_from_camera) @ np.append(sphere, 1))[:3]
-        pixel = seen[:2] / seen[2] / (fresh.env.width, fresh.env.height)
-        np.testing.assert_allclose(pixel, (0.55, 0.45), atol=1e-6)
+        pointer = pixel_of_sphere(fresh, camera) + (0.05, -0.03)
+        fresh.drag_sphere(camera, *pointer)
+        assert 0.005 < np.linalg.norm(fresh.offset) < 0.2
+        np.testing.assert_allclose(pixel_of_sphere(fresh, camera), pointer, atol=1e-6)
 
 
 def test_a_sphere_stays_above_the_table_and_within_reach(fresh):
