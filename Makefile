@@ -56,7 +56,7 @@ endif
 # the shipped checkpoint at work: two episodes of each of its tasks
 try: setup
 	$(PY) evaluate.py --run checkpoints/demo --episodes 2 --language 0 --videos 2 --out runs/try
-	@echo "Films: $$(echo runs/try/*.mp4)"
+	@echo "Films: $$(echo runs/try/*_people.mp4)"
 
 # the five stages, one after the other, on any laptop; DEMOS demonstrations of each task
 demo: setup

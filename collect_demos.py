@@ -6,6 +6,7 @@
     python collect_demos.py                                 50 demonstrations of three tasks
     python collect_demos.py --tasks open_drawer --demos 20 --run runs/drawer
     python collect_demos.py --scenes 300                    every object of 300 scenes
+    python collect_demos.py --film 3                        and three in films/<task>.mp4
     python collect_demos.py --from-rlbench DATASET --run runs/rlbench
     python collect_demos.py --sim rlbench --tasks open_box --run runs/rlbench
     python collect_demos.py --sim rlbench --protocol paper --tasks open_box --run runs/paper
@@ -46,6 +47,7 @@ from sims.rendering import choose_renderer
 from sims.rlbench_dataset import find_demonstrations, read_demonstration, read_notes
 from sims.rlbench_folders import episode_file, identify, not_importable
 from sims.rlbench_protocol import MAX_VARIATION, Protocol, choose_protocol, refuse_options
+from sims.show import film_demonstrations
 
 DEFAULT_TASKS = ("reach_target", "push_button", "pick_and_lift")
 STARTS = ("anywhere", "near")
@@ -93,6 +95,8 @@ class Settings:
     named: drawn in each scene."""
     seed: int = 1_000_000
     """Seed of the first scene; evaluation uses seeds below a million, so its scenes are unseen."""
+    film: int = 0
+    """Film so many successes of each task, and as many failures with their reasons."""
     workers: int = usable_cores()
     """Processes."""
 
@@ -110,15 +114,19 @@ def record_one(
     task = folder.name
     env = simulators.get(task, image_size, CAMERAS, images=True)
     env.render()  # a machine that cannot draw says so here, instead of failing in every attempt
-    start = STARTS[(seed + variation) % 2]
     try:
-        episode = record_demonstration(env, task, seed, variation, start)
+        episode = record_demonstration(env, task, *attempt_of(seed, variation))
     except UserError as error:  # a waypoint out of reach: a failed attempt, not a broken program
         return [str(error)]
     if not episode.success:
         return ["The expert failed."]
     write_new(path, episode)
     return [None]
+
+
+def attempt_of(seed: int, variation: int) -> tuple[int, int, str]:
+    """Seed, variation and start of an attempt: every other one begins near the object."""
+    return seed, variation, STARTS[(seed + variation) % 2]
 
 
 def record_rlbench(
@@ -252,6 +260,9 @@ def check_settings(settings: Settings):
             settings.image_size = 64
     if settings.demos is None and settings.scenes is None:
         settings.demos = 50
+    check_number("--film", settings.film, 0, 100)
+    if settings.film and not embedded:
+        raise UserError("--film is for the embedded simulator.")
     if embedded and settings.demos is not None and settings.scenes is not None:
         raise UserError("Give --demos or --scenes, not both.")
     if settings.demos is not None:
@@ -300,8 +311,10 @@ def collect(settings: Settings):
     results = run_in_parallel(
         jobs, settings.workers, "episodes", "episode", make_context=make_context, start=start
     )
+    failed = []
     for job, result in results:
         attempts[job[1]] += [CRASH] if result is None else result
+        failed += [job] if result is None or any(result) else []
 
     faults = Counter()
     for task_folder, outcomes in attempts.items():
@@ -313,6 +326,9 @@ def collect(settings: Settings):
             raise UserError("\n".join(sorted(faults)))
     for reason, count in faults.most_common(MAX_REASONS):
         print(f"{count} times: {reason}")
+    if settings.film:
+        tried = [(job[1].name, *attempt_of(*job[2:4]), job in failed) for job in jobs]
+        film_demonstrations(settings.run / "films", tried, settings.film, settings.workers)
 
 
 def summary(folder: Path, outcomes: list[str | None]) -> str:

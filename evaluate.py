@@ -1,8 +1,9 @@
 """Stage 4: closed loop. Does the robot do what it is told, in scenes that no network has seen?
 
-In:   runs/demo/controlnet/ and runs/demo/act/        (train_controlnet.py, train_act.py)
-Out:  runs/demo/evaluation/evaluation.json            per task: successes, interval, every outcome
-      runs/demo/evaluation/success.png, <task>.mp4, <task>.png
+    In:   runs/demo/controlnet/ and runs/demo/act/    (train_controlnet.py, train_act.py)
+    Out:  runs/demo/evaluation/evaluation.json        per task: successes, interval, every outcome
+          runs/demo/evaluation/<task>_people.mp4      a film; what the networks see: <task>.mp4
+          runs/demo/evaluation/success.png, <task>.png
 
     python evaluate.py                                the tasks of runs/demo/episodes, 50 scenes
     python evaluate.py --tasks pick_and_lift --seed 1000      one task, other scenes
@@ -34,7 +35,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # one process per core; threads w
 import torch
 import tyro
 
-from genima.checkpoints import choose_device, last_steps, load_function, load_networks
+from genima.checkpoints import MAKE_ONE, check_networks, choose_device, last_steps, load_networks
 from genima.episodes import find_episodes
 from genima.files import UserError, run_stage
 from genima.language import check_language
@@ -50,12 +51,12 @@ from sims.perturbed_panda import PERTURBATIONS
 from sims.rlbench_dataset import HZ, find_demonstrations
 from sims.rlbench_panda import NoSceneError
 from sims.rlbench_protocol import PAPER_TASKS, choose_protocol, refuse_options
+from sims.show import Recording, write_people_films
 
 LANGUAGE_TASKS = ("push_button", "pick_and_lift")  # whose objects differ in colour alone
 ATTEMPTS = 10  # RLBench: scenes to try for an episode, as not every scene has room for its task
 LEAST = {"episodes": 1, "execution_horizon": 1, "workers": 1, "checkpoints": 1}
 LEAST |= {"seed": 0, "language": 0, "videos": 0}
-MAKE_ONE = "`make demo` trains one in runs/demo, `make try` runs the one in checkpoints/demo."
 PAPER = """The paper (arXiv 2407.07875): better than ACT on 16 of 25 tasks and than Diffusion Policy
 on all 25, 64 % of the episodes of 9 tasks of a real robot. Its 25 tasks may not all be these."""
 
@@ -156,6 +157,7 @@ def run_episode(workspace, checkpoint, task, seed):
     env = workspace.simulators.get(task, size, policy.cameras, sim, protocol=protocol)
     number = seed - settings.seed
     film = number < settings.videos
+    watch = Recording() if film and settings.sim == "mujoco" else None
     attempts = 1
     options = {}
     if settings.demos:  # their scenes, spread over all variations
@@ -165,7 +167,9 @@ def run_episode(workspace, checkpoint, task, seed):
         attempts = ATTEMPTS
     for attempt in range(attempts):
         scene = seed + attempt * settings.episodes
-        outcome, log = rollout(env, policy, scene, options, settings.execution_horizon, film)
+        outcome, log = rollout(env, policy, scene, options, settings.execution_horizon, film, watch)
+        if watch is not None:
+            log["moments"] = watch.moments
         if not outcome.get("error", "").startswith(NoSceneError.__name__):
             if attempt:
                 outcome["failed_resets"] = attempt
@@ -208,16 +212,7 @@ def resolve_settings(settings: Settings) -> list[Settings]:
     resolve_tasks(settings)
     settings.device = choose_device(settings.device)
 
-    folders = {"controller": settings.controller}
-    if settings.policy == "genima":
-        folders["painter"] = settings.painter
-    if ":" in settings.policy:
-        load_function(settings.policy)  # raises UserError if it is not there
-        folders = {}
-    for name, folder in folders.items():
-        may_be_on_hub = name == "painter" and folder.parent != settings.run
-        if not folder.is_dir() and not may_be_on_hub:
-            raise UserError(f"There is no checkpoint {folder}. {MAKE_ONE}")
+    folders = check_networks(settings)
     checkpoints = [settings]
     checkpoints += [replace(settings, videos=0)] * (settings.checkpoints - 1)
     if settings.checkpoints > 1:
@@ -268,9 +263,6 @@ def resolve_tasks(settings):
             check_task(task)
         if settings.demos:
             find_demonstrations(settings.demos, (task,), choose_protocol(settings).variations)
-    unknown = [task for task in settings.tasks if task not in known]
-    if recorded and unknown:
-        print(f"Note: {folder} has no {', '.join(unknown)}; the networks may never have seen it.")
     last = settings.seed + max(settings.episodes, settings.language) - 1
     for path in recorded:
         seed = path.name.split("_")[0]
@@ -334,6 +326,7 @@ def evaluate(checkpoints: list[Settings]):
     report = make_report(checkpoints, episodes, language)
     fps = HZ if settings.sim == "rlbench" else CONTROL_HZ
     write_results(settings, name, report, episodes, fps)
+    write_people_films(settings, name, episodes)
     finished.remove()
     print_table(report)
     if settings.protocol:

@@ -1,13 +1,13 @@
 """Stage 0 for data that exists: what others recorded becomes episodes, or episodes go to others.
 
-In:   HDF5 files of ACT, ALOHA or a vendor; a dataset of LeRobot v3.0 or RLBench; where the cameras
-      are.
-Out:  <run>/episodes/<task>/<name>.hdf5, see genima/episodes.py; or a dataset for LeRobot or ACT.
-Run:  python import_demos.py bought/ --run runs/mine --calibration cameras.yaml
-      python import_demos.py aloha/ --run runs/mine --robot panda --instruction "pick up the cup"
-      python import_demos.py rlbench/ --run runs/rlbench --fps 20
-      python import_demos.py --to-lerobot runs/mine/episodes exported/
-      python import_demos.py --to-act runs/mine/episodes/pick_up_the_cup exported/
+    In:   HDF5 files of ACT, ALOHA or a vendor; a dataset of LeRobot v3.0 or RLBench; where the
+          cameras are.
+    Out:  <run>/episodes/<task>/<name>.hdf5, see genima/episodes.py; or a dataset for LeRobot or ACT
+    Run:  python import_demos.py bought/ --run runs/mine --calibration cameras.yaml
+          python import_demos.py aloha/ --run runs/mine --robot panda --instruction "fold a cloth"
+          python import_demos.py rlbench/ --run runs/rlbench --fps 20
+          python import_demos.py --to-lerobot runs/mine/episodes exported/
+          python import_demos.py --to-act runs/mine/episodes/pick_up_the_cup exported/
 
 A mapping says which part of a file is what (mappings/, docs/your-data.md); without --mapping the
 ready one that fits is taken. Joint poses come from forward kinematics, everything is brought to one

@@ -1,7 +1,7 @@
 """A page to play with: tell the robot something, change your mind, take a sphere in your hand.
 
-In:   runs/demo/controlnet/ and runs/demo/act/; act_rgb/ too, where plain ACT was trained
-Out:  a page at http://127.0.0.1:7860, and the film that you download from it
+    In:   runs/demo/controlnet/ and runs/demo/act/; act_rgb/ too, where plain ACT was trained
+    Out:  a page at http://127.0.0.1:7860, and the film that you download from it
 
     pip install -r requirements-play.txt
     python play.py --run checkpoints/demo      the checkpoint that is shipped
@@ -16,12 +16,14 @@ Paper, section 3.3. The robot is sims/playground.py; here is only what a browser
 """
 
 import base64
+import html
 import io
 import os
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -34,8 +36,12 @@ from PIL import Image
 from genima.checkpoints import choose_device
 from genima.files import UserError, check_number, run_stage
 from sims.mujoco_tasks import TASKS
-from sims.playground import GUIDES, LOOKS, PAINTED_NAMES, Playground
+from sims.playground import FARTHEST, GUIDES, HEAT_MAPS, LOOKS, PAINTED_NAMES, Playground
 
+INTRODUCTION = """
+## Tell the robot something, and change your mind
+A diffusion model paints where the arm should be a moment later; the arm follows the paint."""
+MOST_EXAMPLES = 3  # sentences that a click says
 FONTS = ["system-ui", "sans-serif"]  # of the machine: none is fetched
 # A drag ends where the mouse is let go; a click is a drag of no length.
 DRAG = """
@@ -54,13 +60,16 @@ element.addEventListener('pointerup', event => {
 });
 """
 STYLE = """
-.panels { display: flex; gap: 12px; flex-wrap: wrap; align-items: flex-start; }
-.panels figure { margin: 0; }
-.panels figcaption { font-size: 14px; color: #666; margin-bottom: 4px; }
-.panels img { display: block; margin: 0; user-select: none; }
-.views { display: grid; grid-template-columns: 150px 150px; gap: 2px; }
-.views img { width: 150px; height: 150px; image-rendering: pixelated; cursor: crosshair; }
-.scene img { width: 404px; height: 302px; }
+.panels { display: grid; grid-template-columns: 3fr 3fr 4fr; gap: 12px; }
+@media (max-width: 800px) { .panels { display: block; } .panels figure { margin: 8px 0; } }
+.panels figure, .words figure { margin: 0; }
+.panels figcaption, .words figcaption { font-size: 14px; color: #666; margin-bottom: 4px; }
+.panels img, .words img { display: block; margin: 0; width: 100%; user-select: none; }
+.views { display: grid; grid-template-columns: 1fr 1fr; gap: 2px; }
+.views img { aspect-ratio: 1; image-rendering: pixelated; cursor: crosshair; }
+.words { display: flex; gap: 12px; flex-wrap: wrap; }
+.words figure { width: 160px; }
+.words img { image-rendering: pixelated; }
 """
 
 
@@ -149,7 +158,7 @@ class Page:
             words.append(f"sphere moved by {x:.1f}, {y:.1f}, {z:.1f} cm")
         words.append(robot.message)
         text = " · ".join(word for word in words if word)
-        return text.replace("<", "&lt;")
+        return html.escape(text)
 
     # ---- buttons
     def choose(self, task: str, seed: float, look: str):
@@ -179,13 +188,22 @@ class Page:
         self.do("step")
         return self.show()
 
-    def stop(self):
-        self.do("stop")
+    def press(self, button: str):
+        """A button whose name is the playground's method: stop, reset."""
+        self.do(button)
         return self.show()
 
-    def reset(self):
-        self.do("reset")
-        return self.show()
+    def controls(self) -> tuple:
+        """What the guide and the sliders should show now."""
+        return self.playground.guide, *np.round(100 * self.playground.offset, 1).tolist()
+
+    def words(self, kind: str) -> tuple:
+        """A heat map of each word of the sentence."""
+        figures = []
+        for word, picture in (self.do("heat_maps", kind) or {}).items():
+            caption = f"<figcaption>{html.escape(word)}</figcaption>"
+            figures.append(f'<figure>{caption}<img src="{data_url(picture, "PNG")}"></figure>')
+        return f'<div class="words">{"".join(figures)}</div>', *self.show()
 
     def run(self) -> Iterator[tuple[str, str]]:
         """Drive until the end of the episode; another run takes over from this one."""
@@ -220,63 +238,84 @@ def build_page(page: Page):
     guides = [(words, name) for name, words in GUIDES.items() if name != "act" or robot.act]
 
     with gr.Blocks(title="nanoGENIMA", analytics_enabled=False, fill_width=True) as blocks:
+        gr.Markdown(INTRODUCTION)
         with gr.Row():
             task = gr.Dropdown(tasks, value=robot.task, label="Task")
             seed = gr.Number(robot.seed, label="Scene", precision=0, minimum=0)
             look = gr.Dropdown(list(LOOKS), value=robot.look, label="Look")
             guide = gr.Dropdown(guides, value=robot.guide, label="Who paints the spheres")
         panels, status = page.show()
-        status = gr.HTML(status, elem_id="status")
         panels = gr.HTML(panels, css_template=STYLE, js_on_load=DRAG, elem_id="panels")
-        with gr.Row():
+        status = gr.HTML(status, elem_id="status")
+        with gr.Row(equal_height=True):
             sentence = gr.Textbox(
-                label="Tell the robot, also while it moves",
-                placeholder=", or ".join(robot.examples()),
-                scale=4,
-                elem_id="sentence",
+                label="Tell the robot, also while it moves", scale=4, elem_id="sentence"
             )
             say = gr.Button("Say", variant="primary")
+        with gr.Row():
+            examples = [gr.Button(size="sm") for _ in range(MOST_EXAMPLES)]
         with gr.Row():
             run = gr.Button("Run")
             step = gr.Button("Step")
             stop = gr.Button("Stop")
             reset = gr.Button("Reset")
             film = gr.Button("Film")
-        with gr.Row():
-            ranges = {"minimum": -10, "maximum": 10, "step": 0.5, "value": 0}
-            x = gr.Slider(label="Sphere: away from the robot, cm", **ranges)
-            y = gr.Slider(label="Sphere: to the robot's left, cm", **ranges)
-            z = gr.Slider(label="Sphere: up, cm", **ranges)
-        gr.HTML("Or drag in a view: the gripper's sphere goes there, and the arm follows it.")
-        file = gr.File(label="The film since the last reset, at most half a minute")
+        video = gr.Video(label="The last half minute since the reset", visible=False, height=400)
+        with gr.Accordion("Take the gripper's sphere in your hand", open=True):
+            gr.Markdown("Drag in a view, or move it here. The arm follows; no painter is asked.")
+            with gr.Row():
+                most = 100 * FARTHEST
+                ranges = {"minimum": -most, "maximum": most, "step": 0.5, "value": 0}
+                x = gr.Slider(label="away from the robot, cm", **ranges)
+                y = gr.Slider(label="to the robot's left, cm", **ranges)
+                z = gr.Slider(label="up, cm", **ranges)
+        with gr.Accordion("Which words does the painter listen to?", open=True):
+            with gr.Row(equal_height=True):
+                kind = gr.Dropdown(list(HEAT_MAPS), label="Heat map", scale=4)
+                look_at_words = gr.Button("Look at the words")
+            words = gr.HTML(css_template=STYLE, elem_id="words")
 
         shown = [panels, status]
-        always = {"trigger_mode": "multiple", "concurrency_limit": None, "show_progress": "hidden"}
+        hand = [guide, x, y, z]
+        always = {"trigger_mode": "multiple", "concurrency_limit": None}
 
-        def wire(event, handler, inputs=None, outputs=shown):
-            return event(handler, inputs, outputs, **always)
-
-        def choose(task, seed, look):
-            shown_now = page.choose(task, seed, look)
-            return *shown_now, gr.update(placeholder=", or ".join(robot.examples()))
+        def wire(event, handler, inputs=None, outputs=shown, progress="hidden"):
+            return event(handler, inputs, outputs, show_progress=progress, **always)
 
         def drag(event: gr.EventData):
             return page.drag(event.camera, event.x, event.y)
 
+        def show_examples():
+            sentences = robot.examples()
+            sentences += [None] * (MOST_EXAMPLES - len(sentences))
+            return [gr.update(value=words, visible=words is not None) for words in sentences]
+
+        def show_film():
+            path, *now = page.film()
+            return gr.update(value=path, visible=path is not None), *now
+
         for part in (task, seed, look):
-            wire(part.change, choose, [task, seed, look], [*shown, sentence])
-        wire(guide.input, page.follow, [guide])
-        for event in (sentence.submit, say.click):
-            wire(wire(event, page.say, [sentence]).then, page.drive_on)
+            chosen = wire(part.change, page.choose, [task, seed, look])
+            wire(wire(chosen.then, show_examples, None, examples).then, page.controls, None, hand)
+        wire(wire(guide.input, page.follow, [guide]).then, page.controls, None, hand)
+        wire(wire(sentence.submit, page.say, [sentence]).then, page.drive_on)
+        wire(wire(say.click, page.say, [sentence]).then, page.drive_on)
+        for example in examples:
+            wire(wire(example.click, page.say, [example]).then, page.drive_on)
         for part in (x, y, z):
-            wire(wire(part.release, page.move, [x, y, z]).then, page.drive_on)
-        wire(wire(panels.click, drag).then, page.drive_on)
+            moved = wire(part.release, page.move, [x, y, z])
+            wire(wire(moved.then, page.controls, None, hand).then, page.drive_on)
+        dragged = wire(panels.click, drag)
+        wire(wire(dragged.then, page.controls, None, hand).then, page.drive_on)
         wire(run.click, page.run)
         wire(step.click, page.step)
-        wire(stop.click, page.stop)
-        wire(reset.click, page.reset)
-        wire(film.click, page.film, None, [file, *shown])
+        wire(stop.click, partial(page.press, "stop"))
+        wire(wire(reset.click, partial(page.press, "reset")).then, page.controls, None, hand)
+        wire(film.click, show_film, None, [video, *shown], "full")
+        wire(look_at_words.click, page.words, [kind], [words, *shown], "full")
         wire(blocks.load, page.show)
+        wire(blocks.load, show_examples, None, examples)
+        wire(blocks.load, page.controls, None, hand)
     return blocks
 
 
@@ -291,15 +330,20 @@ def main():
             "The page needs Gradio: pip install -r requirements-play.txt first."
         ) from error
     page = Page(settings.run, choose_device(settings.device))
-    build_page(page).launch(
-        server_name=settings.host,
-        server_port=settings.port,
-        share=False,
-        ssr_mode=False,
-        allowed_paths=[page.folder.name],
-        theme=gr.themes.Default(font=FONTS, font_mono=["monospace"]),
-        footer_links=[],
-    )
+    blocks = build_page(page)
+    try:
+        blocks.launch(
+            server_name=settings.host,
+            server_port=settings.port,
+            share=False,
+            ssr_mode=False,
+            allowed_paths=[page.folder.name],
+            theme=gr.themes.Default(font=FONTS, font_mono=["monospace"]),
+            footer_links=[],
+        )
+    except OSError as error:
+        place = f"{settings.host}:{settings.port}"
+        raise UserError(f"Nobody can listen at {place}: give another --port or --host.") from error
 
 
 if __name__ == "__main__":

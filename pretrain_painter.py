@@ -1,9 +1,9 @@
 """Before stage 2: the base. A painter that knows the things on the table by name.
 
-In:   nothing: random scenes of the embedded simulator (sims/random_scenes.py) are drawn here
-Out:  <out>/scenes/<shard>.hdf5   pictures, sentences and layers; may be removed afterwards
-      <out>/scenes.png            a contact sheet: look at it before you train for an hour
-      <out>/                      the painter in diffusers' layout, losses.csv, losses.png
+    In:   nothing: random scenes of the embedded simulator (sims/random_scenes.py) are drawn here
+    Out:  <out>/scenes/<shard>.hdf5   pictures, sentences and layers; may be removed afterwards
+          <out>/scenes.png            a contact sheet: look at it before you train for an hour
+          <out>/                      the painter in diffusers' layout, losses.csv, losses.png
 
     python pretrain_painter.py                                make base: scenes, then training
     python pretrain_painter.py --scenes 2000 --steps 50 --out runs/try      to try it out

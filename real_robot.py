@@ -1,12 +1,12 @@
 """Stage 5: the control loop on a Franka arm, or on a simulated one behind the same protocol.
 
-In:   runs/demo/controlnet/, runs/demo/act/          the trained painter and controller (run)
-Out:  runs/demo/episodes/<task>/real_<time>.hdf5     a demonstration                    (record)
-      runs/demo/robot/<time>_<task>/log.hdf5         an episode file that also holds painted
-                                                     targets, timings and events        (run)
-      first_target.png, timing.png beside it                                            (run)
-      film.mp4, film.png beside it                                                      (replay)
-      calibration.yaml                               where the cameras are              (calibrate)
+    In:   runs/demo/controlnet/, runs/demo/act/          the trained painter and controller (run)
+    Out:  runs/demo/episodes/<task>/real_<time>.hdf5     a demonstration                    (record)
+          runs/demo/robot/<time>_<task>/log.hdf5         an episode file that also holds painted
+                                                         targets, timings and events        (run)
+          first_target.png, timing.png beside it                                            (run)
+          film.mp4, film.png beside it                                                      (replay)
+          calibration.yaml                               where the cameras are        (calibrate)
 
     python real_robot.py run                         the simulated arm
     python real_robot.py run --robot 172.16.0.2 --calibration calibration.yaml

@@ -35,7 +35,8 @@ from genima.files import (
 )
 from genima.kinematics import is_in_room
 from genima.parallel import run_in_parallel, usable_cores
-from genima.plots import two_columns, write_video
+from genima.plots import write_video
+from genima.previews import contact_sheet, labelled_views
 from genima.spheres import (
     ARM_FACTOR,
     FORMAT,
@@ -52,6 +53,8 @@ from genima.visibility import describe_visibility, is_visible
 
 MAX_HORIZON = 100_000
 MAX_SIZE = 4096  # pixels
+PREVIEW = 160  # pixels, at least, of each picture of preview.png
+PREVIEW_FILM = 320  # likewise of each view of preview.mp4
 MOVED = 0.01  # metres: a camera in the room is the same if it moved less between two episodes
 
 
@@ -256,7 +259,7 @@ def check_settings(target: Path, horizon: int, settings: str):
 
 
 # ------------------------------------------------------------------------------------------ preview
-def preview(source: Path, target: Path, folder: Path):
+def preview(source: Path, target: Path, folder: Path, horizon: int):
     """Contact sheet and film of one episode: per camera the images, and the spheres over them."""
     episode = read_episode(source)
     layers, _ = read_spheres(target)
@@ -265,19 +268,23 @@ def preview(source: Path, target: Path, folder: Path):
     height, width = np.max(sizes, axis=0)
     cameras = [camera for camera in CAMERAS if camera in layers]  # the paper's, in its order
     cameras += [camera for camera in layers if camera not in CAMERAS]
-    columns = []
-    painted = []
+    seconds = horizon / episode.fps
+    columns = {}
+    painted = {}
     for camera in cameras:
         images = resize(episode.images[camera], height, width)  # (T, H, W, 3)
         spheres = resize(layers[camera], height, width)  # (T, H, W, 4)
-        painted.append(alpha_composite(spheres, images))
-        columns += [images, painted[-1]]
-    rows = []
-    for t in np.linspace(0, frames - 1, min(5, frames)).round().astype(int):
-        rows.append(np.concatenate([images[t] for images in columns], axis=1))
+        painted[camera] = alpha_composite(spheres, images)
+        name = camera.replace("_", " ")
+        columns[name] = images
+        columns[f"{name}, {seconds:.1f} s later"] = painted[camera]
+    chosen = np.linspace(0, frames - 1, min(5, frames)).round().astype(int)
+    columns = {title: images[chosen] for title, images in columns.items()}
+    captions = [f"{t / episode.fps:.1f} s" for t in chosen]
     with write_whole(folder / "preview.png") as path:
-        Image.fromarray(np.concatenate(rows)).save(path)
-    write_video(folder / "preview.mp4", two_columns(painted), episode.fps)
+        Image.fromarray(contact_sheet(columns, captions, PREVIEW)).save(path)
+    title = f"\u201c{episode.instruction}\u201d: where the joints are {seconds:.1f} s later"
+    write_video(folder / "preview.mp4", labelled_views(painted, title, PREVIEW_FILM), episode.fps)
 
 
 def resize(images: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -314,7 +321,7 @@ def main():
         for camera, spheres in visible.items():
             seen[camera].append(spheres)
     if settings.preview:
-        preview(sources[0], targets[0], folder)
+        preview(sources[0], targets[0], folder, settings.horizon)
     print(f"{len(targets)} files of spheres, {settings.horizon} steps ahead, are in {folder}.")
     print(describe_visibility(seen, style))
 

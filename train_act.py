@@ -1,9 +1,9 @@
 """Stage 3: train the controller: ACT (Action Chunking with Transformers) learns to follow spheres.
 
-In:   runs/demo/episodes/<task>/<name>.hdf5   collect_demos.py
-      runs/demo/spheres/<task>/<name>.hdf5    render_spheres.py: targets, horizon K
-Out:  runs/demo/act/    (or --out) config.json, model.safetensors: for Controller.load
-                        losses.csv, losses.png; training.pt, to resume
+    In:   runs/demo/episodes/<task>/<name>.hdf5   collect_demos.py
+          runs/demo/spheres/<task>/<name>.hdf5    render_spheres.py: targets, horizon K
+    Out:  runs/demo/act/    (or --out) config.json, model.safetensors: for Controller.load
+                            losses.csv, losses.png; training.pt, to resume
 
     python train_act.py                             the tiny network, on a laptop
     python train_act.py --observation rgb           the ACT baseline: plain views; into act_rgb/

@@ -1,9 +1,10 @@
 """Stage 2: a diffusion model with a ControlNet learns to paint where the robot should go.
 
-In:   <run>/episodes (pictures, instructions) and <run>/spheres (the targets, render_spheres.py)
-Out:  <run>/controlnet (or --out), in diffusers' layout: controlnet/, and for tiny unet/
-      text_encoder/ tokenizer/ scheduler/ (safetensors); painter.json, validation.png (observation,
-      truth, painted; scenes held out), losses.csv, losses.png, README.md (a card), training.pt
+    In:   <run>/episodes (pictures, instructions) and <run>/spheres (the targets, render_spheres.py)
+    Out:  <run>/controlnet (or --out), in diffusers' layout: controlnet/, and for tiny unet/
+          text_encoder/ tokenizer/ scheduler/ (safetensors); painter.json, README.md (a card),
+          validation.png (observation, truth, painted; scenes held out), losses.csv, losses.png,
+          training.pt
 
     python train_controlnet.py                                       tiny, from the shipped base
     python train_controlnet.py --base none --run runs/scratch        tiny, from random weights

@@ -6,8 +6,10 @@ Loading checks that the networks fit the policy and each other.
 """
 
 import importlib.util
+import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -17,6 +19,8 @@ from genima.files import UserError
 from genima.painter import load_painter
 from genima.policy import ActPolicy, GenimaPolicy
 from genima.views import image_sizes_of
+
+MAKE_ONE = "`make demo` trains one in runs/demo, `make try` runs the one in checkpoints/demo."
 
 
 def load_networks(settings):
@@ -124,3 +128,49 @@ def last_steps(folder: Path, count: int) -> list[Path]:
             f" --keep {count}, or give --checkpoints 1."
         )
     return steps[:count]
+
+
+def check_networks(settings) -> dict[str, Path]:
+    """The folders of the networks that evaluate.py's settings need: "painter", "controller".
+
+    Says which of the tasks they have never seen. Raises UserError for a folder that is not there.
+    Outside the run's folder, a painter may be a name on the Hugging Face Hub.
+    """
+    if ":" in settings.policy:
+        load_function(settings.policy)  # raises UserError if it is not there
+        return {}
+    folders = {"controller": settings.controller}
+    if settings.policy == "genima":
+        folders["painter"] = settings.painter
+    for name, folder in folders.items():
+        may_be_on_hub = name == "painter" and folder.parent != settings.run
+        if not folder.is_dir() and not may_be_on_hub:
+            raise UserError(f"There is no checkpoint {folder}. {MAKE_ONE}")
+    note_unseen_tasks(settings.tasks, folders, settings.run)
+    return folders
+
+
+def note_unseen_tasks(tasks: Sequence[str], folders: dict[str, Path], run: Path):
+    """Say which of the tasks a network was never trained on, before anybody wonders about 0 %."""
+    trained = [set(trained_tasks(folder)) for folder in folders.values()]
+    trained = [known for known in trained if known]
+    verb = "were never"
+    if trained:
+        known = set.intersection(*trained)
+    else:  # checkpoints of an earlier version
+        known = {path.name for path in (run / "episodes").glob("*/")}
+        verb = "were probably never"
+    unseen = [task for task in tasks if task not in known]
+    if known and unseen:
+        print(
+            f"Note: these networks {verb} trained on {', '.join(unseen)}, only on "
+            f"{', '.join(sorted(known))}: expect failures."
+        )
+
+
+def trained_tasks(folder: Path) -> list[str]:
+    """The tasks that a network was trained on; [] where its folder does not say."""
+    for name in ("painter.json", "config.json"):
+        with suppress(OSError, ValueError, TypeError, KeyError):
+            return list(json.loads((folder / name).read_text())["tasks"])
+    return []

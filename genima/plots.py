@@ -6,6 +6,7 @@ Every file is written whole or not at all. Images are (..., H, W, 3) uint8 unles
 import csv
 from collections.abc import Iterable
 from pathlib import Path
+from textwrap import wrap
 
 import imageio.v2 as imageio
 import numpy as np
@@ -27,6 +28,13 @@ SMOOTHING = 50  # training losses are shown as the mean of this many steps
 LABELS = {
     "loss": "training loss",
     "first_frame_iou": "overlap with true spheres (first frames)",
+    "iou_A": "A: the robot as it is",
+    "iou_B": "B: the thing that is named",
+    "iou_C": "C: the hand where it is told",
+    "held_out": "training loss, in these scenes",
+    "gripper_median": "gripper's place, median (m)",
+    "gripper_mean": "gripper's place, mean (m)",
+    "gripper_right": "gripper commands that are right (share)",
     "joints": "joint positions (L1, normalised)",
     "gripper": "gripper (cross-entropy)",
     "kl": "KL divergence of the CVAE",
@@ -117,11 +125,12 @@ def people_frame(
     sentence: str,
     painted_name: str,
     success: bool | None = None,
+    verdict: str | None = None,
 ) -> np.ndarray:
     """A frame for people: the scene (H, W, 3), the painted views in a square beside it, titles.
 
     painted: {camera: (h, w, 3)}, whose pixels stay visible. sentence: what the robot is told at
-    this moment. success: how the episode ended; None while it runs.
+    this moment. success: how the episode ended; None while it runs. verdict: the words for it.
     """
     height, width, _ = scene.shape
     views = Image.fromarray(two_columns(list(painted.values())))
@@ -134,14 +143,21 @@ def people_frame(
     write_fitting(draw, f"\u201c{sentence}\u201d", (12, middle), 22, width - 24, "black")
     write_fitting(draw, painted_name, (width + 12, middle), 18, height - 24, GREY)
     if success is not None:
-        words = "done" if success else "not done"
-        colour = GREEN if success else RED
-        font = ImageFont.load_default(24)
-        corner = (16, HEADING_HEIGHT + 16)
-        left, top, right, bottom = draw.textbbox(corner, words, font)
-        draw.rounded_rectangle((left - 10, top - 8, right + 10, bottom + 8), 6, fill=colour)
-        draw.text(corner, words, "white", font)
+        if verdict is None:
+            verdict = "done" if success else "not done"
+        write_verdict(draw, verdict, GREEN if success else RED, width)
     return np.array(sheet)
+
+
+def write_verdict(draw, verdict: str, colour: tuple, width: int):
+    """How an episode ended, in a box at the top left of a scene of this width; long ones wrap."""
+    size = 24 if len(verdict) < 20 else 16
+    font = ImageFont.load_default(size)
+    words = "\n".join(wrap(verdict, width * 2 // size - 4))
+    corner = (16, HEADING_HEIGHT + 16)
+    left, top, right, bottom = draw.multiline_textbbox(corner, words, font)
+    draw.rounded_rectangle((left - 10, top - 8, right + 10, bottom + 8), 6, fill=colour)
+    draw.multiline_text(corner, words, "white", font)
 
 
 def write_fitting(draw, text: str, place: tuple, size: int, width: int, colour):

@@ -5,7 +5,7 @@ for action in expert_actions(env):               from wherever the arm is
 episode = record_demonstration(env, task, seed, variation, start="near")
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -65,17 +65,22 @@ def joint_path(env, tool, joints, position, rotation, speed) -> list[np.ndarray]
     return []
 
 
-def record_demonstration(env, task: str, seed: int, variation: int, start: str) -> Episode:
+def record_demonstration(
+    env, task: str, seed: int, variation: int, start: str, watch: Callable | None = None
+) -> Episode:
     """One attempt: the whole demonstration, whether or not it succeeds, without a path.
 
-    start: "anywhere" over the table, or "near" the object. Raises UserError when a waypoint is out
-    of reach.
+    start: "anywhere" over the table, or "near" the object. watch: called as watch(env, images,
+    instruction) at the beginning and after each step, in an environment with images. Raises
+    UserError when a waypoint is out of reach.
     """
     observation, info = env.reset(seed=seed, options={"variation": variation, "start": start})
     observations = []
     actions = []
     joint_poses = []
     extrinsics = {camera: [] for camera in env.cameras}
+    if watch is not None:
+        watch(env, observation["images"], info["instruction"])
     for action in expert_actions(env):
         observations.append(observation)
         actions.append(action)
@@ -83,6 +88,8 @@ def record_demonstration(env, task: str, seed: int, variation: int, start: str) 
         for camera in env.cameras:
             extrinsics[camera].append(env.camera_parameters(camera)[1])
         observation, _, _, _, info = env.step(action)
+        if watch is not None:
+            watch(env, observation["images"], info["instruction"])
 
     images = {}
     intrinsics = {}

@@ -17,12 +17,13 @@ import mujoco
 import numpy as np
 
 from genima.act import words_of
-from genima.checkpoints import load_controller, load_policy
+from genima.checkpoints import load_controller, load_policy, trained_tasks
 from genima.files import UserError
 from genima.kinematics import franka_chain
 from genima.plots import write_video
 from genima.policy import ActPolicy, OraclePainter, camera_images, executable, follow
 from genima.spheres import alpha_composite, draw_spheres, target_spheres
+from genima.word_maps import draw_word_maps, word_attention, word_effect
 from sims import Simulators
 from sims.demonstrator import JOINT_SPEED, expert_actions, joint_path
 from sims.mujoco_panda import CONTROL_HZ
@@ -42,6 +43,10 @@ PAINTED_NAMES = {
     "truth": "the true spheres",
     "hand": "the spheres where you put them",
     "act": "what ACT sees",
+}
+HEAT_MAPS = {
+    "what changes in the painting if the word is left out": word_effect,
+    "cross-attention, of which the word gets so much": word_attention,
 }
 MAX_SECONDS = 30  # of the film: what happened last
 MAX_STEPS = 100  # the arm stops after so many steps without success
@@ -64,6 +69,9 @@ class Playground:
         self.act = None
         if (run / "act_rgb").is_dir():
             self.act = ActPolicy(load_controller(run / "act_rgb", "rgb", device))
+        self.trained = trained_tasks(run / "controlnet")
+        if not self.trained:  # a checkpoint of an earlier version
+            self.trained = sorted(path.name for path in (run / "episodes").glob("*/"))
         self.chain = franka_chain()
         self.simulators = Simulators()
         self.camera = None
@@ -89,6 +97,9 @@ class Playground:
         self.seed = seed
         self.look = look
         self.reset()
+        if self.trained and task not in self.trained:
+            known = ", ".join(self.trained)
+            self.message = f"The painter was never trained on this task, only on {known}."
 
     def reset(self):
         """The same scene from its beginning; the sentence is the scene's own again."""
@@ -302,6 +313,17 @@ class Playground:
     def scene(self) -> np.ndarray:
         """The robot as it is now, for people: (360, 480, 3) uint8."""
         return self.camera.render(snapshot(self.env))
+
+    def heat_maps(self, kind: str) -> dict[str, np.ndarray]:
+        """Where each word of the sentence acts, a picture for each. kind: a key of HEAT_MAPS.
+
+        Raises UserError.
+        """
+        if kind not in HEAT_MAPS:
+            raise UserError(f"There is no heat map '{kind}': choose from {', '.join(HEAT_MAPS)}.")
+        self.views = camera_images(self.env)
+        maps = HEAT_MAPS[kind](self.genima.painter, self.views, self.sentence)
+        return draw_word_maps(self.views, maps)
 
     def film(self, path: Path) -> Path:
         """Write what happened since the last reset, at most MAX_SECONDS. Raises UserError."""

@@ -5,7 +5,9 @@
 
     recording = Recording()
     rollout(env, policy, seed, watch=recording)    what the policy sees and does stays as it is
-    write_people_film(path, env, [recording])      30 frames a second, in between control steps
+    write_people_film(path, task, "mujoco", [(outcome, recording.moments)])
+                                                   30 frames a second, in between control steps
+    film_demonstrations(...)                       likewise, what the scripted expert does
 
 The images that a policy sees have a quickly drawn arm and no shadows. Here is a second model of the
 same scene, which is not simulated: it takes joints, objects and colours from the environment.
@@ -19,7 +21,12 @@ from pathlib import Path
 import mujoco
 import numpy as np
 
+from genima.episodes import CAMERAS
+from genima.files import UserError
+from genima.parallel import run_in_parallel
 from genima.plots import people_frame, write_video
+from sims import make_env
+from sims.demonstrator import record_demonstration
 from sims.mujoco_panda import CONTROL_HZ, add_camera
 from sims.mujoco_tasks import PAINTED
 from sims.rendering import new_renderer
@@ -32,10 +39,15 @@ EYE = (1.50, -1.00, 0.90)  # metres, world frame: where the camera stands
 LOOK_AT = (0.34, 0.0, 0.29)
 FOVY = 38  # degrees
 SUN = (1.0, -1.2, 2.4)  # metres, world frame: where the light comes from that casts shadows
-PAINTED_NAME = "what the diffusion model paints"
+VIEW_SIZE = 64  # pixels, of the views beside a demonstration
+PAINTED_NAMES = {  # by policy; one that is not listed is a user's own
+    "genima": "what the diffusion model paints",
+    "oracle": "the true spheres",
+    "act": "what ACT sees",
+}
 ROBOT_GROUP = 2  # the group of the quickly drawn arm's geoms (load_robot)
 HIDDEN_GROUP = 4  # a group that MuJoCo does not draw
-CELL = 0.004  # metres: the arm's meshes are thinned to one vertex in each cube of this edge
+CELL = 0.006  # metres: the arm's meshes are thinned to one vertex in each cube of this edge
 
 
 # ----------------------------------------------------------------------------------------- what is
@@ -126,7 +138,9 @@ def add_visual_arm(spec):
         name = f"visual_{geom.meshname}"
         if name not in added:
             added.add(name)
-            vertices, faces = thin_out(*mesh_of(compiled, geom.meshname), CELL)
+            vertices, faces = mesh_of(compiled, geom.meshname)
+            cell = min(CELL, np.ptp(vertices, axis=0).max() / 30)  # small parts stay whole
+            vertices, faces = thin_out(vertices, faces, cell)
             spec.add_mesh(
                 name=name,
                 uservert=vertices.ravel(),
@@ -160,8 +174,7 @@ def mesh_of(model, name: str) -> tuple[np.ndarray, np.ndarray]:
 def thin_out(vertices: np.ndarray, faces: np.ndarray, cell: float):
     """A mesh with one vertex, the mean, in each cube of edge `cell`: (N, 3), (M, 3) int32.
 
-    The arm has 240,000 faces and 43,000 of them thinned out: it draws three times faster and looks
-    the same.
+    The arm has 240,000 faces, thinned out 30,000: it draws three times faster and looks the same.
     """
     cubes = np.floor(vertices / cell).astype(np.int64)
     _, cube_of, counts = np.unique(cubes, axis=0, return_inverse=True, return_counts=True)
@@ -178,19 +191,15 @@ def thin_out(vertices: np.ndarray, faces: np.ndarray, cell: float):
 
 def add_surroundings(spec):
     """A sky, a bright floor, and a sun that casts shadows."""
-    spec.add_texture(
-        name="sky",
-        type=mujoco.mjtTexture.mjTEXTURE_SKYBOX,
-        builtin=mujoco.mjtBuiltin.mjBUILTIN_GRADIENT,
-        rgb1=(0.55, 0.67, 0.82),
-        rgb2=(0.93, 0.95, 0.98),
-        width=128,
-        height=768,
-    )
+    sky = spec.texture("sky")
+    sky.rgb1 = (0.55, 0.67, 0.82)
+    sky.rgb2 = (0.93, 0.95, 0.98)
+    sky.width = 128
+    sky.height = 6 * sky.width
     spec.geom("backdrop").rgba = (0.80, 0.83, 0.86, 1)
     spec.visual.headlight.ambient = (0.46, 0.46, 0.46)
     spec.visual.headlight.diffuse = (0.15, 0.15, 0.15)
-    spec.visual.quality.shadowsize = 2048
+    spec.visual.quality.shadowsize = 1024
     direction = np.subtract(LOOK_AT, SUN)
     spec.worldbody.add_light(pos=SUN, dir=direction, castshadow=True, diffuse=(0.45, 0.45, 0.45))
 
@@ -212,6 +221,7 @@ class Recording:
     moments: list[Moment] = field(default_factory=list)
 
     def __call__(self, env, painted: dict[str, np.ndarray], sentence: str):
+        """painted: shown beside the scene."""
         self.moments.append(Moment(snapshot(env), painted, sentence))
 
 
@@ -220,22 +230,22 @@ def film_frames(
     moments: list[Moment],
     success: bool | None,
     painted_name: str,
-    fps: int = FPS,
+    verdict: str | None = None,
 ) -> Iterator[np.ndarray]:
-    """Frames (H, W, 3) of one episode, `fps` a second; between control steps the arm moves on.
+    """Frames (H, W, 3) of one episode, FPS a second; between control steps the arm moves on.
 
-    success: shown at the end for SECONDS_AT_END; None: unknown, the end is not held.
+    success: shown at the end for SECONDS_AT_END; None: unknown, the end is not held. verdict: what
+    is written there.
     """
-    for i in range(round((len(moments) - 1) * fps / CONTROL_HZ)):
-        step, fraction = divmod(i * CONTROL_HZ / fps, 1)
+    for i in range(round((len(moments) - 1) * FPS / CONTROL_HZ)):
+        step, fraction = divmod(i * CONTROL_HZ / FPS, 1)
         now = moments[int(step)]
         scene = between(camera.model, now.scene, moments[int(step) + 1].scene, fraction)
         yield people_frame(camera.render(scene), now.painted, now.sentence, painted_name)
     last = moments[-1]
-    frame = people_frame(
-        camera.render(last.scene), last.painted, last.sentence, painted_name, success
-    )
-    held = 1 if success is None else round(SECONDS_AT_END * fps)
+    scene = camera.render(last.scene)
+    frame = people_frame(scene, last.painted, last.sentence, painted_name, success, verdict)
+    held = 1 if success is None else round(SECONDS_AT_END * FPS)
     for _ in range(held):
         yield frame
 
@@ -251,21 +261,85 @@ def between(model, scene: Snapshot, following: Snapshot, fraction: float) -> Sna
 
 def write_people_film(
     path: Path,
-    env,
-    films: list[tuple[dict, Recording]],
-    painted_name: str = PAINTED_NAME,
+    task: str,
+    sim: str,
+    films: list[tuple[dict, list[Moment]]],
+    painted_name: str = PAINTED_NAMES["genima"],
 ):
-    """Episodes one after the other, for people.
+    """Episodes of a task one after the other, for people.
 
-    env: an environment of their task; it is not changed. films: (outcome, recording) of each; an
-    outcome says "success".
+    sim: "mujoco", or a perturbation. films: (outcome, moments) of each. An outcome says "success",
+    and may have a "verdict", which is written at the end.
     """
-    camera = PeopleCamera(env)
+    camera = PeopleCamera(make_env(task, VIEW_SIZE, (), sim))
 
     def frames():
-        for outcome, recording in films:
-            if recording.moments:
-                yield from film_frames(camera, recording.moments, outcome["success"], painted_name)
+        for outcome, moments in films:
+            yield from film_frames(
+                camera, moments, outcome["success"], painted_name, outcome.get("verdict")
+            )
 
     write_video(path, frames(), FPS)
     camera.close()
+
+
+def write_people_films(settings, name: str, episodes: dict):
+    """<task>_people.mp4 of each task whose logs have "moments"; several processes draw.
+
+    settings: evaluate.py's. name, episodes: as for genima/report.py's write_results.
+    """
+    suffix = name.removeprefix("evaluation")
+    painted_name = PAINTED_NAMES.get(settings.policy, "what the policy sees")
+    jobs = []
+    for task, pairs in episodes.items():
+        films = [(outcome, log["moments"]) for outcome, log in pairs if log.get("moments")]
+        if films:
+            path = settings.out / f"{task}{suffix}_people.mp4"
+            sim = settings.perturb if settings.perturb else "mujoco"
+            jobs.append((write_people_film, path, task, sim, films, painted_name))
+    draw_films(jobs, settings.workers)
+
+
+def film_attempts(path: Path, task: str, attempts: list[tuple[int, int, str]]):
+    """The scripted expert's attempts at a task in one film, each with what became of it.
+
+    attempts: (seed, variation, start) of each, as record_demonstration takes them; the same three
+    give the same motion, bit for bit.
+    """
+    env = make_env(task, VIEW_SIZE, CAMERAS, images=True)
+    films = []
+    for seed, variation, start in attempts:
+        recording = Recording()
+        verdict = "failed: not done when the motion ended"
+        try:
+            success = record_demonstration(env, task, seed, variation, start, recording).success
+        except UserError as error:
+            success = False
+            verdict = f"failed: {error}"
+        if success:
+            verdict = "done"
+        outcome = {"success": success, "verdict": f"scene {seed}: {verdict}"}
+        films.append((outcome, recording.moments))
+    write_people_film(path, task, "mujoco", films, "what the cameras record")
+
+
+def film_demonstrations(folder: Path, tried: list[tuple], count: int, workers: int):
+    """<folder>/<task>.mp4: the first successes, then the first failures, `count` of each.
+
+    tried: (task, seed, variation, start, whether it failed) of each attempt.
+    """
+    chosen = {}  # task -> attempts
+    for failure in (False, True):
+        for task in dict.fromkeys(attempt[0] for attempt in tried):
+            alike = [one[1:4] for one in tried if one[0] == task and one[4] == failure]
+            chosen.setdefault(task, []).extend(alike[:count])
+    jobs = [(film_attempts, folder / f"{task}.mp4", task, chosen[task]) for task in chosen]
+    draw_films(jobs, workers)
+
+
+def draw_films(jobs: list[tuple], workers: int):
+    """Run jobs that each write a film, and say where the films are."""
+    if not jobs:
+        return
+    for job, _ in run_in_parallel(jobs, workers, "films", "film"):
+        print(f"A film for people: {job[1]}")

@@ -122,7 +122,7 @@ for stage in sys.argv[1:]:
 """
 
 
-def test_help_needs_nothing_to_draw_and_no_unicode():
+def test_help_needs_nothing_to_draw_and_no_unicode_and_keeps_its_lines():
     stages = [f"{stage}.py" for stage in STAGES]
     done = subprocess.run(
         [sys.executable, "-c", HELP, *stages],
@@ -132,6 +132,12 @@ def test_help_needs_nothing_to_draw_and_no_unicode():
         text=True,
     )
     assert done.returncode == 0, done.stderr
+    printed = {line.rstrip() for line in done.stdout.splitlines()}
+    for stage in stages:
+        docstring = ast.get_docstring(ast.parse((ROOT / stage).read_text()))
+        laid_out = [line for line in docstring.splitlines() if line.startswith("    ")]
+        assert any("In:" in line for line in laid_out) or stage == "episodes.py", stage
+        assert set(laid_out) <= printed, stage
 
 
 # ---------------------------------------------------------------------------------------- lengths

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import subprocess
 import sys
 
@@ -12,7 +13,9 @@ from conftest import ROOT
 from PIL import Image
 
 from genima.episodes import CAMERAS, find_episodes, read_episode
+from genima.plots import HEADING_HEIGHT
 from genima.spheres import read_spheres
+from render_spheres import PREVIEW_FILM
 
 TASKS, SIZE, STEPS = ("reach_target", "push_button"), 32, 3
 STAGES = {
@@ -159,5 +162,6 @@ def test_every_picture_opens_and_nothing_is_half_written(miniature):
     for path in pictures:
         Image.open(path).load()
     film = imageio.mimread(run / "spheres/preview.mp4", memtest=False)
-    assert film[0].shape[:2] == (2 * SIZE, 2 * SIZE)
+    side = 2 * SIZE * math.ceil(PREVIEW_FILM / SIZE)  # two views in a row, enlarged
+    assert film[0].shape[:2] == (HEADING_HEIGHT + side, side)
     assert not [path for path in run.rglob("*") if path.name.startswith(".") or ".tmp" in path.name]

@@ -1,7 +1,7 @@
 """Variation of stage 3: actions are tokens, as in RT-2 (Brohan et al. 2023).
 
-In:   <run>/episodes, <run>/spheres (for the horizon K; no sphere is drawn)
-Out:  <run>/action_tokens/   config.json, model.safetensors, losses.csv, losses.png, training.pt
+    In:   <run>/episodes, <run>/spheres (for the horizon K; no sphere is drawn)
+    Out:  <run>/action_tokens/   config.json, model.safetensors, losses.csv, losses.png, training.pt
 
     python variations/train_action_tokens.py
     python evaluate.py --policy variations/train_action_tokens.py:policy

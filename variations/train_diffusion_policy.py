@@ -1,7 +1,7 @@
 """Variation of stage 3: Diffusion Policy (Chi et al. 2023). Noise becomes a chunk of actions.
 
-In:   <run>/episodes, <run>/spheres (for the horizon K; no sphere is drawn)
-Out:  <run>/diffusion_policy/   config.json, model.safetensors, losses.csv, losses.png, training.pt
+    In:   <run>/episodes, <run>/spheres (for the horizon K; no sphere is drawn)
+    Out:  <run>/diffusion_policy/   config.json, model.safetensors, training.pt, losses.csv, .png
 
     python variations/train_diffusion_policy.py
     python evaluate.py --policy variations/train_diffusion_policy.py:policy

@@ -1,8 +1,8 @@
 """Variation of stages 2 and 3: paint the future camera pictures instead of spheres (SuSIE).
 
-In:   <run>/episodes, <run>/spheres (for the horizon K; no sphere is drawn)
-Out:  <run>/future_frame/painter/      as <run>/controlnet, and validation.png
-      <run>/future_frame/controller/   as <run>/act
+    In:   <run>/episodes, <run>/spheres (for the horizon K; no sphere is drawn)
+    Out:  <run>/future_frame/painter/      as <run>/controlnet, and validation.png
+          <run>/future_frame/controller/   as <run>/act
 
     python variations/train_future_frame.py
     python evaluate.py --policy variations/train_future_frame.py:policy

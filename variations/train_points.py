@@ -1,7 +1,7 @@
 """Variation of stages 2 and 3: paint nothing. What passes between the stages are numbers.
 
-In:   <run>/episodes, <run>/spheres (for the targets; no sphere is drawn)
-Out:  <run>/points/   config.json, model.safetensors, losses.csv, losses.png, training.pt
+    In:   <run>/episodes, <run>/spheres (for the targets; no sphere is drawn)
+    Out:  <run>/points/   config.json, model.safetensors, losses.csv, losses.png, training.pt
 
     python variations/train_points.py
     python evaluate.py --policy variations/train_points.py:policy
