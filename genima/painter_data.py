@@ -25,7 +25,7 @@ from genima.episodes import FORMAT as EPISODE_FORMAT
 from genima.files import UserError, read_hdf5
 from genima.painter import PROMPT
 from genima.painter_augmentation import Augmentation, colour_jitter, random_crop
-from genima.scenes import check_successful, held_out_scenes, scene_of
+from genima.scenes import check_successful, held_out_scenes, name_of, scene_of
 from genima.spheres import FORMAT as SPHERES_FORMAT
 from genima.views import fit, is_uniform, resize, tile_any
 
@@ -70,6 +70,7 @@ class PainterData:
             "cameras": self.cameras,
             "tasks": self.tasks,
             "fps": self.fps,
+            "held_out": sorted({name_of(Path(frame.episode)) for frame in self.held_out}),
         }
         if self.image_size is None:
             config["image_sizes"] = {name: list(size) for name, size in self.image_sizes.items()}
