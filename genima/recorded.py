@@ -23,6 +23,7 @@ add up in closed loop do not show, and a good answer that differs from the demon
 an error. Which demonstrations are held out: genima/scenes.py. A network's config lists them.
 """
 
+from collections import Counter
 from pathlib import Path
 
 import h5py
@@ -217,13 +218,13 @@ def measure_all(settings, policy, paths: list[Path]) -> tuple[dict, list, dict]:
     """Every demonstration, as recorded and perturbed.
 
     Returns the measurements of each kind {kind: rows}, pictures to show [(caption, observation,
-    truth, painted)], and {perturbation: cameras that it leaves as they are}.
+    truth, painted)], and {camera: in how many demonstrations its background stays}.
     """
     cameras = list(config_of(policy)["cameras"])
     recorded = find_episodes(settings.run / "episodes")
     rows = {kind: [] for kind in (AS_RECORDED, *PERTURBATIONS)}
     shown = []
-    unchanged = set()
+    unchanged = Counter()
     samples = None
     for number, path in enumerate(tqdm(paths, "measuring", unit="episode")):
         demonstration = read_demonstration(path, settings.run, images=True)
@@ -234,7 +235,7 @@ def measure_all(settings, policy, paths: list[Path]) -> tuple[dict, list, dict]:
         layers = true_layers(demonstration, settings.run, cameras, frames)
         static = static_views(demonstration, cameras, frames, samples)
         fixed = {camera for camera in cameras if static[camera].mean() < LEAST_STATIC}
-        unchanged |= fixed
+        unchanged.update(fixed)
         for place, kind in enumerate(rows):
             if kind == "background" and len(fixed) == len(cameras):
                 continue
@@ -252,8 +253,7 @@ def measure_all(settings, policy, paths: list[Path]) -> tuple[dict, list, dict]:
             if number == 0 or (kind == AS_RECORDED and number < 3):
                 caption = f"{name_of(path)}, {kind}: {demonstration.instruction}"
                 shown.append((caption, *pictures[0]))
-    left = {"background": sorted(unchanged)} if unchanged else {}
-    return rows, shown, left
+    return rows, shown, dict(unchanged)
 
 
 def config_of(policy) -> dict:

@@ -81,7 +81,7 @@ def make_report(
         "every": settings.execution_horizon,
         "git_commit": git_commit(),
         "machine": describe_machine(settings.device),
-        "unchanged": unchanged,
+        "background_kept": unchanged,
         "results": results,
     }
 
@@ -91,7 +91,7 @@ def print_report(report: dict):
     """In sum for every kind of picture, then by camera and by episode for those as recorded."""
     print(
         f"\nPolicy {report['policy']}: {report['episodes']} demonstrations, "
-        f"every {report['every']}th frame."
+        f"one frame in {report['every']}."
     )
     print(
         f"{'':<34}{'overlap':>8}{'gripper':>10}{'missed':>10}"
@@ -99,6 +99,8 @@ def print_report(report: dict):
     )
     for kind, result in report["results"].items():
         print_row(kind, result["total"])
+    if "background" not in report["results"]:
+        print(f"{'background':<34} not measured")
     first = next(iter(report["results"].values()))
     for camera, summary in first["cameras"].items():
         print_row(f"  camera {camera}", summary)
@@ -109,11 +111,11 @@ def print_report(report: dict):
         "chunk and its last step off, and off if the arm stood still (mean of the joints);\n"
         "gripper told right."
     )
-    for kind, cameras in report["unchanged"].items():
-        if kind in report["results"]:
-            print(f"{kind}: {', '.join(cameras)} as recorded: nothing there never moves.")
-        else:
-            print(f"{kind}: not measured, nothing in these pictures never moves.")
+    for camera, count in report["background_kept"].items():
+        print(
+            f"{camera}: another background could not be put into {count} of {report['episodes']} "
+            "demonstrations, because nearly everything in the picture moves."
+        )
 
 
 def print_row(name: str, summary: dict):
