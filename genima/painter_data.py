@@ -27,7 +27,7 @@ from genima.painter import PROMPT
 from genima.painter_augmentation import Augmentation, colour_jitter, random_crop
 from genima.scenes import check_successful, held_out_scenes, name_of, scene_of
 from genima.spheres import FORMAT as SPHERES_FORMAT
-from genima.views import fit, is_uniform, resize, tile_any
+from genima.views import TILED, fit, is_uniform, resize, tile_any
 
 
 # ------------------------------------------------------------------------------------------ frames
@@ -61,6 +61,16 @@ class PainterData:
         if not is_uniform(self.image_sizes):
             return None
         return self.image_sizes[self.cameras[0]][0]
+
+    def small_square_size(self) -> int:
+        """image_size. Raises UserError for other views than small square ones of one size."""
+        size = self.image_size
+        if size is None or size > TILED["tiny"]:
+            raise UserError(
+                f"This stage takes square views of one size, up to {TILED['tiny']} pixels, and the "
+                f"recorded ones have {self.image_sizes}: train_controlnet.py takes any."
+            )
+        return size
 
     def describe(self) -> dict:
         """What a painter must fit, for its config."""
