@@ -70,7 +70,8 @@ def test_a_franka_with_one_wrist_camera(tmp_path):
         assert picture.width == columns * (round(200 * 640 / 480) + 4)
     assert len(still) == 1  # the same frames of the same demonstration for all three
 
-    options = ("--dry-run", "--steps", 10, "--arm", "panda", "--instruction", "pick up the cup")
+    options = ("--dry-run", "--steps", 10, "--arm", "panda", "--watchdog", 60)
+    options += ("--instruction", "pick up the cup")
     out = type_in("real_robot.py", "run", "--run", run, *options)
     assert "pick up the cup: " in out
 
