@@ -132,7 +132,7 @@ def print_row(name: str, summary: dict):
     values = dict(summary)
     if "gripper_visible" in summary:
         values["missed"] = f"{summary['gripper_missed']} of {summary['gripper_visible']}"
-    line = f"{name:<34}"
+    line = f"{name[-34:]:<34}"
     for column, (width, template) in cells.items():
         value = values.get(column)
         text = "-" if value is None else template.format(value)
