@@ -11,6 +11,7 @@
     python evaluate.py --policy act                   ACT on plain views (runs/demo/act_rgb)
     python evaluate.py --policy variations/train_points.py:policy     a policy of your own
     python evaluate.py --perturb table                the table in colours never seen (six kinds)
+    python evaluate.py --recorded --run runs/mine     held-out recordings; no simulator is needed
     python evaluate.py --sim rlbench --tasks open_box         in RLBench (requirements-rlbench.txt)
     python evaluate.py --protocol paper --run runs/rlbench    the paper's 25 tasks in RLBench
 
@@ -35,12 +36,20 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # one process per core; threads w
 import torch
 import tyro
 
-from genima.checkpoints import MAKE_ONE, check_networks, choose_device, last_steps, load_networks
+from genima.checkpoints import (
+    MAKE_ONE,
+    choose_device,
+    last_steps,
+    load_networks,
+    note_unseen_tasks,
+    resolve_folders,
+)
 from genima.episodes import find_episodes
 from genima.files import UserError, run_stage
 from genima.language import check_language
 from genima.parallel import run_in_parallel, usable_cores
 from genima.policy import OraclePolicy, before_episode, rollout
+from genima.recorded import evaluate_recorded
 from genima.report import FinishedJobs, make_report, print_table, results_name, write_results
 from sims import Simulators
 from sims.coppeliasim import task_class
@@ -95,6 +104,8 @@ class Settings:
     """Steps of each chunk to execute before looking again: 8 by default, 20 in the paper."""
     drop_state: bool = False
     """Leave the joint state out of the controller's input."""
+    recorded: bool = False
+    """No simulator: measure on held-out recorded demonstrations (genima/recorded.py)."""
     perturb: Literal[PERTURBATIONS] | None = None
     """What looks different from training in every episode (sims/perturbed_panda.py)."""
     language: int = 50
@@ -202,17 +213,11 @@ def resolve_settings(settings: Settings) -> list[Settings]:
     settings.execution_horizon = choose_protocol(settings).execution_horizon
     if settings.policy != "genima" or settings.sim == "rlbench" or settings.perturb:
         settings.language = 0  # nothing is painted, or nobody knows where it belongs
-    if settings.out is None:
-        settings.out = settings.run / "evaluation"
-    if settings.controller is None:
-        settings.controller = settings.run / ("act_rgb" if settings.policy == "act" else "act")
-    if settings.painter is None:
-        settings.painter = settings.run / "controlnet"
     check_options(settings)
     resolve_tasks(settings)
     settings.device = choose_device(settings.device)
-
-    folders = check_networks(settings)
+    folders = resolve_folders(settings)
+    note_unseen_tasks(settings.tasks, folders, settings.run)
     checkpoints = [settings]
     checkpoints += [replace(settings, videos=0)] * (settings.checkpoints - 1)
     if settings.checkpoints > 1:
@@ -336,7 +341,10 @@ def evaluate(checkpoints: list[Settings]):
 
 def main():
     settings = tyro.cli(Settings, description=__doc__)
-    evaluate(resolve_settings(settings))
+    if settings.recorded:
+        evaluate_recorded(settings)
+    else:
+        evaluate(resolve_settings(settings))
 
 
 if __name__ == "__main__":

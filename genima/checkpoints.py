@@ -23,6 +23,30 @@ from genima.views import image_sizes_of
 MAKE_ONE = "`make demo` trains one in runs/demo, `make try` runs the one in checkpoints/demo."
 
 
+def resolve_folders(settings) -> dict[str, Path]:
+    """Fill in the folders of evaluate.py's settings -> {setting: folder} of the policy's networks.
+
+    Raises UserError where a network, or the function of a policy, is not there.
+    """
+    if settings.out is None:
+        settings.out = settings.run / "evaluation"
+    if settings.controller is None:
+        settings.controller = settings.run / ("act_rgb" if settings.policy == "act" else "act")
+    if settings.painter is None:
+        settings.painter = settings.run / "controlnet"
+    if ":" in settings.policy:
+        load_function(settings.policy)  # raises UserError if it is not there
+        return {}
+    folders = {"controller": settings.controller}
+    if settings.policy == "genima":
+        folders["painter"] = settings.painter
+    for name, folder in folders.items():
+        may_be_on_hub = name == "painter" and folder.parent != settings.run
+        if not folder.is_dir() and not may_be_on_hub:
+            raise UserError(f"There is no checkpoint {folder}. {MAKE_ONE}")
+    return folders
+
+
 def load_networks(settings):
     """The policy that evaluate.py's settings describe; for the oracle its controller alone."""
     device = settings.device
@@ -128,26 +152,6 @@ def last_steps(folder: Path, count: int) -> list[Path]:
             f" --keep {count}, or give --checkpoints 1."
         )
     return steps[:count]
-
-
-def check_networks(settings) -> dict[str, Path]:
-    """The folders of the networks that evaluate.py's settings need: "painter", "controller".
-
-    Says which of the tasks they have never seen. Raises UserError for a folder that is not there.
-    Outside the run's folder, a painter may be a name on the Hugging Face Hub.
-    """
-    if ":" in settings.policy:
-        load_function(settings.policy)  # raises UserError if it is not there
-        return {}
-    folders = {"controller": settings.controller}
-    if settings.policy == "genima":
-        folders["painter"] = settings.painter
-    for name, folder in folders.items():
-        may_be_on_hub = name == "painter" and folder.parent != settings.run
-        if not folder.is_dir() and not may_be_on_hub:
-            raise UserError(f"There is no checkpoint {folder}. {MAKE_ONE}")
-    note_unseen_tasks(settings.tasks, folders, settings.run)
-    return folders
 
 
 def note_unseen_tasks(tasks: Sequence[str], folders: dict[str, Path], run: Path):

@@ -10,7 +10,14 @@ from genima.act import words_of
 from genima.episodes import CAMERAS, Episode, check_alike, find_episodes, read_episode
 from genima.files import UserError, read_hdf5
 from genima.kinematics import Chain
-from genima.scenes import Scene, check_successful, describe_split, held_out_scenes, scene_of
+from genima.scenes import (
+    Scene,
+    check_successful,
+    describe_split,
+    held_out_scenes,
+    name_of,
+    scene_of,
+)
 from genima.spheres import FORMAT, PAPER, SphereStyle, read_style
 from genima.views import cell_of, resize_images
 
@@ -145,9 +152,15 @@ def describe_held_out(demonstrations: list[Demonstration], run: Path) -> str:
     return describe_split(len(scenes), len(held_out), left_out, used)
 
 
+def names_held_out(demonstrations: list[Demonstration]) -> list[str]:
+    """The sorted names <task>/<file> of the demonstrations that are held out."""
+    held_out = held_out_scenes(one.scene for one in demonstrations)
+    return sorted(name_of(one.path) for one in demonstrations if one.scene in held_out)
+
+
 def describe(demonstrations: list[Demonstration], with_words: bool) -> dict:
     """What a network must fit: horizon K, number of joints D, cameras, image_size [H, W],
-    tasks, fps.
+    tasks, fps, and which demonstrations are held_out.
 
     Where images were resized to image_size, image_sizes has the cameras' own [H, W].
     with_words: and all words of the instructions, sorted; otherwise the vocabulary is empty.
@@ -169,6 +182,7 @@ def describe(demonstrations: list[Demonstration], with_words: bool) -> dict:
         "vocabulary": sorted(vocabulary),
         "tasks": sorted({one.task for one in demonstrations}),
         "fps": example.fps,
+        "held_out": names_held_out(demonstrations),
     }
     if example.recorded_sizes != example.image_sizes:
         config["image_sizes"] = {name: list(example.recorded_sizes[name]) for name in cameras}

@@ -12,7 +12,7 @@ from genima.policy import OraclePainter, camera_images
 
 
 def find_gripper_sphere(painted: dict, images: dict) -> np.ndarray:
-    """The middle of the painted gripper sphere: the mean (x, y) of the new cyan or yellow pixels.
+    """The middle of the painted gripper sphere: the mean (x, y) of its pixels in each camera.
 
     {camera: (H, W, 3)} twice -> (cameras without the wrist's, 2) pixels, NaN where none is painted.
     """
@@ -20,15 +20,22 @@ def find_gripper_sphere(painted: dict, images: dict) -> np.ndarray:
     for camera in painted:
         if camera == "wrist":  # the sphere is always near its middle
             continue
-        after = painted[camera].astype(float)
-        before = images[camera].astype(float)
-        red, green, blue = np.moveaxis(after, -1, 0)  # (H, W) each
-        cyan = np.minimum(green, blue) - red
-        yellow = np.minimum(red, green) - blue
-        changed = np.linalg.norm(after - before, axis=-1) > 60
-        y, x = np.nonzero((np.maximum(cyan, yellow) > 80) & changed)
-        positions.append([x.mean(), y.mean()] if len(x) else [np.nan, np.nan])
+        positions.append(gripper_centre(painted[camera], images[camera]))
     return np.array(positions)
+
+
+def gripper_centre(painted: np.ndarray, image: np.ndarray) -> np.ndarray:
+    """The mean (x, y) of the new cyan or yellow pixels in a view (H, W, 3); NaN without any."""
+    after = painted.astype(float)
+    before = image.astype(float)
+    red, green, blue = np.moveaxis(after, -1, 0)  # (H, W) each
+    cyan = np.minimum(green, blue) - red
+    yellow = np.minimum(red, green) - blue
+    changed = np.linalg.norm(after - before, axis=-1) > 60
+    y, x = np.nonzero((np.maximum(cyan, yellow) > 80) & changed)
+    if len(x) == 0:
+        return np.full(2, np.nan)
+    return np.array([x.mean(), y.mean()])
 
 
 def check_language(env, painter, demonstrate: Callable, horizon: int, seed: int) -> list[bool]:

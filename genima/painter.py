@@ -17,8 +17,8 @@ training it changes nothing. Two sizes, two classes with the same methods:
 
 A painter's `config`, saved as painter.json: size, objective, num_inference_steps, image_size (of
 square views of one size, pixels; otherwise null, and image_sizes by camera), resolution (height of
-the tiled views inside the networks, pixels), horizon (steps ahead), cameras, tasks, fps, and for
-sd-turbo base (where its frozen parts come from).
+the tiled views inside the networks, pixels), horizon (steps ahead), cameras, tasks, fps, held_out
+(demonstrations not trained on), and for sd-turbo base (where its frozen parts come from).
 Trained by train_controlnet.py; loaded by load_painter, at the end of this file.
 """
 

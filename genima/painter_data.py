@@ -25,9 +25,9 @@ from genima.episodes import FORMAT as EPISODE_FORMAT
 from genima.files import UserError, read_hdf5
 from genima.painter import PROMPT
 from genima.painter_augmentation import Augmentation, colour_jitter, random_crop
-from genima.scenes import check_successful, held_out_scenes, scene_of
+from genima.scenes import check_successful, held_out_scenes, name_of, scene_of
 from genima.spheres import FORMAT as SPHERES_FORMAT
-from genima.views import fit, is_uniform, resize, tile_any
+from genima.views import TILED, fit, is_uniform, resize, tile_any
 
 
 # ------------------------------------------------------------------------------------------ frames
@@ -62,6 +62,16 @@ class PainterData:
             return None
         return self.image_sizes[self.cameras[0]][0]
 
+    def small_square_size(self) -> int:
+        """image_size. Raises UserError for other views than small square ones of one size."""
+        size = self.image_size
+        if size is None or size > TILED["tiny"]:
+            raise UserError(
+                f"This stage takes square views of one size, up to {TILED['tiny']} pixels, and the "
+                f"recorded ones have {self.image_sizes}: train_controlnet.py takes any."
+            )
+        return size
+
     def describe(self) -> dict:
         """What a painter must fit, for its config."""
         config = {
@@ -70,6 +80,7 @@ class PainterData:
             "cameras": self.cameras,
             "tasks": self.tasks,
             "fps": self.fps,
+            "held_out": sorted({name_of(Path(frame.episode)) for frame in self.held_out}),
         }
         if self.image_size is None:
             config["image_sizes"] = {name: list(size) for name, size in self.image_sizes.items()}

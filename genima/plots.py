@@ -45,9 +45,22 @@ LABELS = {
 
 
 # ------------------------------------------------------------------------------------------- films
+def same_size(images: list[np.ndarray]) -> list[np.ndarray]:
+    """Images (H, W, 3) uint8: all as large as the largest, where they differ."""
+    sizes = [image.shape[-3:-1] for image in images]
+    if len(set(sizes)) == 1:
+        return images
+    height, width = np.max(sizes, axis=0)
+    enlarged = []
+    for image in images:
+        resized = Image.fromarray(image).resize((width, height), Image.NEAREST)
+        enlarged.append(np.asarray(resized))
+    return enlarged
+
+
 def two_columns(images: list[np.ndarray]) -> np.ndarray:
     """Several images as one, two in a row; the last place stays black if their number is odd."""
-    images = list(images)
+    images = same_size(list(images))
     if len(images) > 1 and len(images) % 2:
         images.append(np.zeros_like(images[0]))
     rows = []

@@ -125,8 +125,9 @@ class OraclePainter:
         painted = {}
         for camera, image in images.items():
             spheres = target_spheres(self.demo.joint_poses[frame], is_open, camera, self.style)
-            intrinsics, world_from_camera = env.camera_parameters(camera)
-            layer = draw_spheres(*spheres, intrinsics, world_from_camera, *image.shape[:2])
+            size = image.shape[:2]
+            intrinsics, world_from_camera = env.camera_parameters(camera, size)
+            layer = draw_spheres(*spheres, intrinsics, world_from_camera, *size)
             painted[camera] = alpha_composite(layer, image)
         return painted
 

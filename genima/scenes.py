@@ -33,6 +33,11 @@ def scene_of(path: Path, task: str, seed: int, sim: bool) -> Scene:
     return Scene(task, -1, path.stem)
 
 
+def name_of(path: Path) -> str:
+    """A demonstration's name in a run, by which a trained network remembers it: <task>/<file>."""
+    return f"{path.parent.name}/{path.name}"
+
+
 def held_out_scenes(scenes) -> set[Scene]:
     """Those of the scenes that are not trained on: never all, none if there is but one."""
     ordered = sorted(set(scenes))

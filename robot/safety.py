@@ -12,6 +12,7 @@ from PIL import Image
 
 from genima.files import UserError, write_whole
 from genima.kinematics import JOINT_LIMITS, franka_chain
+from genima.plots import same_size
 from robot.arm import CONTROL_HZ, Fault
 
 MAX_VELOCITY = np.array([2.175] * 4 + [2.61] * 3)  # rad/s, the lower of Panda's and FR3's
@@ -151,7 +152,7 @@ class Safety:
         ask: a function of the question; None where nobody has to be asked.
         """
         with write_whole(path) as temporary:
-            picture = np.concatenate(list(painted.values()), axis=1)
+            picture = np.concatenate(same_size(list(painted.values())), axis=1)
             Image.fromarray(picture).save(temporary, format="png")
         print(f"The painted target is in {path}.")
         if ask is None:

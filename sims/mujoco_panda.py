@@ -146,7 +146,7 @@ class ArmEnv(gymnasium.Env):
         render_camera(camera, height, width)   (height, width, 3) uint8
         joint_poses()                          (8, 4, 4) world from joint, the last the tool
         tool_pose()                            (4, 4) world from tool
-        camera_parameters(camera)              intrinsics (3, 3), world from camera (4, 4)
+        camera_parameters(camera, size)        intrinsics (3, 3), world from camera (4, 4)
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": CONTROL_HZ}
@@ -362,11 +362,17 @@ class PandaEnv(ArmEnv):
         poses.append(self.tool_pose())
         return np.stack(poses).astype(np.float32)
 
-    def camera_parameters(self, camera):
-        """OpenCV intrinsics (3, 3) in pixels and world from camera (4, 4) as of now."""
+    def camera_parameters(self, camera, size=None):
+        """OpenCV intrinsics (3, 3) in pixels and world from camera (4, 4) as of now.
+
+        size: (H, W) of the view, where it is not the environment's own.
+        """
+        if size is None:
+            size = (self.height, self.width)
+        height, width = size
         fovy = np.deg2rad(self.model.cam(camera).fovy[0])
-        focal = 0.5 * self.height / np.tan(fovy / 2)
-        intrinsics = np.array([[focal, 0, self.width / 2], [0, focal, self.height / 2], [0, 0, 1]])
+        focal = 0.5 * height / np.tan(fovy / 2)
+        intrinsics = np.array([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]])
         seen_from = self.data.cam(camera)
         rotation = seen_from.xmat.reshape(3, 3) * [1, -1, -1]  # MuJoCo: y up, looks along -z
         return intrinsics, make_pose(rotation, seen_from.xpos)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import test_train_act
 import torch
 from accelerate.state import AcceleratorState
 from conftest import ROOT, look_at, make_episode
+from PIL import Image
 
 import render_spheres
 from genima.act import ACT, Controller
@@ -18,9 +20,13 @@ from genima.demonstrations import describe, read_demonstrations
 from genima.episodes import write_episode
 from genima.files import UserError, run_stage
 from genima.painter import load_painter
-from genima.painter_data import find_frames, read_batch
-from genima.spheres import draw_spheres, read_spheres, target_spheres
+from genima.painter_data import PainterData, find_frames, read_batch
+from genima.plots import PANEL, painted_panel
+from genima.policy import OraclePainter
+from genima.spheres import alpha_composite, draw_spheres, read_spheres, target_spheres
 from genima.views import cell_of, fit, image_sizes_of, tile_any, untile_views
+from robot.safety import Safety
+from sims import make_env
 
 CASES = {
     "one wrist camera": {"wrist": (480, 640)},
@@ -240,3 +246,41 @@ def test_bad_options_are_one_sentence(tmp_path, capsys, options, sentence):
 def test_the_shipped_painter_still_paints():
     painter = load_painter(ROOT / "checkpoints/demo/controlnet")
     assert set(image_sizes_of(painter.config).values()) == {(64, 64)}
+
+
+def test_the_oracle_paints_views_that_differ_in_size():
+    """The spheres are where a camera of that size sees them, whatever the environment's size is."""
+    env = make_env("reach_target", (64, 64), ("front", "wrist"))
+    env.reset(seed=0)
+    wide = make_env("reach_target", (96, 160), ("front", "wrist"))
+    wide.reset(seed=0)
+    demo = SimpleNamespace(qpos=np.zeros((1, 8)), action=np.ones((1, 8)))
+    demo.joint_poses = env.joint_poses()[None]
+    images = {"front": np.zeros((96, 160, 3), np.uint8), "wrist": np.zeros((64, 64, 3), np.uint8)}
+    painted = OraclePainter(demo, 8).paint(env, images, 0)
+    for camera, from_env in (("front", wide), ("wrist", env)):
+        spheres = target_spheres(demo.joint_poses[0], True, camera)
+        size = images[camera].shape[:2]
+        layer = draw_spheres(*spheres, *from_env.camera_parameters(camera), *size)
+        assert layer[..., 3].any()
+        np.testing.assert_array_equal(painted[camera], alpha_composite(layer, images[camera]))
+
+
+def test_pictures_for_people_take_views_that_differ_in_size(tmp_path):
+    views = {"front": np.full((96, 128, 3), 50, np.uint8), "side": np.full((120, 90, 3), 90)}
+    views["side"] = views["side"].astype(np.uint8)
+    assert painted_panel(views).shape == (PANEL, PANEL, 3)
+    Safety("fr3").confirm(views, tmp_path / "target.png", None)
+    assert Image.open(tmp_path / "target.png").size == (256, 120)
+
+
+def test_what_paints_futures_refuses_other_views(tmp_path):
+    sizes = {"front": (96, 128), "side": (120, 90)}
+    data = PainterData([], [], 8, list(sizes), sizes, ["push"], 10.0, 1, 0, 0)
+    with pytest.raises(UserError, match="square views of one size, up to 128 pixels"):
+        data.small_square_size()
+    data.image_sizes = dict.fromkeys(sizes, (64, 64))
+    assert data.small_square_size() == 64
+    data.image_sizes = dict.fromkeys(sizes, (256, 256))
+    with pytest.raises(UserError, match="256"):
+        data.small_square_size()

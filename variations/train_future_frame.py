@@ -273,7 +273,7 @@ def train_painter(settings: Settings, folder: Path):
     data = find_frames(settings.run)
     rows, _ = grid_of(len(data.cameras))
     config = {"size": "tiny", "objective": "one-step", "num_inference_steps": 1}
-    config |= {"resolution": rows * data.image_size, **data.describe()}
+    config |= {"resolution": rows * data.small_square_size(), **data.describe()}
     torch.manual_seed(settings.seed)
     if settings.base == FROM_SCRATCH:
         painter = TinyPainter.from_scratch(data.instructions(), config)
