@@ -10,7 +10,7 @@ import numpy as np
 
 from genima.files import UserError
 from genima.kinematics import JOINT_LIMITS as FRANKA_LIMITS
-from genima.kinematics import Chain, franka_chain, rotate_z
+from genima.kinematics import Chain, franka_chain, rotate_z, sort_cameras
 from genima.spheres import JOINTS
 
 FRANKA = ("fr3", "panda")  # names of the robot that everything is of, if nothing else is said
@@ -114,13 +114,19 @@ def robot_frames(robot: str, gripper_length: float | None = None) -> dict[str, n
     }
 
 
-def robot_chain(robot: str, gripper_length: float | None = None) -> Chain:
-    """The kinematics of a robot of JOINT_LIMITS, without cameras."""
+def robot_chain(
+    robot: str, gripper_length: float | None = None, cameras: dict | None = None
+) -> Chain:
+    """The kinematics of a robot of JOINT_LIMITS.
+
+    cameras: {name: {"world_from_camera" or "last_joint_from_camera": (4, 4)}}.
+    """
     if robot == "ur5e":
         links = ur5e_links()
     else:
         links = franka_chain().links
-    return Chain(links, robot_frames(robot, gripper_length)["tool"], {}, {})
+    tool = robot_frames(robot, gripper_length)["tool"]
+    return Chain(links, tool, *sort_cameras(cameras))
 
 
 def frame_name(name: str) -> str | None:
