@@ -20,6 +20,7 @@ import mujoco
 import numpy as np
 
 from genima.plots import people_frame, write_video
+from genima.robots import FRANKA
 from sims.mujoco_panda import CONTROL_HZ, add_camera
 from sims.mujoco_tasks import PAINTED
 from sims.rendering import new_renderer
@@ -77,7 +78,8 @@ class PeopleCamera:
 
     def __init__(self, env, height: int = HEIGHT, width: int = WIDTH):
         spec = env.build()
-        add_visual_arm(spec)
+        if env.robot in FRANKA:
+            add_visual_arm(spec)
         add_surroundings(spec)
         add_camera(spec.worldbody, "people", EYE, LOOK_AT, FOVY)
         self.model = spec.compile()
