@@ -148,7 +148,8 @@ def test_the_stages_know_the_robot(tmp_path, monkeypatch, capsys):
     path = next(tmp_path.glob("episodes/*/*.hdf5"))
     layers, _ = read_spheres(tmp_path / "spheres" / path.parent.name / path.name)
     episode = read_episode(path)
-    spheres = target_spheres(episode.joint_poses[8], True, "front", STYLE)
+    later = min(8, len(episode.qpos) - 1)
+    spheres = target_spheres(episode.joint_poses[later], True, "front", STYLE)
     intrinsics = episode.intrinsics["front"]
     expected = draw_spheres(*spheres, intrinsics, episode.extrinsics["front"][0], 32, 32)
     np.testing.assert_array_equal(layers["front"][0], expected)
