@@ -24,6 +24,10 @@ import numpy as np
 from genima.files import UserError
 from genima.robots import FLANGES, GRIPPER_LENGTHS, GRIPPER_WIDTHS, JOINT_LIMITS, ur5e_links
 
+CAPSULE = mujoco.mjtGeom.mjGEOM_CAPSULE
+CYLINDER = mujoco.mjtGeom.mjGEOM_CYLINDER
+BOX = mujoco.mjtGeom.mjGEOM_BOX
+
 GRIPPER_OPEN = 255  # what a gripper's servo takes for open
 # Metres from the hand to between the fingertips (Franka's data sheet; the UR5e's hand likewise).
 TOOL_OFFSET = 0.1034
@@ -128,13 +132,7 @@ def load_ur5e() -> mujoco.MjSpec:
     spec.modelname = "ur5e"
     spec.compiler.degree = False
     spec.option.integrator = mujoco.mjtIntegrator.mjINT_IMPLICITFAST
-    add_part(
-        spec.worldbody,
-        mujoco.mjtGeom.mjGEOM_CAPSULE,
-        (0.075, 0, 0),
-        BLACK,
-        fromto=(0, 0, -0.06, 0, 0, 0.05),
-    )
+    add_part(spec.worldbody, CAPSULE, (0.075, 0, 0), BLACK, fromto=(0, 0, -0.06, 0, 0, 0.05))
 
     body = spec.worldbody
     low, high = JOINT_LIMITS["ur5e"]
@@ -145,14 +143,7 @@ def load_ur5e() -> mujoco.MjSpec:
         capsules = UR5E_CAPSULES[i]
         for start, end, radius, grey in capsules:
             mass = UR5E_MASSES[i] / len(capsules)
-            add_part(
-                body,
-                mujoco.mjtGeom.mjGEOM_CAPSULE,
-                (radius, 0, 0),
-                grey,
-                fromto=(*start, *end),
-                mass=mass,
-            )
+            add_part(body, CAPSULE, (radius, 0, 0), grey, fromto=(*start, *end), mass=mass)
         stiffness = UR5E_STIFFNESS[i]
         add_servo(spec, joint, stiffness, SERVO_LAG * stiffness, UR5E_TORQUES[i])
     add_gripper(spec, body)
@@ -165,16 +156,9 @@ def add_gripper(spec, last_link):
     to_hand[2, 3] = FLANGES["ur5e"] + GRIPPER_LENGTHS["ur5e"] - TOOL_OFFSET
     hand = add_body(last_link, "hand", to_hand)
     flange = FLANGES["ur5e"] - to_hand[2, 3]
-    add_part(
-        hand,
-        mujoco.mjtGeom.mjGEOM_CYLINDER,
-        (0.032, 0, 0),
-        BLACK,
-        fromto=(0, 0, flange, 0, 0, 0.01),
-        mass=0.2,
-    )
+    add_part(hand, CYLINDER, (0.032, 0, 0), BLACK, fromto=(0, 0, flange, 0, 0, 0.01), mass=0.2)
     palm = {"pos": (0, 0, 0.03), "mass": HAND_MASS - 0.3, **TOUCHING}
-    add_part(hand, mujoco.mjtGeom.mjGEOM_BOX, (0.025, 0.065, 0.03), BLACK, touches=True, **palm)
+    add_part(hand, BOX, (0.025, 0.065, 0.03), BLACK, touches=True, **palm)
     hand.add_site(name="tool", pos=(0, 0, TOOL_OFFSET))
 
     travel = GRIPPER_WIDTHS["ur5e"] / 2
@@ -189,9 +173,7 @@ def add_gripper(spec, last_link):
             armature=ROTOR,
         )
         pad = {"pos": (0, side * 0.007, 0.086), "mass": 0.05, **STIFF, **TOUCHING}
-        add_part(
-            finger, mujoco.mjtGeom.mjGEOM_BOX, (0.011, 0.006, 0.026), DARK, touches=True, **pad
-        )
+        add_part(finger, BOX, (0.011, 0.006, 0.026), DARK, touches=True, **pad)
         both.wrap_joint(f"finger_joint{number}", 0.5)
     mirror = spec.add_equality(
         type=mujoco.mjtEq.mjEQ_JOINT,
