@@ -5,6 +5,7 @@
 
     python collect_demos.py                                 50 demonstrations of three tasks
     python collect_demos.py --tasks open_drawer --demos 20 --run runs/drawer
+    python collect_demos.py --robot ur5e --tasks reach_target push_button --run runs/ur5e
     python collect_demos.py --scenes 300                    every object of 300 scenes
     python collect_demos.py --film 3                        and three in films/<task>.mp4
     python collect_demos.py --from-rlbench DATASET --run runs/rlbench
@@ -77,6 +78,8 @@ class Settings:
     dataset as they were recorded."""
     sim: Literal["mujoco", "rlbench"] = "mujoco"
     """The embedded simulator, or RLBench (see requirements-rlbench.txt)."""
+    robot: Literal["fr3", "ur5e"] = "fr3"
+    """Whose arm the embedded simulator has (sims/arms.py)."""
     protocol: Literal["paper"] | None = None
     """For --sim rlbench: record as the paper does: variation 0, 256 pixels, velocity 2,
     acceleration 8, OpenGL."""
@@ -105,14 +108,14 @@ class Settings:
 # A job makes one episode in <run>/episodes/<task> unless it is there. It returns a list with one
 # entry for each attempt: None, or what went wrong.
 def record_one(
-    simulators: Simulators, folder: Path, seed: int, variation: int, image_size: int
+    simulators: Simulators, folder: Path, seed: int, variation: int, image_size: int, robot: str
 ) -> list[str | None]:
     """One episode by the scripted expert."""
     path = folder / f"{seed:07d}_{variation:02d}.hdf5"
     if path.exists():
         return []
     task = folder.name
-    env = simulators.get(task, image_size, CAMERAS, images=True)
+    env = simulators.get(task, image_size, CAMERAS, images=True, robot=robot)
     env.render()  # a machine that cannot draw says so here, instead of failing in every attempt
     try:
         episode = record_demonstration(env, task, *attempt_of(seed, variation))
@@ -186,6 +189,7 @@ def embedded_jobs(settings: Settings, folder: Path) -> list[tuple]:
     for task in tasks:
         find_task(task)  # raises UserError if there is none
     size = settings.image_size
+    robot = settings.robot
     jobs = []
     count = settings.demos if settings.scenes is None else settings.scenes
     for seed in range(settings.seed, settings.seed + count):
@@ -194,7 +198,7 @@ def embedded_jobs(settings: Settings, folder: Path) -> list[tuple]:
             if settings.scenes is None:
                 variations = [seed % len(variations)]  # each object equally often
             for variation in variations:
-                jobs.append((record_one, folder / task, seed, variation, size))
+                jobs.append((record_one, folder / task, seed, variation, size, robot))
     return jobs
 
 
@@ -276,13 +280,19 @@ def check_settings(settings: Settings):
     check_number("--workers", settings.workers, 1, 1024)
 
 
-def check_image_size(folder: Path, size: int | None):
-    """Raise a UserError if an episode that is there has images of another size."""
+def check_recorded(folder: Path, size: int | None, robot: str | None):
+    """Raise a UserError if an episode that is there has images of another size, or another robot.
+
+    None: anything.
+    """
     recorded = sorted(folder.glob("*/[!.]*.hdf5"))
-    if not recorded or size is None:
+    if not recorded:
         return
-    sizes = set(read_episode(recorded[0], images=False).image_sizes.values())
-    if sizes != {(size, size)}:
+    episode = read_episode(recorded[0], images=False)
+    if robot is not None and episode.robot != robot:
+        raise UserError(f"{recorded[0]} is of {episode.robot}, not {robot}: use another --run.")
+    sizes = set(episode.image_sizes.values())
+    if size is not None and sizes != {(size, size)}:
         names = ", ".join(str(pair) for pair in sizes)
         raise UserError(
             f"{recorded[0]} has images of {names} pixels, not {(size, size)}: use another --run."
@@ -296,6 +306,7 @@ def collect(settings: Settings):
     folder = settings.run / "episodes"
     make_context = Simulators
     start = None
+    robot = None
     if settings.from_rlbench is not None:
         jobs = dataset_jobs(settings, folder)
         make_context = None
@@ -304,8 +315,9 @@ def collect(settings: Settings):
         start = "spawn"  # CoppeliaSim does not survive a fork
     else:
         jobs = embedded_jobs(settings, folder)
+        robot = settings.robot
         choose_renderer()  # once, for all workers
-    check_image_size(folder, settings.image_size)
+    check_recorded(folder, settings.image_size, robot)
 
     attempts = {job[1]: [] for job in jobs}
     results = run_in_parallel(

@@ -154,7 +154,7 @@ class Workspace:
 
     def demonstrate(self, task, env):
         """The scripted demonstration of the scene in env. Raises UserError if out of reach."""
-        blind = self.simulators.get(task, 0, ())
+        blind = self.simulators.get(task, 0, (), robot=env.robot)
         return record_demonstration(blind, task, env.seed, env.variation, start="anywhere")
 
 
@@ -164,8 +164,7 @@ def run_episode(workspace, checkpoint, task, seed):
     policy = workspace.policy(checkpoint, task)
     protocol = choose_protocol(settings)
     sim = settings.perturb or settings.sim
-    size = tuple(policy.image_size)
-    env = workspace.simulators.get(task, size, policy.cameras, sim, protocol=protocol)
+    env = workspace.simulators.of_policy(policy, task, sim, protocol)
     number = seed - settings.seed
     film = number < settings.videos
     watch = Recording() if film and settings.sim == "mujoco" else None
@@ -192,7 +191,7 @@ def run_episode(workspace, checkpoint, task, seed):
 def run_language_check(workspace, checkpoint, task, seed):
     """One scene -> for each of its objects, whether naming it moves the painted gripper there."""
     policy = workspace.policy(checkpoint, task)
-    env = workspace.simulators.get(task, policy.image_size, policy.cameras)
+    env = workspace.simulators.of_policy(policy, task)
     demonstrate = partial(workspace.demonstrate, task)
     horizon = policy.controller.config["horizon"]
     return check_language(env, policy.painter, demonstrate, horizon, seed)

@@ -1,4 +1,4 @@
-"""Stage 5: the control loop on a Franka arm, or on a simulated one behind the same protocol.
+"""Stage 5: the control loop on a Franka or a UR5e, or on a simulated arm behind Franka's protocol.
 
     In:   runs/demo/controlnet/, runs/demo/act/          the trained painter and controller (run)
     Out:  runs/demo/episodes/<task>/real_<time>.hdf5     a demonstration                    (record)
@@ -56,8 +56,8 @@ class Settings:
     """Folder of the run: controlnet/ and act/ are read, robot/ or episodes/<task>/ is written."""
     robot: str = "sim"
     """Host name or address of the robot; sim: simulated, over the robot's own protocol."""
-    arm: Literal["fr3", "panda"] = "fr3"
-    """Which arm it is: its joints' limits."""
+    arm: Literal["fr3", "panda", "ur5e"] = "fr3"
+    """Which arm it is: its driver, kinematics and joint limits (simulated: fr3)."""
     task: str = "pick_and_lift"
     """The task's name; in the simulator one of sims/mujoco_tasks.py."""
     instruction: str = ""
@@ -116,6 +116,8 @@ class Replay:
 
 @dataclass
 class Calibrate:
+    arm: Annotated[Literal["fr3", "panda", "ur5e"], tyro.conf.arg(aliases=["--robot"])] = "fr3"
+    """Which arm it is: its kinematics. --robot means the same here."""
     images: Path = Path("pictures")
     """Folder with <camera>/000.png, ... and joints.csv; or an episode file."""
     camera: str = "front"

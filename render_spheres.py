@@ -37,6 +37,7 @@ from genima.kinematics import is_in_room
 from genima.parallel import run_in_parallel, usable_cores
 from genima.plots import write_video
 from genima.previews import contact_sheet, labelled_views
+from genima.robots import sphere_joints
 from genima.spheres import (
     ARM_FACTOR,
     FORMAT,
@@ -70,8 +71,9 @@ class Settings:
     """JSON or YAML file of cameras that were measured again: {camera: {intrinsics: 3x3,
     world_from_camera: 4x4}}; for a camera on the arm last_joint_from_camera in place of
     world_from_camera."""
-    joints: list[int] = field(default_factory=lambda: [2, 4, 6])
-    """On which joints, counted from 1; up to three (paper: 2, 4 and 6). The gripper has its own."""
+    joints: list[int] = field(default_factory=list)
+    """On which joints, counted from 1; up to three. None named: shoulder, elbow and wrist, in the
+    paper 2, 4 and 6, of a UR5e 2, 3 and 5. The gripper has its own."""
     radius: list[str] = field(default_factory=list)
     """Radius of a camera's spheres in centimetres, as wrist=3 ego=5; by default the paper's (wrist
     3, front 8, shoulders 6.5), and for other names 3 on the arm and 6.5 in the room."""
@@ -199,9 +201,12 @@ def check_place(camera: str, episode: Episode, first: Episode):
 def choose_style(settings: Settings, first: Episode) -> SphereStyle:
     """Which spheres are drawn, from the settings and from where each camera is mounted."""
     count = first.qpos.shape[1] - 1
-    joints = sorted(set(settings.joints))
-    named = " ".join(str(joint) for joint in settings.joints)
-    if not 1 <= len(joints) <= 3 or len(joints) < len(settings.joints):
+    wanted = settings.joints
+    if not wanted:
+        wanted = [joint + 1 for joint in sphere_joints(first.robot)]
+    joints = sorted(set(wanted))
+    named = " ".join(str(joint) for joint in wanted)
+    if len(joints) > 3 or len(joints) < len(wanted):
         raise UserError(f"--joints {named}: give one to three different joints.")
     if joints[0] < 1 or joints[-1] > count:
         raise UserError(f"{first.path} has {count} joints, but --joints asks for {named}.")

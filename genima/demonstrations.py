@@ -10,6 +10,7 @@ from genima.act import words_of
 from genima.episodes import CAMERAS, Episode, check_alike, find_episodes, read_episode
 from genima.files import UserError, read_hdf5
 from genima.kinematics import Chain
+from genima.robots import FRANKA
 from genima.scenes import (
     Scene,
     check_successful,
@@ -162,7 +163,8 @@ def describe(demonstrations: list[Demonstration], with_words: bool) -> dict:
     """What a network must fit: horizon K, number of joints D, cameras, image_size [H, W],
     tasks, fps, and which demonstrations are held_out.
 
-    Where images were resized to image_size, image_sizes has the cameras' own [H, W].
+    Where images were resized to image_size, image_sizes has the cameras' own [H, W]. Where it is no
+    Franka, robot has its name.
     with_words: and all words of the instructions, sorted; otherwise the vocabulary is empty.
     """
     example = demonstrations[0]
@@ -184,6 +186,8 @@ def describe(demonstrations: list[Demonstration], with_words: bool) -> dict:
         "fps": example.fps,
         "held_out": names_held_out(demonstrations),
     }
+    if example.robot not in FRANKA:
+        config["robot"] = example.robot
     if example.recorded_sizes != example.image_sizes:
         config["image_sizes"] = {name: list(example.recorded_sizes[name]) for name in cameras}
     if example.style != PAPER:

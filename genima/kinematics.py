@@ -150,7 +150,11 @@ def franka_chain(cameras: dict | None = None) -> Chain:
         links[i, 2, 1:] = sine, cosine, cosine * d[i]
     tool = rotate_z(np.array(-np.pi / 4))
     tool[2, 3] = 0.107 + 0.1034  # from the last joint to the flange, and on to the fingertips
+    return Chain(links.round(12), tool, *sort_cameras(cameras))
 
+
+def sort_cameras(cameras: dict | None) -> tuple[dict, dict]:
+    """A calibration's poses {camera: (4, 4)}: of cameras on the arm, and of those in the room."""
     mounted = {}
     fixed = {}
     if cameras is None:
@@ -160,4 +164,4 @@ def franka_chain(cameras: dict | None = None) -> Chain:
             mounted[camera] = entry["last_joint_from_camera"]
         else:
             fixed[camera] = entry["world_from_camera"]
-    return Chain(links.round(12), tool, mounted, fixed)
+    return mounted, fixed

@@ -4,6 +4,7 @@ A policy is any object with
 
     cameras       names of the views that it looks at
     image_size    (H, W) of each view, pixels; image_sizes, by camera, where they differ
+    robot         whose arm it moves, "fr3" if it does not say
     act(images, qpos, instruction) -> chunk, painted
         images       {camera: (H, W, 3) uint8}
         qpos         (D+1,) joint positions (rad) and gripper opening 0..1
@@ -43,6 +44,7 @@ class GenimaPolicy:
         self.drop_state = drop_state
         self.cameras = tuple(controller.config["cameras"])
         self.image_sizes = image_sizes_of(controller.config)
+        self.robot = controller.config.get("robot", "fr3")
         self.image_size = self.image_sizes[self.cameras[0]]
 
     def act(self, images, qpos, instruction):
@@ -61,6 +63,7 @@ class ActPolicy:
         self.drop_state = drop_state
         self.cameras = tuple(controller.config["cameras"])
         self.image_sizes = image_sizes_of(controller.config)
+        self.robot = controller.config.get("robot", "fr3")
         self.image_size = self.image_sizes[self.cameras[0]]
 
     def act(self, images, qpos, instruction):
@@ -77,6 +80,7 @@ class OraclePolicy:
         self.drop_state = drop_state
         self.cameras = tuple(controller.config["cameras"])
         self.image_sizes = image_sizes_of(controller.config)
+        self.robot = controller.config.get("robot", "fr3")
         self.image_size = self.image_sizes[self.cameras[0]]
 
     def reset(self, env):

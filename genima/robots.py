@@ -10,8 +10,10 @@ import numpy as np
 
 from genima.files import UserError
 from genima.kinematics import JOINT_LIMITS as FRANKA_LIMITS
-from genima.kinematics import Chain, franka_chain, rotate_z
+from genima.kinematics import Chain, franka_chain, rotate_z, sort_cameras
+from genima.spheres import JOINTS
 
+FRANKA = ("fr3", "panda")  # names of the robot that everything is of, if nothing else is said
 TWO_TURNS = 2 * np.pi
 
 # Lower and upper, radians. Every joint of a UR5e turns once around either way (its data sheet).
@@ -36,6 +38,12 @@ UR5E_D = (0.1625, 0.0, 0.0, 0.1333, 0.0997)
 UR5E_A = (0.0, -0.425, -0.3922, 0.0, 0.0)
 UR5E_ALPHA = (np.pi / 2, 0.0, 0.0, np.pi / 2, -np.pi / 2)
 
+# The joints with spheres, counted from 0, where they are not the paper's 2, 4 and 6. Those are a
+# Franka's shoulder, elbow and wrist, and these are a UR5e's. Its joints 4 and 6 are 17 cm apart,
+# two radii of a sphere in the front view; of these three the nearest are 27 cm apart (a Franka's
+# 23), and with the gripper's sphere they still tell where every joint is.
+SPHERE_JOINTS = {"ur5e": (1, 2, 4)}
+
 # What drivers and calibration programs call the frames, in our words.
 FRAME_NAMES = {
     "base": ("base", "base_link", "world", "link0", "robot"),
@@ -58,6 +66,14 @@ def check_robot(robot: str) -> str:
 def guess_robot(joints: int) -> str | None:
     """The robot with this many joints: 7 is a Panda, 6 a UR5e, None for any other number."""
     return {7: "panda", 6: "ur5e"}.get(joints)
+
+
+def sphere_joints(robot: str) -> tuple[int, ...]:
+    """Which joints of a robot have spheres, counted from 0."""
+    for known, joints in SPHERE_JOINTS.items():
+        if known in robot.lower():
+            return joints
+    return JOINTS
 
 
 def translation(z: float) -> np.ndarray:
@@ -98,13 +114,19 @@ def robot_frames(robot: str, gripper_length: float | None = None) -> dict[str, n
     }
 
 
-def robot_chain(robot: str, gripper_length: float | None = None) -> Chain:
-    """The kinematics of a robot of JOINT_LIMITS, without cameras."""
+def robot_chain(
+    robot: str, gripper_length: float | None = None, cameras: dict | None = None
+) -> Chain:
+    """The kinematics of a robot of JOINT_LIMITS.
+
+    cameras: {name: {"world_from_camera" or "last_joint_from_camera": (4, 4)}}.
+    """
     if robot == "ur5e":
         links = ur5e_links()
     else:
         links = franka_chain().links
-    return Chain(links, robot_frames(robot, gripper_length)["tool"], {}, {})
+    tool = robot_frames(robot, gripper_length)["tool"]
+    return Chain(links, tool, *sort_cameras(cameras))
 
 
 def frame_name(name: str) -> str | None:

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from genima.episodes import read_episode
 from genima.files import UserError, write_whole
-from genima.kinematics import franka_chain
+from genima.robots import robot_chain
 
 # The board: change these three for one that you own.
 SQUARES = (5, 7)  # across and down
@@ -57,12 +57,16 @@ def print_board(path: Path, square: float):
 
 
 # --------------------------------------------------------------------------------------- pictures
-def read_pictures(source: Path, camera: str) -> tuple[list[str], list, np.ndarray]:
+def read_pictures(
+    source: Path, camera: str, arm: str = "fr3"
+) -> tuple[list[str], list, np.ndarray]:
     """Names [T], pictures [T] of (H, W, 3) uint8, joint poses (T, J, 4, 4)."""
     if source.suffix == ".hdf5":
         return read_resting_frames(source, camera)
     table = source / "joints.csv"
-    joints = read_joints(table)
+    chain = robot_chain(arm)
+    count = len(chain.links)
+    joints = read_joints(table, count)
     paths = sorted(path for path in (source / camera).glob("*.*") if path.stem.isdigit())
     pictures = []
     for path in paths:
@@ -81,8 +85,8 @@ def read_pictures(source: Path, camera: str) -> tuple[list[str], list, np.ndarra
             raise UserError(
                 f"{path} has another size than {paths[0]}: a calibration is of one size."
             )
-    qpos = np.array([joints[int(path.stem)] for path in paths]).reshape(-1, 7)
-    return [str(path) for path in paths], pictures, franka_chain().forward_kinematics(qpos)
+    qpos = np.array([joints[int(path.stem)] for path in paths]).reshape(-1, count)
+    return [str(path) for path in paths], pictures, chain.forward_kinematics(qpos)
 
 
 def read_resting_frames(path: Path, camera: str):
@@ -103,8 +107,8 @@ def read_resting_frames(path: Path, camera: str):
     return names, episode.images[camera][kept], episode.joint_poses[kept].astype(np.float64)
 
 
-def read_joints(table: Path) -> dict[int, np.ndarray]:
-    """{number of the picture: joint positions (7,)} of joints.csv."""
+def read_joints(table: Path, count: int) -> dict[int, np.ndarray]:
+    """{number of the picture: joint positions (count,)} of joints.csv."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # an empty file is a warning of NumPy's
@@ -112,14 +116,14 @@ def read_joints(table: Path) -> dict[int, np.ndarray]:
                 table, delimiter=",", comments=("#", "picture"), encoding="utf-8-sig", ndmin=2
             )
         wrong = rows
-        if rows.shape[1] == 8:
+        if rows.shape[1] == 1 + count:
             in_radians = (np.abs(rows[:, 1:]) <= 2 * np.pi).all(axis=1)  # false for NaN
             wrong = rows[~in_radians]
         if len(wrong):
             raise ValueError(f"see the line of picture {wrong[0, 0]:g}")
     except (OSError, ValueError, UserWarning) as error:
         raise UserError(
-            f"{table} needs a line for each picture, its number and the 7 joint positions "
+            f"{table} needs a line for each picture, its number and the {count} joint positions "
             f"in radians: {error}."
         ) from None
     return {int(row[0]): row[1:] for row in rows}

@@ -1,7 +1,7 @@
 """Find where a camera is: from pictures of the printed board, and the arm's joint positions.
 
 In:   pictures/<camera>/000.png, 001.png, ...   at least 8, better 30, taken with the arm at rest
-      pictures/joints.csv                       per picture its number and 7 joint positions, rad
+      pictures/joints.csv                       per picture its number and all joint positions, rad
       or an episode file                        the frames in which the arm rests are taken
 Out:  calibration.yaml                          {camera: {intrinsics, and world_from_camera or
                                                 last_joint_from_camera}}; other cameras stay
@@ -14,6 +14,7 @@ Out:  calibration.yaml                          {camera: {intrinsics, and world_
                                                               holds the board
     python real_robot.py calibrate --camera wrist             a camera on the arm: the board lies
                                                               on the table
+    python real_robot.py calibrate --arm ur5e                 another arm than a Franka
 
 Between two pictures, turn the hand by 20 to 40 degrees about different axes, and fill the camera's
 view with the board. The world is the robot's base; cameras have OpenCV's axes (x right, y down,
@@ -30,7 +31,8 @@ from PIL import Image
 
 from genima.calibration import load_calibration
 from genima.files import UserError, write_whole
-from genima.spheres import alpha_composite, draw_spheres, target_spheres
+from genima.robots import sphere_joints
+from genima.spheres import SphereStyle, alpha_composite, draw_spheres, target_spheres
 from robot.board import find_corners, make_board, print_board, read_pictures
 from robot.least_squares import least_squares
 
@@ -70,7 +72,7 @@ def calibrate(settings):
     if on_arm is None:
         on_arm = camera == "wrist"
     points = make_board(settings.square).getChessboardCorners().astype(float)  # (M, 3)
-    names, pictures, joint_poses = read_pictures(settings.images, camera)
+    names, pictures, joint_poses = read_pictures(settings.images, camera, settings.arm)
     found = find_corners(pictures, settings.square, settings.images, camera)
     used = list(found)
     fit = fit_camera(
@@ -86,9 +88,10 @@ def calibrate(settings):
     pose_name = "last_joint_from_camera" if on_arm else "world_from_camera"
     cameras[camera] = {"intrinsics": fit.intrinsics, pose_name: fit.camera}
     write_calibration(settings.calibration, cameras)
+    style = SphereStyle(sphere_joints(settings.arm))
     panels = []
     for t in (used[0], used[len(used) // 2], used[-1]):
-        panels.append(draw_check(pictures[t], fit, joint_poses[t], on_arm, camera, points))
+        panels.append(draw_check(pictures[t], fit, joint_poses[t], on_arm, camera, points, style))
     check = settings.calibration.with_name(f"{settings.calibration.stem}_{camera}.png")
     with write_whole(check) as temporary:
         Image.fromarray(np.concatenate(panels, axis=1)).save(temporary)
@@ -261,7 +264,7 @@ def rms(errors: np.ndarray) -> float:
 
 
 # ----------------------------------------------------------------------------------------- output
-def draw_check(picture, fit, joint_poses, on_arm, camera, points) -> np.ndarray:
+def draw_check(picture, fit, joint_poses, on_arm, camera, points, style) -> np.ndarray:
     """A picture (H, W, 3) with the joints' spheres, the base's axes (20 cm; x red, y green,
     z blue) and the board's corners."""
     world_from_camera = fit.camera
@@ -269,7 +272,7 @@ def draw_check(picture, fit, joint_poses, on_arm, camera, points) -> np.ndarray:
     if on_arm:
         world_from_camera = joint_poses[-2] @ fit.camera
         world_from_board = fit.board
-    spheres = target_spheres(joint_poses, True, camera)
+    spheres = target_spheres(joint_poses, True, camera, style)
     layer = draw_spheres(*spheres, fit.intrinsics, world_from_camera, *picture.shape[:2])
     # OpenCV draws in blue, green, red, and its pixel centres are whole numbers.
     picture = np.ascontiguousarray(alpha_composite(layer, picture)[..., ::-1])

@@ -11,7 +11,7 @@ FIRST_ANSWER = 60  # seconds that the policy may take while the arm rests
 
 
 def interpolate(chunk: np.ndarray, position: float) -> np.ndarray:
-    """The action (8,) between two steps of a chunk (K, 8); the last one beyond its end."""
+    """The action (D+1,) between two steps of a chunk (K, D+1); the last one beyond its end."""
     steps = np.arange(len(chunk))
     return np.array([np.interp(position, steps, column) for column in chunk.T])
 
@@ -54,8 +54,8 @@ class ChunkFollower:
         self.accept(answer)
         observer.states.clear()  # they are older than the answer took
         observer.update()
-        self.previous = observer.qpos[:7]
-        self.opened = bool(observer.qpos[7] > 0.5)
+        self.previous = observer.qpos[:-1]
+        self.opened = bool(observer.qpos[-1] > 0.5)
 
     def accept(self, answer):
         """Take over a new chunk."""
@@ -68,20 +68,20 @@ class ChunkFollower:
         self.log.event(f"a new target after {1000 * answer.seconds:.0f} ms")
 
     def next_command(self):
-        """Joint positions (7,) that are safe, their velocity (7,), and the fraction of a step that
+        """Joint positions (D,) that are safe, their velocity (7,), and the fraction of a step that
         they cover; None at the end of the chunk."""
         position = self.travelled - self.origin
         if position >= len(self.chunk):
             return None
-        target = interpolate(self.chunk, position)[:7]
+        target = interpolate(self.chunk, position)[:-1]
         command, fraction = self.safety.limit_step(self.previous, target)
         self.travelled += fraction
         position += fraction
-        following = interpolate(self.chunk, position)[:7]  # the same at the chunk's end
+        following = interpolate(self.chunk, position)[:-1]  # the same at the chunk's end
         velocity = passing_velocity(command - self.previous, following - command)
         velocity = self.safety.limit_passing(velocity)
         step = min(math.ceil(position) - 1, len(self.chunk) - 1)
-        self.opened = bool(self.chunk[step, 7] > 0.5)
+        self.opened = bool(self.chunk[step, -1] > 0.5)
         self.previous = command
         return command, velocity, fraction
 
@@ -102,6 +102,6 @@ class ChunkFollower:
         if answer:
             self.accept(answer)
             if self.settings.dry_run:
-                self.previous = qpos[:7]
+                self.previous = qpos[:-1]
         elif self.requested is not None:
             self.safety.check_watchdog(time.monotonic() - self.requested)

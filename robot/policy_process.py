@@ -5,8 +5,8 @@
     policy.request(images, qpos, instruction, progress)  returns at once
     policy.receive()                                     Answer, or None while it is computing
 
-A policy is a function act(images {camera: (H, W, 3)}, qpos (8,), instruction, progress) ->
-chunk (K, 8), painted {camera: (H, W, 3)}; progress counts the steps done and is used only by a
+A policy is a function act(images {camera: (H, W, 3)}, qpos (D+1,), instruction, progress) ->
+chunk (K, D+1), painted {camera: (H, W, 3)}; progress counts the steps done and is used only by a
 scripted policy.
 """
 
@@ -29,7 +29,7 @@ LOADING = 600  # seconds that a policy may take to load
 
 @dataclass
 class Answer:
-    chunk: np.ndarray  # (K, 8) joint positions (rad) and probability of an open gripper
+    chunk: np.ndarray  # (K, D+1) joint positions (rad) and probability of an open gripper
     painted: dict  # {camera: (H, W, 3) uint8}
     seconds: float  # since the request
 
@@ -44,7 +44,7 @@ def load_policy(run: Path, device: str):
     policy = checkpoints.load_policy(run / "controlnet", run / "act", device)
 
     def act(images, qpos, instruction, progress):
-        return policy.act(images, qpos, instruction)  # (K, 8), {camera: (H, W, 3)}
+        return policy.act(images, qpos, instruction)  # (K, D+1), {camera: (H, W, 3)}
 
     trained = policy.controller.config
     config = {name: trained[name] for name in ("cameras", "horizon")}

@@ -21,8 +21,8 @@ from PIL import Image
 
 from genima.episodes import Episode, read_episode, write_episode
 from genima.files import UserError, write_whole
-from genima.kinematics import franka_chain
 from genima.plots import PANEL, painted_panel, write_film
+from genima.robots import robot_chain
 from robot.arm import CONTROL_HZ, Fault
 
 FILES = ("about.json", "events.jsonl", "frames.bin")  # of a recording that is not finished
@@ -160,15 +160,15 @@ def as_episode(saved: dict, fields: dict, events: bytes, success: bool) -> Episo
         cameras[camera] = {key: np.array(value) for key, value in entry.items()}
     qpos = fields.pop("qpos")
     qvel = fields.pop("qvel")
-    qvel[:, 7] = 0  # the hand does not report its velocity
+    qvel[:, -1] = 0  # the hand does not report its velocity
     if len(qpos) > 1:
-        qvel[:, 7] = np.gradient(qpos[:, 7]) * CONTROL_HZ
+        qvel[:, -1] = np.gradient(qpos[:, -1]) * CONTROL_HZ
     images = {camera: fields.pop(f"images/{camera}") for camera in cameras}
     action = fields.pop("action", None)
     if action is None:
         action = commands_from_motion(qpos)
-    chain = franka_chain(cameras)
-    joint_poses = chain.forward_kinematics(qpos[:, :7])
+    chain = robot_chain(saved["about"]["robot"], cameras=cameras)
+    joint_poses = chain.forward_kinematics(qpos[:, :-1])
     extras = {name.replace("/", "_"): data for name, data in fields.items()}
     extras["events"] = np.array(events or b" ")
     return Episode(
@@ -188,7 +188,7 @@ def as_episode(saved: dict, fields: dict, events: bytes, success: bool) -> Episo
 
 
 def commands_from_motion(qpos: np.ndarray) -> np.ndarray:
-    """The commands that make an arm move as it did: (T, 8) -> (T, 8).
+    """The commands that make an arm move as it did: (T, D+1) -> (T, D+1).
 
     A command is where the arm is a step later. A gripper that opens was told to open.
     """

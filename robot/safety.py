@@ -11,11 +11,13 @@ import numpy as np
 from PIL import Image
 
 from genima.files import UserError, write_whole
-from genima.kinematics import JOINT_LIMITS, franka_chain
 from genima.plots import same_size
+from genima.robots import JOINT_LIMITS, robot_chain
 from robot.arm import CONTROL_HZ, Fault
 
-MAX_VELOCITY = np.array([2.175] * 4 + [2.61] * 3)  # rad/s, the lower of Panda's and FR3's
+# rad/s, of each joint (data sheets; for the Franka the lower of Panda's and FR3's).
+FRANKA_VELOCITY = np.array([2.175] * 4 + [2.61] * 3)
+MAX_VELOCITY = {"fr3": FRANKA_VELOCITY, "panda": FRANKA_VELOCITY, "ur5e": np.full(6, np.pi)}
 # Where the fingertips may go, m. The table is at 0; a target may be a little below what it presses.
 WORKSPACE = (0.2, -0.5, -0.01, 0.8, 0.5, 0.75)
 
@@ -45,44 +47,56 @@ class Safety:
                 "--workspace is x, y, z from and x, y, z to, each from below its to, "
                 "and --watchdog must be above 0."
             )
-        self.chain = franka_chain()
+        self.chain = robot_chain(self.arm)
+        self.max_velocity = MAX_VELOCITY[self.arm]
         low, high = JOINT_LIMITS[self.arm]
         self.low = np.array(low) + self.margin
         self.high = np.array(high) - self.margin
 
     # ---------------------------------------------------------------------- the policy's commands
     def check_chunk(self, chunk: np.ndarray):
-        """What the policy gave must be finite and of shape (K, 8)."""
-        if chunk.ndim != 2 or chunk.shape[1] != 8 or not np.isfinite(chunk).all():
+        """What the policy gave must be finite and of shape (K, D+1)."""
+        width = len(self.low) + 1
+        if chunk.ndim != 2 or chunk.shape[1] != width or not np.isfinite(chunk).all():
             raise Fault(
                 "The policy gave NaN or infinite numbers: see the log's pictures. "
                 "Is a camera covered, did training diverge?"
             )
 
     def limit_step(self, previous: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, float]:
-        """The next command (7,) on the way from the previous one (7,) to the policy's target (7,).
+        """The next command (D,) on the way from the previous one (D,) to the policy's target (D,).
 
         Returns the command, and the fraction of the way that it covers. A target that is merely
         fast is approached at the maximum speed, and the chunk is played more slowly. One that no
         demonstration would make, or that is out of bounds, is refused. The way back into bounds
         is free: a hand may have led the arm out.
         """
-        change = np.abs(target - previous)
-        if not change.max() <= self.jump:  # false for NaN, too
-            raise Fault(
-                f"The policy wants joint {change.argmax() + 1} to jump by {change.max():.2f} rad; "
-                f"{self.jump} are allowed."
-            )
-        speed = (CONTROL_HZ * change / MAX_VELOCITY).max()  # as a fraction of the maximum
+        change = self.check_jump(previous, target)
+        speed = (CONTROL_HZ * change / self.max_velocity).max()  # as a fraction of the maximum
         fraction = 1 / max(1.0, speed / self.speed)
         command = previous + fraction * (target - previous)
         self.check_joint_limits(previous, command)
         self.check_workspace(previous, command)
         return command, fraction
 
+    def check_command(self, previous: np.ndarray, command: np.ndarray):
+        """For an arm that checks by itself what it is sent: no jump, and within the limits."""
+        self.check_jump(previous, command)
+        self.check_joint_limits(previous, command)
+
+    def check_jump(self, previous: np.ndarray, target: np.ndarray) -> np.ndarray:
+        """A target must be near the previous command. Returns by how much each joint turns (D,)."""
+        change = np.abs(target - previous)
+        if not change.max() <= self.jump:  # false for NaN, too
+            raise Fault(
+                f"The policy wants joint {change.argmax() + 1} to jump by {change.max():.2f} rad; "
+                f"{self.jump} are allowed."
+            )
+        return change
+
     def limit_passing(self, velocity: np.ndarray) -> np.ndarray:
-        """The velocity (7,), rad/s, at which the arm may pass a target: below its maximum."""
-        fastest = self.passing * self.speed * MAX_VELOCITY
+        """The velocity (D,), rad/s, at which the arm may pass a target: below its maximum."""
+        fastest = self.passing * self.speed * self.max_velocity
         return velocity.clip(-fastest, fastest)
 
     def check_joint_limits(self, previous: np.ndarray, command: np.ndarray):
@@ -115,7 +129,7 @@ class Safety:
 
     # --------------------------------------------------------------- the arm, cameras, the policy
     def check_velocity(self, qvel: np.ndarray):
-        fractions = np.abs(qvel[:7] / MAX_VELOCITY)
+        fractions = np.abs(qvel[:-1] / self.max_velocity)
         if (fractions > 0.95).any():
             raise Fault(
                 f"Joint {fractions.argmax() + 1} moves at more than 95 % of its maximum velocity."

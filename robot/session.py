@@ -8,6 +8,7 @@ from genima.files import UserError
 from robot.arm import Fault, Franka
 from robot.cameras import resize_and_crop
 from robot.recording import Recording
+from robot.ur5e_arm import UR5e
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -17,6 +18,13 @@ def stop_on_signals():
     for number in STOP_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup does it
             signal.signal(number, signal.default_int_handler)
+
+
+def connect(settings, host, safety):
+    """The arm of these settings. A demonstration and a dry run only listen to a UR5e."""
+    if settings.arm == "ur5e":
+        return UR5e(host, safety, moves=not getattr(settings, "dry_run", True))
+    return Franka(host, safety)
 
 
 @contextmanager
@@ -46,7 +54,7 @@ def session(settings, workcell, safety, path, cameras, size):
         "sim": workcell.simulated,
         "seed": workcell.seed,
     }
-    robot = Franka(workcell.host, safety)
+    robot = connect(settings, workcell.host, safety)
     log = Recording(path, attributes, calibration)
     error = None
     try:

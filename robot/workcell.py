@@ -86,6 +86,11 @@ def open_workcell(settings, **options):
     """The workcell of these settings, to be closed. options: of the simulated one."""
     if settings.robot != "sim":
         return Workcell(settings)
+    if settings.arm == "ur5e":
+        raise UserError(
+            "The simulated arm behind Franka's protocol is a Franka: give the UR5e's address with "
+            "--robot, or drive a simulated UR5e with evaluate.py."
+        )
     from sims.franky_panda import SimulatedWorkcell  # MuJoCo, which a real robot does not need
 
     return SimulatedWorkcell(settings.task, settings.seed, **options)
@@ -97,8 +102,8 @@ class Observation:
     images: dict  # {camera: (H, W, 3) uint8}
     stamps: dict  # {camera: s of time.monotonic()}
     stamp: float  # the cameras' mean
-    qpos: np.ndarray  # (8,) joint positions (rad) and gripper opening 0..1 at `stamp`
-    qvel: np.ndarray  # (8,) their velocities
+    qpos: np.ndarray  # (D+1,) joint positions (rad) and gripper opening 0..1 at `stamp`
+    qvel: np.ndarray  # (D+1,) their velocities
 
 
 class Observer:
@@ -109,11 +114,11 @@ class Observer:
         self.robot = robot
         self.workcell = workcell
         self.safety = safety
-        self.states = deque(maxlen=200)  # rows of time (1), qpos (8), qvel (8)
+        self.states = deque(maxlen=200)  # rows of time (1), qpos (D+1), qvel (D+1)
         self.wait_for_frames(STARTING)
 
     def update(self) -> np.ndarray:
-        """Read the arm's state. Returns joint positions and gripper opening (8,)."""
+        """Read the arm's state. Returns joint positions and gripper opening (D+1,)."""
         now, self.qpos, qvel = self.robot.state()
         self.states.append((now, *self.qpos, *qvel))
         return self.qpos
@@ -148,7 +153,8 @@ class Observer:
         stamps, frames = self.workcell.read_frames()
         self.safety.check_frames(stamps, time.monotonic())
         stamp = float(np.mean([stamps[camera] for camera in cameras]))
-        states = np.array(self.states)  # (N, 17)
+        states = np.array(self.states)  # (N, 2D+3)
         then = np.array([np.interp(stamp, states[:, 0], column) for column in states[:, 1:].T])
         images = {camera: resize_and_crop(frames[camera], size)[0] for camera in cameras}
-        return Observation(images, stamps, stamp, qpos=then[:8], qvel=then[8:])
+        qpos, qvel = np.split(then, 2)  # (D+1,) each
+        return Observation(images, stamps, stamp, qpos, qvel)

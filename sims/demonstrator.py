@@ -15,19 +15,19 @@ from sims import make_env
 from sims.mujoco_panda import CONTROL_HZ, make_pose, rotation_vector
 from sims.mujoco_tasks import rotation_from
 
-JOINT_SPEED = 1.2  # rad/s, about half of what the arm can do (Franka's data sheet: 2.2 to 2.6)
+JOINT_SPEED = 1.2  # rad/s, about half of what an arm can do (Franka's 2.2 to 2.6, a UR5e 3.1)
 TURN_SPEED = 1.5  # rad/s, of the tool
 MAX_STEPS = 200  # between two waypoints
 
 
 def expert_actions(env) -> Iterator[np.ndarray]:
-    """The scripted expert from the present state: yields one action (8,) per control step.
+    """The scripted expert from the present state: yields one action (D+1,) per control step.
 
     Straight lines of the tool between the task's waypoints, at bounded tool and joint speed,
     through inverse kinematics. Raises UserError when a waypoint is out of reach.
     """
     tool = env.tool_pose()
-    joints = env.data.qpos[:7].copy()
+    joints = env.data.qpos[: env.joints].copy()
     for move in env.task.plan(env):
         rotation = tool[:3, :3]
         if move.rotation is not None:
@@ -41,9 +41,9 @@ def expert_actions(env) -> Iterator[np.ndarray]:
 
 
 def joint_path(env, tool, joints, position, rotation, speed) -> list[np.ndarray]:
-    """Joint positions (7,) for each control step on the straight line of the tool to a pose.
+    """Joint positions (D,) for each control step on the straight line of the tool to a pose.
 
-    tool (4, 4) and joints (7,): where the line begins. Empty where the tool is there already.
+    tool (4, 4) and joints (D,): where the line begins. Empty where the tool is there already.
     Raises UserError where the line is out of reach, or too fast for the joints however slow.
     """
     offset = position - tool[:3, 3]
@@ -104,7 +104,7 @@ def record_demonstration(
         instructions=info["instructions"],
         success=info["success"],
         fps=float(CONTROL_HZ),
-        robot="fr3",
+        robot=env.robot,
         sim=True,
         seed=seed,
         qpos=np.stack([seen["qpos"] for seen in observations]),

@@ -1,6 +1,6 @@
-"""The embedded simulator: a Franka arm at a table in MuJoCo, as a Gymnasium environment.
+"""The embedded simulator: an arm at a table in MuJoCo, as a Gymnasium environment.
 
-In:   absolute joint positions (7, rad) and a gripper command (0 closed, 1 open), ten times a second
+In:   absolute joint positions (rad) and a gripper command (0 closed, 1 open), ten times a second
 Out:  joint positions and velocities, and one image per camera
 
     env = PandaEnv("pick_and_lift")
@@ -8,13 +8,9 @@ Out:  joint positions and velocities, and one image per camera
     print(info["instruction"])
     observation, reward, terminated, truncated, info = env.step(action)
 
-The arm and hand are the Menagerie's Franka model as carried by the `franky-sim` package. World
-frame: the robot's base on the table top, metres, z up, x away from the robot. The tasks are in
-sims/mujoco_tasks.py.
+The arm is a Franka, or a UR5e in its place (robot="ur5e"): sims/arms.py. World frame: the robot's
+base on the table top, metres, z up, x away from the robot. The tasks are in sims/mujoco_tasks.py.
 """
-
-from importlib.util import find_spec
-from pathlib import Path
 
 import gymnasium
 import mujoco
@@ -22,26 +18,20 @@ import numpy as np
 
 from genima.episodes import CAMERAS
 from genima.files import UserError
+from sims.arms import GRIPPER_OPEN, find_arm
 from sims.mujoco_tasks import PAINTED, TOOL_DOWN, add_box, find_task
 from sims.rendering import new_renderer
 
 CONTROL_HZ = 10
 MAX_HEIGHT = 960  # of an image, pixels
 MAX_WIDTH = 1280
-HOME = np.array([0.0, -0.3, 0.0, -2.2, 0.0, 1.9, 0.7853])  # elbow up, fingers down, over the table
-# Metres from the hand's flange to between the fingertips (Franka's data sheet).
-TOOL_OFFSET = 0.1034
-# The model's fingers squeeze with about 1 N and objects slip; this many times more holds them.
-GRIPPER_GAIN = 15
-FINGER_TRAVEL = 0.04  # metres, of each finger between closed and open
 SKY_TEXELS = 16  # pixels a side of each of the sky's six faces
-GRIPPER_OPEN = 255  # what the model's gripper actuator takes for open
 
 
 # ------------------------------------------------------------------------------------------- scene
-def base_scene():
-    """Robot, table, light and cameras as an MjSpec."""
-    spec = load_robot()
+def base_scene(arm):
+    """Robot, table, light and cameras as an MjSpec. arm: of sims/arms.py."""
+    spec = arm.load()
     spec.option.timestep = 0.002
     # An elliptic friction cone with a high impedance ratio: held objects do not creep.
     spec.option.cone = mujoco.mjtCone.mjCONE_ELLIPTIC
@@ -82,44 +72,6 @@ def base_scene():
     return spec
 
 
-def load_robot():
-    """The arm and its hand as an MjSpec, fast to draw and with a firm grip."""
-    assets = Path(find_spec("franky_sim").origin).parent / "assets"
-    spec = mujoco.MjSpec.from_file(str(assets / "fr3.xml"))
-    spec.meshdir = str(assets / "meshes")
-    # The collision meshes (3,100 faces) look like the arm and draw 15 times faster than the visual
-    # ones (242,000).
-    for geom in list(spec.geoms):
-        if geom.classname.name == "visual":
-            spec.delete(geom)
-    used = {geom.meshname for geom in spec.geoms}
-    for mesh in list(spec.meshes):
-        if mesh.name not in used:
-            spec.delete(mesh)
-
-    greys = {"hand": 0.9, "left_finger": 0.25, "right_finger": 0.25}
-    for geom in spec.geoms:
-        part = geom.parent.name
-        grey = greys.get(part, 0.82)
-        geom.group = 2
-        geom.rgba = (grey, grey, grey, 1)
-        # Only the hand and the flat pads of the fingers touch things: the fingers' hulls taper and
-        # would squeeze objects out.
-        is_pad = part.endswith("_finger") and geom.type != mujoco.mjtGeom.mjGEOM_MESH
-        if part == "hand" or is_pad:
-            geom.friction = (1.5, 0.02, 0.001)
-            geom.condim = 4
-        else:
-            geom.contype = 0
-            geom.conaffinity = 0
-
-    hand = spec.actuator("hand")
-    hand.gainprm[0] *= GRIPPER_GAIN
-    hand.biasprm[1:3] = hand.biasprm[1:3] * GRIPPER_GAIN
-    spec.body("hand").add_site(name="tool", pos=(0, 0, TOOL_OFFSET))
-    return spec
-
-
 def add_camera(body, name, position, target, fovy, up=(0, 0, 1)):
     """A camera at `position` that looks at `target` (both in the body's frame); fovy in degrees."""
     backward = np.subtract(position, target)
@@ -135,16 +87,16 @@ def add_camera(body, name, position, target, fovy, up=(0, 0, 1)):
 
 # ------------------------------------------------------------------------------------- environment
 class ArmEnv(gymnasium.Env):
-    """What the simulators have in common: an arm of seven joints with a gripper, and cameras.
+    """What the simulators have in common: an arm of D joints with a gripper, and cameras.
 
-    Observation: {"qpos": (8,) joint positions (rad) and gripper opening 0..1,
-                  "qvel": (8,) their rates,
+    Observation: {"qpos": (D+1,) joint positions (rad) and gripper opening 0..1,
+                  "qvel": (D+1,) their rates,
                   "images": {camera: (H, W, 3) uint8}}, the last only with images=True.
-    Action: (8,) absolute joint targets (rad) within the limits, gripper command 0..1.
+    Action: (D+1,) absolute joint targets (rad) within the limits, gripper command 0..1.
 
     A simulator has these methods as well:
         render_camera(camera, height, width)   (height, width, 3) uint8
-        joint_poses()                          (8, 4, 4) world from joint, the last the tool
+        joint_poses()                          (D+1, 4, 4) world from joint, the last the tool
         tool_pose()                            (4, 4) world from tool
         camera_parameters(camera, size)        intrinsics (3, 3), world from camera (4, 4)
     """
@@ -153,7 +105,7 @@ class ArmEnv(gymnasium.Env):
     render_mode = "rgb_array"
 
     def __init__(self, image_size, cameras, images, low, high):
-        """image_size: (height, width) or both as one number. low, high: (7,) rad, joint limits."""
+        """image_size: (height, width) or both as one number. low, high: (D,) rad, joint limits."""
         if np.isscalar(image_size):
             image_size = (image_size, image_size)
         self.height, self.width = image_size
@@ -162,7 +114,7 @@ class ArmEnv(gymnasium.Env):
         self.action_space = gymnasium.spaces.Box(
             np.append(low, 0).astype(np.float32), np.append(high, 1).astype(np.float32)
         )
-        unbounded = gymnasium.spaces.Box(-np.inf, np.inf, (8,), np.float32)
+        unbounded = gymnasium.spaces.Box(-np.inf, np.inf, (len(low) + 1,), np.float32)
         spaces = {"qpos": unbounded, "qvel": unbounded}
         if images:
             image = gymnasium.spaces.Box(0, 255, (self.height, self.width, 3), np.uint8)
@@ -177,12 +129,14 @@ class ArmEnv(gymnasium.Env):
         self.steps = 0
 
     def checked(self, action):
-        """The action as an array (8,) of float64. Raises UserError if the arm cannot take it."""
+        """The action as an array (D+1,) of float64. Raises UserError if the arm cannot take it."""
         action = np.asarray(action, dtype=np.float64)
-        if action.shape != (8,) or not np.isfinite(action).all():
+        shape = self.action_space.shape
+        if action.shape != shape or not np.isfinite(action).all():
+            count = shape[0]
             raise UserError(
-                "The action must be 8 finite numbers (7 joints in rad and the gripper), "
-                f"not {action}."
+                f"The action must be {count} finite numbers ({count - 1} joints in rad and the "
+                f"gripper), not {action}."
             )
         if not self.action_space.contains(action.astype(np.float32)):
             raise UserError(
@@ -192,7 +146,7 @@ class ArmEnv(gymnasium.Env):
         return action
 
     def observation(self, qpos, opening, qvel, opening_rate):
-        """What the policy sees now; qpos, qvel: (7,)."""
+        """What the policy sees now; qpos, qvel: (D,)."""
         observation = {
             "qpos": np.append(qpos, opening).astype(np.float32),
             "qvel": np.append(qvel, opening_rate).astype(np.float32),
@@ -227,8 +181,11 @@ class PandaEnv(ArmEnv):
     the demonstrations do.
     """
 
-    def __init__(self, task="reach_target", image_size=128, cameras=CAMERAS, images=True):
-        """Raises UserError for an unknown task, or images that are too large."""
+    def __init__(
+        self, task="reach_target", image_size=128, cameras=CAMERAS, images=True, robot="fr3"
+    ):
+        """robot: one of sims/arms.py. Raises UserError for an unknown task or robot, or images
+        that are too large."""
         task_class = find_task(task)
         if np.greater(image_size, (MAX_HEIGHT, MAX_WIDTH)).any():
             raise UserError(
@@ -236,16 +193,19 @@ class PandaEnv(ArmEnv):
                 f"at most {MAX_HEIGHT} x {MAX_WIDTH}."
             )
         self.task = task_class()
+        self.robot = robot
+        self.arm = find_arm(robot)
+        self.joints = len(self.arm.home)  # D
         self.model = self.build().compile()
         self.data = mujoco.MjData(self.model)
         self.scratch = mujoco.MjData(self.model)  # for kinematics beside the simulation
         self.renderers = {}  # by (height, width)
-        low, high = self.model.jnt_range[:7].T
+        low, high = self.model.jnt_range[: self.joints].T
         super().__init__(image_size, cameras, images, low, high)
 
     def build(self):
         """The whole scene as an MjSpec."""
-        spec = base_scene()
+        spec = base_scene(self.arm)
         self.task.build(spec.worldbody)
         return spec
 
@@ -273,8 +233,8 @@ class PandaEnv(ArmEnv):
 
         tool, opening = self.draw_start(options.get("start"))
         joints = self.ik(tool, TOOL_DOWN)
-        finger = FINGER_TRAVEL * opening
-        self.data.qpos[:9] = *joints, finger, finger
+        finger = self.arm.finger_travel * opening
+        self.data.qpos[: self.joints + 2] = *joints, finger, finger
         self.data.ctrl[:] = *joints, GRIPPER_OPEN * opening
         mujoco.mj_forward(self.model, self.data)
         return self.observe(), self.info()
@@ -293,7 +253,7 @@ class PandaEnv(ArmEnv):
 
     def step(self, action):
         action = self.checked(action)
-        self.data.ctrl[:] = *action[:7], GRIPPER_OPEN * (action[7] > 0.5)
+        self.data.ctrl[:] = *action[:-1], GRIPPER_OPEN * (action[-1] > 0.5)
         substeps = round(1 / (CONTROL_HZ * self.model.opt.timestep))
         mujoco.mj_step(self.model, self.data, substeps)
         mujoco.mj_forward(self.model, self.data)  # so that poses and images are of the new state
@@ -317,11 +277,17 @@ class PandaEnv(ArmEnv):
         }
 
     def observe(self):
-        opening = self.data.qpos[7:9].sum() / (2 * FINGER_TRAVEL)
-        rate = self.data.qvel[7:9].sum() / (2 * FINGER_TRAVEL)
+        count = self.joints
+        span = 2 * self.arm.finger_travel
+        opening = self.fingers().sum() / span
+        rate = self.data.qvel[count : count + 2].sum() / span
         return self.observation(
-            self.data.qpos[:7], np.clip(opening, 0, 1), self.data.qvel[:7], rate
+            self.data.qpos[:count], np.clip(opening, 0, 1), self.data.qvel[:count], rate
         )
+
+    def fingers(self):
+        """How far each finger is open (2,), metres."""
+        return self.data.qpos[self.joints : self.joints + 2]
 
     def render_camera(self, camera, height, width):
         """What the camera sees now: (height, width, 3) uint8."""
@@ -351,13 +317,13 @@ class PandaEnv(ArmEnv):
         return make_pose(site.xmat, site.xpos)
 
     def joint_poses(self):
-        """World from joint (8, 4, 4) float32: the seven joints, then the tool.
+        """World from joint (D+1, 4, 4) float32: the joints, then the tool.
 
         A joint's z axis is the axis it turns about, and its frame turns with it.
         """
         poses = []
-        for i in range(1, 8):
-            link = self.data.body(f"fr3_link{i}")
+        for name in self.arm.bodies:
+            link = self.data.body(name)
             poses.append(make_pose(link.xmat, link.xpos))
         poses.append(self.tool_pose())
         return np.stack(poses).astype(np.float32)
@@ -378,18 +344,21 @@ class PandaEnv(ArmEnv):
         return intrinsics, make_pose(rotation, seen_from.xpos)
 
     def ik(self, position, rotation, start=None):
-        """Joint positions (7,), rad, that bring the tool to a pose in the world frame.
+        """Joint positions (D,), rad, that bring the tool to a pose in the world frame.
 
         Damped least squares from `start`, with the home posture in the null space, so that a pose
-        has one answer. Raises UserError if the pose is out of reach.
+        has one answer. Six joints leave no choice. Raises UserError if the pose is out of reach.
         """
         data = self.scratch
-        low, high = self.model.jnt_range[:7].T
+        low, high = self.model.jnt_range[: self.joints].T
+        home = np.array(self.arm.home)
+        count = self.joints
+        posture = self.task.posture[:count]
         if start is None:
-            start = HOME.copy()
+            start = home.copy()
             start[0] += np.arctan2(position[1], position[0])  # towards the pose
         data.qpos[:] = self.data.qpos
-        data.qpos[:7] = start
+        data.qpos[:count] = start
         jacobian = np.zeros((6, self.model.nv))
         site = self.model.site("tool").id
         for _ in range(100):
@@ -398,12 +367,13 @@ class PandaEnv(ArmEnv):
             turn = rotation_vector(rotation @ data.site_xmat[site].reshape(3, 3).T)
             error = np.concatenate([position - data.site_xpos[site], turn])  # (6,) metres, rad
             mujoco.mj_jacSite(self.model, data, jacobian[:3], jacobian[3:], site)
-            J = jacobian[:, :7]
-            damped_inverse = J.T @ np.linalg.inv(J @ J.T + 1e-6 * np.eye(6))  # (7, 6)
-            null_space = np.eye(7) - damped_inverse @ J
-            to_home = self.task.posture * (HOME - data.qpos[:7])
+            J = jacobian[:, :count]
+            damped_inverse = J.T @ np.linalg.inv(J @ J.T + 1e-6 * np.eye(6))  # (D, 6)
+            null_space = np.eye(count) - damped_inverse @ J
+            to_home = posture * (home - data.qpos[:count])
             step = damped_inverse @ error + 0.3 * null_space @ to_home
-            data.qpos[:7] = np.clip(data.qpos[:7] + np.clip(step, -0.3, 0.3), low, high)
+            moved = data.qpos[:count] + np.clip(step, -0.3, 0.3)
+            data.qpos[:count] = np.clip(moved, low, high)
             if np.abs(step).max() < 1e-4:
                 break
         distance = np.linalg.norm(error)
@@ -411,7 +381,7 @@ class PandaEnv(ArmEnv):
             raise UserError(
                 f"The arm cannot reach {np.round(position, 3)} (off by {distance:.3f})."
             )
-        return data.qpos[:7].copy()
+        return data.qpos[:count].copy()
 
 
 def make_pose(rotation, position):

@@ -130,8 +130,8 @@ class Task:
     max_steps = 100
     # Where the tool may be when an episode begins: two corners of a box.
     start_box = np.array([[0.32, -0.28, 0.15], [0.62, 0.28, 0.40]])
-    # Which joints are drawn to HOME where the tool's pose leaves a choice; the base joint is not,
-    # for it turns towards the target.
+    # Which of up to seven joints are drawn home where the tool's pose leaves a choice; the base
+    # joint is not, for it turns towards the target.
     posture = np.array([0, 1, 1, 1, 1, 1, 1])
 
     def near(self, env):
@@ -587,7 +587,7 @@ class StackBlocks(Task):
         blocks = upwards - env.model.body("target").pos  # (2, 3) from the square's centre
         stacked = np.abs(blocks[:, 2] - self.half * np.array([1, 3])).max() < 0.008
         centred = np.linalg.norm(blocks[:, :2], axis=1).max() < 0.025
-        let_go = env.data.qpos[7:9].min() > 0.025
+        let_go = env.fingers().min() > 0.025
         return stacked and centred and let_go
 
 

@@ -25,6 +25,7 @@ from genima.episodes import CAMERAS
 from genima.files import UserError
 from genima.parallel import run_in_parallel
 from genima.plots import people_frame, write_video
+from genima.robots import FRANKA
 from sims import make_env
 from sims.demonstrator import record_demonstration
 from sims.mujoco_panda import CONTROL_HZ, add_camera
@@ -89,7 +90,8 @@ class PeopleCamera:
 
     def __init__(self, env, height: int = HEIGHT, width: int = WIDTH):
         spec = env.build()
-        add_visual_arm(spec)
+        if env.robot in FRANKA:
+            add_visual_arm(spec)
         add_surroundings(spec)
         add_camera(spec.worldbody, "people", EYE, LOOK_AT, FOVY)
         self.model = spec.compile()
