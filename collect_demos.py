@@ -28,7 +28,7 @@ was, and two runs on one folder share the work.
 
 import os
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -47,7 +47,7 @@ from sims.mujoco_tasks import find_task
 from sims.rendering import choose_renderer
 from sims.rlbench_dataset import find_demonstrations, read_demonstration, read_notes
 from sims.rlbench_folders import episode_file, identify, not_importable
-from sims.rlbench_protocol import MAX_VARIATION, Protocol, choose_protocol, refuse_options
+from sims.rlbench_protocol import Protocol, recording_protocol, refuse_options
 from sims.show import film_demonstrations
 
 DEFAULT_TASKS = ("reach_target", "push_button", "pick_and_lift")
@@ -206,7 +206,7 @@ def rlbench_jobs(settings: Settings, folder: Path) -> list[tuple]:
     tasks = chosen_tasks(settings)
     for task in tasks:
         task_class(task)  # raises UserError if there is none
-    protocol = rlbench_protocol(settings)
+    protocol = recording_protocol(settings)
     scenes = settings.demos
     jobs = []
     for task in tasks:
@@ -237,24 +237,13 @@ def chosen_tasks(settings: Settings) -> list[str]:
     return list(dict.fromkeys(settings.tasks))
 
 
-def rlbench_protocol(settings: Settings) -> Protocol:
-    """How to record in RLBench: its way or the paper's, with what is set besides."""
-    protocol = choose_protocol(settings)
-    if len(settings.variations) > 1:
-        raise UserError("--sim rlbench records one of the --variations, or draws from all of them.")
-    if settings.variations:
-        check_number("--variations", settings.variations[0], 0, MAX_VARIATION)
-        protocol = replace(protocol, variation=settings.variations[0])
-    return protocol
-
-
 def check_settings(settings: Settings):
     """Fill in what depends on the simulator. Raises UserError for what cannot be recorded."""
     embedded = False
     if settings.from_rlbench is not None:
         refuse_options(settings, ONLY_RLBENCH)
     elif settings.sim == "rlbench":
-        settings.image_size = rlbench_protocol(settings).image_size
+        settings.image_size = recording_protocol(settings).image_size
         if settings.demos is None:
             settings.demos = settings.scenes  # here a scene has one demonstration anyway
     else:

@@ -68,7 +68,16 @@ def load_controller_base(base: str | None, config: dict) -> Controller | None:
         return None
     folder = FOLLOWER if base is None else Path(base)
     controller = Controller.load(folder)
-    for name in ("size", "observation", "cameras", "image_size", "horizon", "joints", "style"):
+    for name in (
+        "size",
+        "observation",
+        "cameras",
+        "image_size",
+        "horizon",
+        "joints",
+        "robot",
+        "style",
+    ):
         theirs = controller.config.get(name)
         ours = config.get(name)
         if theirs == ours:

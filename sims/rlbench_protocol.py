@@ -85,6 +85,17 @@ def choose_protocol(settings) -> Protocol:
     return protocol
 
 
+def recording_protocol(settings) -> Protocol:
+    """How collect_demos.py records in RLBench: as above, of one of --variations if one is named."""
+    protocol = choose_protocol(settings)
+    if len(settings.variations) > 1:
+        raise UserError("--sim rlbench records one of the --variations, or draws from all of them.")
+    if settings.variations:
+        check_number("--variations", settings.variations[0], 0, MAX_VARIATION)
+        protocol = replace(protocol, variation=settings.variations[0])
+    return protocol
+
+
 def refuse_options(settings, names: tuple[str, ...]):
     """Raise a UserError if one of these options of RLBench is set where another simulator runs."""
     for name in names:
