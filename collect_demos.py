@@ -10,7 +10,6 @@
     python collect_demos.py --film 3                        and three in films/<task>.mp4
     python collect_demos.py --from-rlbench DATASET --run runs/rlbench
     python collect_demos.py --sim rlbench --tasks open_box --run runs/rlbench
-    python collect_demos.py --sim rlbench --protocol paper --tasks open_box --run runs/paper
 
 Only successful attempts are kept. A dataset of RLBench is read without RLBench or CoppeliaSim;
 --sim rlbench needs both, and records new demonstrations by RLBench's planner (docs/rlbench.md).
