@@ -1,4 +1,4 @@
-"""The base that tiny starts from, in SD-Turbo's place: a painter that pretrain_painter.py has made.
+"""The base that tiny and small start from, in SD-Turbo's place: made by pretrain_painter.py.
 
 A base is a folder like a trained painter's. It has read words and seen things, but no task.
 """
@@ -10,6 +10,12 @@ from genima.files import UserError
 from genima.painter import TinyPainter, load_painter
 
 SHIPPED = Path(__file__).resolve().parent.parent / "checkpoints/base"
+BASES = {  # by default; small's is not shipped
+    "tiny": str(SHIPPED),
+    "small": "runs/base-small",
+    "sd-turbo": "stabilityai/sd-turbo",
+}
+HOW_TO_MAKE = {"tiny": "make base", "small": "python pretrain_painter.py --size small"}
 FROM_SCRATCH = "none"  # in place of a folder: random weights
 OWN = "make a base of its own (pretrain_painter.py), or start from random weights (--base none)"
 
@@ -22,17 +28,17 @@ def check_base(size: str, base: str, out: Path):
     folder = Path(base)
     if folder.is_dir() and folder.resolve() == out.resolve():
         raise UserError(f"--out {out} is the base itself: give another folder.")
-    is_tiny = (folder / "painter.json").exists()
+    is_ours = (folder / "painter.json").exists()
     if size == "sd-turbo":
-        if is_tiny or base == FROM_SCRATCH:
+        if is_ours or base == FROM_SCRATCH:
             raise UserError(
-                f"--base {base} is for --size tiny: sd-turbo starts from SD-Turbo's folder, or its "
-                "name on the Hugging Face Hub (--base stabilityai/sd-turbo)."
+                f"--base {base} is for --size tiny and small: sd-turbo starts from SD-Turbo's "
+                f"folder, or its name on the Hugging Face Hub (--base {BASES[size]})."
             )
-    elif base != FROM_SCRATCH and not is_tiny:
+    elif base != FROM_SCRATCH and not is_ours:
         raise UserError(
-            f"{base} holds no base for --size tiny: make one (make base), or start from random "
-            "weights (--base none)."
+            f"{base} holds no base for --size {size}: make one ({HOW_TO_MAKE[size]}), or start "
+            "from random weights (--base none)."
         )
 
 

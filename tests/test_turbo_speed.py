@@ -164,14 +164,14 @@ def test_auto_without_a_gpu(base, capsys):
     accelerator = Accelerator(cpu=True)
     settings = Settings(size="sd-turbo", batch_size=8)
     assert settings.micro_batch_size == "auto"
-    resolve_micro_batch(settings, painter, one_step_loss, accelerator)
+    resolve_micro_batch(settings, painter, one_step_loss, accelerator, PROMPTS[0])
     assert settings.micro_batch_size == 1
     assert "no CUDA GPU" in capsys.readouterr().out
     settings = Settings(size="tiny", batch_size=8)
-    resolve_micro_batch(settings, None, None, accelerator)
+    resolve_micro_batch(settings, None, None, accelerator, PROMPTS[0])
     assert settings.micro_batch_size == 8
     settings = Settings(size="sd-turbo", micro_batch_size=2)
-    resolve_micro_batch(settings, painter, one_step_loss, accelerator)
+    resolve_micro_batch(settings, painter, one_step_loss, accelerator, PROMPTS[0])
     assert settings.micro_batch_size == 2
 
 
@@ -199,7 +199,7 @@ def test_the_trial_computes_what_training_does_and_keeps_the_weights(base, monke
         gather=lambda counts: counts,
     )
     settings = Settings(size="sd-turbo", batch_size=8)
-    resolve_micro_batch(settings, painter, one_step_loss, accelerator)
+    resolve_micro_batch(settings, painter, one_step_loss, accelerator, PROMPTS[0])
     assert settings.micro_batch_size == 4  # 8 would take 8 GB beside the optimiser
     assert peaks == [False]
     assert all(parameter.grad is None for parameter in painter.parameters())
