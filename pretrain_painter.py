@@ -340,8 +340,8 @@ def main():
     print(f"{settings.out}: overlap (IoU) in scenes held out, A, B and C: {log[-1][2:]}")
 
 
-IDENTITY = ("first_scene", "scenes", "steps", "batch_size", "learning_rate", "image_size", "seed")
-IDENTITY += ("size",)
+IDENTITY = ("size", "first_scene", "scenes", "steps", "batch_size", "learning_rate", "image_size")
+IDENTITY += ("seed",)
 
 
 if __name__ == "__main__":
