@@ -13,6 +13,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from test_evaluate import untrained
 
 import evaluate
@@ -58,6 +59,7 @@ def call(module, *words):
     except SystemExit as ended:
         return ended.code
     finally:
+        AcceleratorState._reset_state(reset_partial_state=True)  # the next may be more precise
         for number, handler in before.items():
             signal.signal(number, handler)
 
