@@ -210,7 +210,8 @@ def test_the_trial_computes_what_training_does_and_keeps_the_weights(base, monke
 def test_the_benchmark_ends_and_keeps_every_number(tmp_path, monkeypatch, capsys):
     out = tmp_path / "new/numbers.json"
     parts = ["painting", "training", "small", "loading", "taesd"]
-    words = ["--random", "--parts", *parts, "--micro-batches", "2", "--out", str(out)]
+    words = ["--random", "--parts", *parts, "--micro-batches", "2", "--seconds", "3600"]
+    words += ["--out", str(out)]
     monkeypatch.setattr(sys, "argv", ["benchmark_gpu.py", *words])
     benchmark_gpu.main()
     numbers = json.loads(out.read_text())
