@@ -118,7 +118,7 @@ class Settings:
     """The controller's folder, if it is not <run>/act (for --policy act: <run>/act_rgb)."""
     painter: Path | None = None
     """The painter's folder, if it is not <run>/controlnet, or its name on the Hugging Face Hub."""
-    size: Literal["tiny", "sd-turbo"] | None = None
+    size: Literal["tiny", "small", "sd-turbo"] | None = None
     """Refuse a painter of another size."""
     taesd: str | None = None
     """For sd-turbo: a tiny autoencoder that decodes faster than its own (madebyollin/taesd)."""

@@ -7,6 +7,7 @@
 
     python pretrain_painter.py                                make base: scenes, then training
     python pretrain_painter.py --scenes 2000 --steps 50 --out runs/try      to try it out
+    python pretrain_painter.py --size small --image-size 128                on one GPU of 12 GB
     python train_controlnet.py --base runs/base               stage 2 starts from it
 
 GENIMA starts from SD-Turbo, a network that ties words to places in pictures, whatever the table,
@@ -27,6 +28,7 @@ import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # scenes are drawn by one process per core
 
@@ -36,18 +38,16 @@ import torch
 import torch.nn.functional as F
 import tyro
 from accelerate import Accelerator
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from genima import painter_training as setup
 from genima.base import FROM_SCRATCH, fingerprint, load_base
 from genima.episodes import CAMERAS
-from genima.files import UserError, read_hdf5, run_stage, write_hdf5, write_whole
+from genima.files import UserError, read_hdf5, run_stage, write_hdf5
 from genima.painter import PROMPT, TinyPainter
 from genima.painter_data import Augmentation, colour_jitter
 from genima.parallel import run_in_parallel, usable_cores
-from genima.plots import two_columns, write_losses
-from genima.spheres import alpha_composite
+from genima.plots import write_contact_sheet, write_losses
 from genima.training import (
     StopSignal,
     agree,
@@ -59,22 +59,28 @@ from genima.training import (
     stop_training,
     warmup,
 )
-from genima.views import composite, tile_views
+from genima.views import TILED, composite, tile_views
 from sims.mujoco_panda import render_cameras
-from sims.mujoco_tasks import COLOURS, TASKS
+from sims.mujoco_tasks import TASKS
 from sims.random_scenes import RandomSceneEnv
 from sims.rendering import choose_renderer
-from sims.scene_sentences import THINGS, draw_sentence
+from sims.scene_sentences import all_sentences, draw_sentence, kind_of
 
 FORMAT = "nanogenima-scenes-1"
 SHARD = 500  # scenes a file: a killed run loses at most that many
+SHOWN = 8  # scenes in scenes.png
+FOLDERS = {"tiny": Path("runs/base"), "small": Path("runs/base-small")}
+LEARNING_RATES = {"tiny": 8e-4, "small": 3e-4}  # small's: in proportion to 1 / width, not tuned
 KINDS = ("A", "B", "C", "C")  # of the sentences for each scene: a quarter, a quarter, a half
 
 
 @dataclass
 class Settings:
-    out: Path = Path("runs/base")
-    """Folder of the base: scenes/ and the trained painter."""
+    out: Path | None = None
+    """Folder of the base: scenes/ and the trained painter; by default runs/base, or for small
+    runs/base-small."""
+    size: Literal["tiny", "small"] = "tiny"
+    """tiny: a base for a laptop; small: ten times as large, for one consumer GPU."""
     base: str = FROM_SCRATCH
     """A base to train further; by default random weights."""
     first_scene: int = 0
@@ -85,10 +91,10 @@ class Settings:
     """Gradient steps."""
     batch_size: int = 64
     """Samples a step."""
-    learning_rate: float = 8e-4
-    """Highest learning rate of AdamW; falls as half a cosine."""
-    image_size: int = 64
-    """Height and width of a view, pixels."""
+    learning_rate: float | None = None
+    """Highest learning rate of AdamW, by default 8e-4, for small 3e-4; falls as half a cosine."""
+    image_size: int | None = None
+    """Height and width of a view, pixels; by default 64, for small 128."""
     seed: int = 0
     """Seed of initialisation, sampling and augmentation; scenes have seeds of their own."""
     checkpoint_every: int = 500
@@ -155,26 +161,18 @@ def draw_scenes(settings: Settings) -> list[Path]:
     make_context = partial(make_environments, settings.image_size)
     for _ in run_in_parallel(jobs, settings.workers, "scenes", f"{SHARD} scenes", make_context):
         pass
-    write_contact_sheet(next(iter(shards)), settings.out / "scenes.png")
+    first = next(iter(shards))
+    with read_hdf5(first, FORMAT) as root:
+        images = root["images"][:SHOWN]  # (N, V, H, W, 3)
+        layers = root["layers"][:SHOWN]  # (N, S, V, H, W, 4)
+        sentences = root["sentences"].asstr()[:SHOWN]  # (N, S)
+    drawn = images.shape[2]
+    if drawn != settings.image_size:
+        raise UserError(
+            f"{first} has views of {drawn} pixels: give --image-size {drawn}, or another --out."
+        )
+    write_contact_sheet(settings.out / "scenes.png", images, layers, sentences)
     return list(shards)
-
-
-def write_contact_sheet(shard: Path, path: Path, rows: int = 8):
-    """The first scenes, with what each of their sentences asks for."""
-    with read_hdf5(shard, FORMAT) as root:
-        images = root["images"][:rows]  # (N, V, H, W, 3)
-        layers = root["layers"][:rows]  # (N, S, V, H, W, 4)
-        sentences = root["sentences"].asstr()[:rows]  # (N, S)
-    figure = Figure((2.2 * layers.shape[1], 2.5 * rows), layout="tight")
-    axes = figure.subplots(rows, layers.shape[1])
-    for row in range(rows):
-        for column in range(layers.shape[1]):
-            painted = alpha_composite(layers[row, column], images[row])  # (V, H, W, 3)
-            axes[row, column].imshow(two_columns(list(painted)), interpolation="nearest")
-            axes[row, column].set_title(sentences[row, column], fontsize=7)
-            axes[row, column].axis("off")
-    with write_whole(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
 
 
 # ------------------------------------------------------------------------------------------ data
@@ -233,29 +231,6 @@ def prepare(batch: dict, device, augment: bool = True) -> dict:
     }
 
 
-def kind_of(sentence: str) -> str:
-    if sentence.startswith("the robot"):
-        return "A"
-    if " hand " in sentence:
-        return "C"
-    return "B"
-
-
-def all_sentences() -> list[str]:
-    """Every sentence of the scenes, and every instruction of the tasks, so that the tokenizer
-    knows all words. (Of the instructions the base learns no more than that.)"""
-    sentences = set()
-    for hand in ("open", "closed"):
-        sentences.add(f"the robot as it is, the hand {hand}")
-    for name, task in TASKS.items():
-        names = [*COLOURS, *task.names]
-        for thing in names:
-            sentences.update(phrase.format(thing) for phrase in THINGS[name])
-            sentences.update(template.format(thing) for template in task.templates)
-    sentences.update(f"the open hand {place} it" for place in ("at", "above"))
-    return sorted(sentences)
-
-
 # -------------------------------------------------------------------------------------- training
 def painting_loss(logits: torch.Tensor, batch: dict) -> torch.Tensor:
     """Where to paint, and what it looks like; as stage 2's loss for tiny (train_controlnet.py)."""
@@ -292,15 +267,29 @@ def validate(painter, dataset: SceneDataset, count: int = 6) -> list[float]:
 COLUMNS = ("step", "loss", "iou_A", "iou_B", "iou_C")
 
 
+def fill_in_defaults(settings: Settings):
+    """Set what is None: values that depend on the size."""
+    defaults = {
+        "out": FOLDERS[settings.size],
+        "learning_rate": LEARNING_RATES[settings.size],
+        "image_size": TILED[settings.size] // 2,
+    }
+    for name, value in defaults.items():
+        if getattr(settings, name) is None:
+            setattr(settings, name, value)
+
+
 def main():
     settings = tyro.cli(Settings, description=__doc__)
+    fill_in_defaults(settings)
     shards = draw_scenes(settings)
+    torch.set_num_threads(settings.workers)
     held_out = shards[-1:]
     training = shards[:-1] if len(shards) > 1 else shards
-    bf16 = setup.choose_precision("tiny", "auto") == "bf16" or torch.cuda.is_available()
+    bf16 = setup.choose_precision(settings.size, "auto") == "bf16" or torch.cuda.is_available()
     accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no")
     config = {
-        "size": "tiny",
+        "size": settings.size,
         "objective": "one-step",
         "num_inference_steps": 1,
         "image_size": settings.image_size,
@@ -351,7 +340,8 @@ def main():
     print(f"{settings.out}: overlap (IoU) in scenes held out, A, B and C: {log[-1][2:]}")
 
 
-IDENTITY = ("first_scene", "scenes", "steps", "batch_size", "learning_rate", "image_size", "seed")
+IDENTITY = ("size", "first_scene", "scenes", "steps", "batch_size", "learning_rate", "image_size")
+IDENTITY += ("seed",)
 
 
 if __name__ == "__main__":

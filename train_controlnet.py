@@ -1,13 +1,14 @@
 """Stage 2: a diffusion model with a ControlNet learns to paint where the robot should go.
 
     In:   <run>/episodes (pictures, instructions) and <run>/spheres (the targets, render_spheres.py)
-    Out:  <run>/controlnet (or --out), in diffusers' layout: controlnet/, and for tiny unet/
-          text_encoder/ tokenizer/ scheduler/ (safetensors); painter.json, README.md (a card),
+    Out:  <run>/controlnet (or --out), in diffusers' layout: controlnet/, for tiny and small also
+          unet/ text_encoder/ tokenizer/ scheduler/ (safetensors); painter.json, README.md (a card),
           validation.png (observation, truth, painted; scenes held out), losses.csv, losses.png,
           training.pt
 
     python train_controlnet.py                                       tiny, from the shipped base
     python train_controlnet.py --base none --run runs/scratch        tiny, from random weights
+    python train_controlnet.py --size small --run runs/small         ten times tiny, on one GPU
     python train_controlnet.py --size sd-turbo --run runs/turbo      SD-Turbo, on one GPU
     accelerate launch train_controlnet.py --size sd-turbo --run ...  the same batch, on many GPUs
     python train_controlnet.py --objective noise --run runs/noise    the paper's objective
@@ -25,10 +26,10 @@ layers in <run>/spheres: to predict something else, put other layers there. Two 
       compare with the target (pix2pix-turbo, arXiv 2403.12036). Painting takes one pass, so 10 Hz
       holds, and the loss can say which pixels matter.
 
-tiny_noise_loss and tiny_one_step_loss are the same for tiny, which predicts an RGBA layer over the
-observation: it need not learn to copy. With the layer the picture is known, and with the picture
-its noise. (Predicted as noise, an error is 15 times as large in the picture at t = 999; tiny's
-paintings were noise after 1,500 steps.) For one step, tiny starts from the observation, as
+tiny_noise_loss and tiny_one_step_loss are the same for tiny and small, which predict an RGBA layer
+over the observation: they need not learn to copy. With the layer the picture is known, and with the
+picture its noise. (Predicted as noise, an error is 15 times as large in the picture at t = 999;
+tiny's paintings were noise after 1,500 steps.) For one step, they start from the observation, as
 pix2pix-turbo does, in place of noise, in which there is nothing to read.
 """
 
@@ -43,27 +44,14 @@ import tyro
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from genima import painter_training as setup
 from genima.base import FROM_SCRATCH, check_base, load_base
 from genima.diffusion import LatentCache, add_noise, draw_noise
 from genima.files import run_stage
 from genima.hub import push, write_card
 from genima.micro_batch import resolve_micro_batch
-from genima.painter import TIMESTEP, TinyPainter, TurboPainter
+from genima.painter import PROMPT, TIMESTEP, TinyPainter, TurboPainter
 from genima.painter_data import Augmentation, PainterDataset, find_frames, read_batch
-from genima.painter_training import (
-    advise_when_out_of_memory,
-    check_prompts,
-    check_settings,
-    choose_precision,
-    describe_training,
-    fill_in_defaults,
-    identity_of,
-    make_optimizer,
-    prepare_tiny,
-    prepare_turbo,
-    sphere_overlap,
-    split_batch,
-)
 from genima.plots import write_grid, write_losses
 from genima.scenes import measured_in
 from genima.training import (
@@ -78,10 +66,13 @@ from genima.training import (
     stop_training,
     warmup,
 )
+from genima.turbo_speed import compile_for_training
 from genima.views import composite
 
 SPHERE_WEIGHT = 20  # a pixel of a sphere counts as much as 20 others; ours: spheres are small
-HUE = {"tiny": 0.0, "sd-turbo": 0.05}  # published code: 0.05; but instructions name colours
+# Published code: 0.05; but instructions name colours.
+HUE = {"tiny": 0.0, "small": 0.0, "sd-turbo": 0.05}
+VALIDATED = {"tiny": 48, "small": 48, "sd-turbo": 8}  # first frames that a validation paints
 COLUMNS = ("step", "loss", "first_frame_iou")  # of losses.csv
 PUSHED_FILES = ("painter.json", "README.md", "validation.png", "losses.csv", "losses.png")
 
@@ -92,29 +83,33 @@ class Settings:
     """Folder of the run: reads episodes/ and spheres/."""
     out: Path | None = None
     """Folder of the trained painter; by default controlnet/ in the run."""
-    size: Literal["tiny", "sd-turbo"] = "tiny"
-    """tiny: small networks, for a laptop; sd-turbo: a ControlNet for SD-Turbo, on a GPU."""
+    size: Literal["tiny", "small", "sd-turbo"] = "tiny"
+    """tiny: small networks, for a laptop; small: ten times as large, for one consumer GPU;
+    sd-turbo: a ControlNet for SD-Turbo, on a large GPU."""
     objective: Literal["one-step", "noise"] = "one-step"
     """one-step: reconstruct the target in one pass; noise: predict the noise in it (the paper)."""
     base: str | None = None
-    """Where training starts. sd-turbo: its folder or name on the Hub (stabilityai/sd-turbo);
-    tiny: a folder of pretrain_painter.py (checkpoints/base), or none for random weights."""
+    """Where training starts. sd-turbo: its folder or name on the Hub (stabilityai/sd-turbo); the
+    others: a folder of pretrain_painter.py (for tiny checkpoints/base, for small runs/base-small),
+    or none for random weights."""
     resolution: int | None = None
-    """Height of the tiled views, pixels; by default as recorded for tiny, 512 for sd-turbo."""
+    """Height of the tiled views, pixels; by default 512 for sd-turbo, else as recorded."""
     steps: int | None = None
-    """Gradient steps; default 1,200 for tiny from its base, 4,800 from random weights, 10,000 for
-    sd-turbo (documents: up to 50,000)."""
+    """Gradient steps; by default 10,000 for sd-turbo (documents: up to 50,000), else 1,200 from a
+    base and 4,800 from random weights."""
     batch_size: int = 8
     """Samples a step, in all processes together (documents: 8 to 16)."""
     micro_batch_size: int | Literal["auto"] = "auto"
-    """Samples computed at once; gradients add up. auto: all for tiny, what fits for sd-turbo."""
+    """Samples computed at once; gradients add up. auto: all for tiny, else what fits."""
     learning_rate: float | None = None
-    """By default 3e-4 for tiny from its base and 8e-4 from random weights, both falling as a
-    cosine; 1e-5, constant, for sd-turbo (published)."""
+    """By default 1e-5, constant, for sd-turbo (published); for tiny (small) 3e-4 (1e-4) from a base
+    and 8e-4 (3e-4) from random weights, falling as a cosine."""
     optimizer: Literal["adamw", "adafactor"] = "adamw"
     """adafactor keeps fewer numbers for a weight than adamw: 2.3 GB less for sd-turbo."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 for sd-turbo on a GPU, and for tiny on a CPU with avx512_bf16 or amx_bf16."""
+    """auto: bf16 for small and sd-turbo on a GPU, for tiny and small on a CPU that has it."""
+    compile: bool = False
+    """Compile the networks for this GPU: takes minutes, then each step is faster."""
     crop: int = 2
     """Pixels of the random crop (published code: 2); with 0 each target is encoded only once."""
     failed: bool = False
@@ -171,10 +166,10 @@ def tiny_noise_loss(painter, model, batch, latent_cache):
 
 
 OBJECTIVES = {
-    ("sd-turbo", "one-step"): one_step_loss,
-    ("sd-turbo", "noise"): noise_loss,
-    ("tiny", "one-step"): tiny_one_step_loss,
-    ("tiny", "noise"): tiny_noise_loss,
+    (TurboPainter, "one-step"): one_step_loss,
+    (TurboPainter, "noise"): noise_loss,
+    (TinyPainter, "one-step"): tiny_one_step_loss,
+    (TinyPainter, "noise"): tiny_noise_loss,
 }
 
 
@@ -202,15 +197,15 @@ def build_painter(settings, data, device):
     if settings.objective == "one-step":
         config["num_inference_steps"] = 1
     bf16 = settings.precision == "bf16"
-    if settings.size == "tiny":
-        if settings.base == FROM_SCRATCH:
-            painter = TinyPainter.from_scratch(data.instructions(), config)
-        else:
-            painter = load_base(settings.base, config)
-            check_prompts(painter, data)
-        return prepare_tiny(painter, device, bf16)
-    painter = TurboPainter.from_base(settings.base, config)
-    return prepare_turbo(painter, device, bf16, data.instructions())
+    if settings.size == "sd-turbo":
+        painter = TurboPainter.from_base(settings.base, config)
+        return setup.prepare_turbo(painter, device, bf16, data.instructions())
+    if settings.base == FROM_SCRATCH:
+        painter = TinyPainter.from_scratch(data.instructions(), config)
+    else:
+        painter = load_base(settings.base, config)
+        setup.check_prompts(painter, data)
+    return setup.prepare_tiny(painter, device, bf16)
 
 
 def make_batches(settings, data, accelerator, start):
@@ -231,9 +226,9 @@ def make_batches(settings, data, accelerator, start):
 
 
 def learning_rate_at(step, settings):
-    """A short warm-up; then constant for sd-turbo, half a cosine down to zero for tiny."""
+    """A short warm-up; then constant for sd-turbo (published), else half a cosine down to zero."""
     factor = warmup(step)
-    if settings.size == "tiny":
+    if settings.size != "sd-turbo":
         factor = min(factor, half_cosine(step, settings.steps))
     return settings.learning_rate * factor
 
@@ -249,12 +244,11 @@ def validate(painter, data, settings, folder):
     painter.eval()
     frames = data.held_out if data.held_out else data.training
     firsts = [frame for frame in frames if frame.t == 0]
-    count = 48 if settings.size == "tiny" else 8
     rng = np.random.default_rng(0)
-    chosen = [firsts[i] for i in rng.permutation(len(firsts))[:count]]
+    chosen = [firsts[i] for i in rng.permutation(len(firsts))[: VALIDATED[settings.size]]]
     batch = read_batch(chosen, data.cameras, settings.resolution, [rng] * len(chosen))
     painted = []
-    for part in split_batch(batch, settings.micro_batch_size, painter.unet.device):
+    for part in setup.split_batch(batch, settings.micro_batch_size, painter.unet.device):
         painted.append(painter.paint_tiled(part["observation"], part["prompts"]).cpu())
     painter.train()
 
@@ -266,7 +260,7 @@ def validate(painter, data, settings, folder):
     }
     captions = [prompt.split("'")[1] for prompt in batch["prompts"][:6]]
     write_grid(folder / "validation.png", pictures, captions)
-    return sphere_overlap(pictures["painted"], pictures["truth"], observation)
+    return setup.sphere_overlap(pictures["painted"], pictures["truth"], observation)
 
 
 # ---------------------------------------------------------------------------------------- training
@@ -281,36 +275,39 @@ def save_painter(folder, painter, settings, data, log):
 
 def main():
     settings = tyro.cli(Settings, description=__doc__)
-    settings.precision = choose_precision(settings.size, settings.precision)
+    settings.precision = setup.choose_precision(settings.size, settings.precision)
     accelerator = Accelerator(mixed_precision="bf16" if settings.precision == "bf16" else "no")
     is_main_process = accelerator.is_main_process  # the one that writes and prints
     data = find_frames(settings.run, settings.failed)
-    fill_in_defaults(settings, data)
-    check_settings(settings, accelerator.num_processes, data.cameras)
+    setup.fill_in_defaults(settings, data)
+    setup.check_settings(settings, accelerator.num_processes, data.cameras)
     folder = settings.out
     check_base(settings.size, settings.base, folder)
 
     painter = build_painter(settings, data, accelerator.device)
-    objective = OBJECTIVES[settings.size, settings.objective]
-    resolve_micro_batch(settings, painter, objective, accelerator)
+    objective = OBJECTIVES[type(painter), settings.objective]
+    prompt = PROMPT.format(data.instructions()[0])
+    resolve_micro_batch(settings, painter, objective, accelerator, prompt)
+    if settings.compile:
+        print(compile_for_training(painter))
     parts = settings.batch_size // accelerator.num_processes // settings.micro_batch_size
     accelerator.gradient_accumulation_steps = parts
     latent_cache = LatentCache(painter)
-    optimizer = make_optimizer(settings.optimizer, painter, settings.learning_rate)
-    identity = identity_of(settings, data)
+    optimizer = setup.make_optimizer(settings.optimizer, painter, settings.learning_rate)
+    identity = setup.identity_of(settings, data)
     start, log = resume(folder, painter, optimizer, identity)  # log: rows of losses.csv
     model, optimizer = accelerator.prepare(painter, optimizer)
     loader = make_batches(settings, data, accelerator, start)
     quiet = not is_main_process or start == settings.steps
     if not quiet:
-        print(describe_training(painter, accelerator, data, settings.failed))
+        print(setup.describe_training(painter, accelerator, data, settings.failed))
 
     stopping = StopSignal()
     bar = tqdm(loader, "painter", settings.steps, unit="step", initial=start, disable=quiet)
     for step, batch in enumerate(bar, start + 1):
         set_learning_rate(optimizer, learning_rate_at(step, settings))
         loss = 0.0
-        for part in split_batch(batch, settings.micro_batch_size, accelerator.device):
+        for part in setup.split_batch(batch, settings.micro_batch_size, accelerator.device):
             with accelerator.accumulate(model):  # processes exchange gradients at the last part
                 part_loss = objective(painter, model, part, latent_cache)
                 accelerator.backward(part_loss)  # divides by the number of parts
@@ -345,4 +342,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_stage(advise_when_out_of_memory(main))
+    run_stage(setup.advise_when_out_of_memory(main))

@@ -1,4 +1,4 @@
-"""What tiny starts from: a painter in SD-Turbo's place, and a controller that follows spheres.
+"""What tiny and small start from: a painter in SD-Turbo's place, a controller that follows spheres.
 
 A base is a folder like a trained painter's, made by pretrain_painter.py. It has read words and seen
 things, but no task. The controller was trained by train_act.py on random motions (collect_demos.py
@@ -16,6 +16,12 @@ from genima.painter import TinyPainter, load_painter
 
 SHIPPED = Path(__file__).resolve().parent.parent / "checkpoints/base"
 FOLLOWER = SHIPPED.parent / "follower"
+BASES = {  # by default; small's is not shipped
+    "tiny": str(SHIPPED),
+    "small": "runs/base-small",
+    "sd-turbo": "stabilityai/sd-turbo",
+}
+HOW_TO_MAKE = {"tiny": "make base", "small": "python pretrain_painter.py --size small"}
 FROM_SCRATCH = "none"  # in place of a folder: random weights
 OWN = "make a base of its own (pretrain_painter.py), or start from random weights (--base none)"
 
@@ -28,17 +34,17 @@ def check_base(size: str, base: str, out: Path):
     folder = Path(base)
     if folder.is_dir() and folder.resolve() == out.resolve():
         raise UserError(f"--out {out} is the base itself: give another folder.")
-    is_tiny = (folder / "painter.json").exists()
+    is_ours = (folder / "painter.json").exists()
     if size == "sd-turbo":
-        if is_tiny or base == FROM_SCRATCH:
+        if is_ours or base == FROM_SCRATCH:
             raise UserError(
-                f"--base {base} is for --size tiny: sd-turbo starts from SD-Turbo's folder, or its "
-                "name on the Hugging Face Hub (--base stabilityai/sd-turbo)."
+                f"--base {base} is for --size tiny and small: sd-turbo starts from SD-Turbo's "
+                f"folder, or its name on the Hugging Face Hub (--base {BASES[size]})."
             )
-    elif base != FROM_SCRATCH and not is_tiny:
+    elif base != FROM_SCRATCH and not is_ours:
         raise UserError(
-            f"{base} holds no base for --size tiny: make one (make base), or start from random "
-            "weights (--base none)."
+            f"{base} holds no base for --size {size}: make one ({HOW_TO_MAKE[size]}), or start "
+            "from random weights (--base none)."
         )
 
 

@@ -18,11 +18,13 @@ import transformers
 
 from genima.files import UserError, name_full_disk, write_whole
 
+OURS = {
+    "header": "license: mit",
+    "sentence": "MIT, as the code that trained it; no weights of others are in it.",
+}
 LICENCES = {  # of the trained weights, by size
-    "tiny": {
-        "header": "license: mit",
-        "sentence": "MIT, as the code that trained it; no weights of others are in it.",
-    },
+    "tiny": OURS,
+    "small": OURS,
     "sd-turbo": {
         "header": "license: other\n"
         "license_name: stability-ai-community\n"

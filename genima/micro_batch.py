@@ -40,10 +40,11 @@ class Peak(NamedTuple):
 
 
 # ---------------------------------------------------------------------------------------- settings
-def resolve_micro_batch(settings, painter, objective, accelerator):
+def resolve_micro_batch(settings, painter, objective, accelerator, prompt: str):
     """Replace the "auto" in train_controlnet.py's settings by a number, and say which.
 
     Call it before the optimiser allocates its memory. Weights and random numbers stay as they are.
+    prompt: one of those that are trained with.
     """
     if settings.micro_batch_size != "auto":
         return
@@ -53,11 +54,12 @@ def resolve_micro_batch(settings, painter, objective, accelerator):
         return
     if accelerator.device.type != "cuda":
         settings.micro_batch_size = 1
+        switch_checkpointing(painter, True)
         print("There is no CUDA GPU to measure on: one sample at once, with checkpointing.")
         return
 
     def compute(count):
-        batch = random_batch(count, painter)
+        batch = random_batch(count, painter, prompt)
         with accelerator.autocast():
             loss = objective(painter, painter, batch, LatentCache(painter))
         loss.backward()
@@ -85,8 +87,8 @@ def switch_checkpointing(painter, on: bool):
             network.disable_gradient_checkpointing()
 
 
-def random_batch(count: int, painter) -> dict:
-    """What an objective takes (painter_data.py), of noise, for a prompt that is encoded already."""
+def random_batch(count: int, painter, prompt: str) -> dict:
+    """What an objective takes (painter_data.py), of noise, all with the same prompt."""
     device = painter.unet.device
     rows, columns = grid_of(len(painter.config["cameras"]))
     height = painter.config["resolution"]
@@ -98,7 +100,7 @@ def random_batch(count: int, painter) -> dict:
         "condition": observation,
         "observation": observation,
         "layer": layer,
-        "prompts": [next(iter(painter.prompt_cache))] * count,
+        "prompts": [prompt] * count,
         "seeds": list(range(count)),
         "keys": [None] * count,  # no target latents are kept
     }

@@ -7,12 +7,13 @@
     latents (B, C, h, w), timestep ---------------------+----------------------+
 
 The ControlNet is a copy of the UNet's encoder. Zero convolutions join it to the UNet, so before
-training it changes nothing. Two sizes, two classes with the same methods:
+training it changes nothing. Two classes with the same methods; TinyPainter has two sizes:
 
                  TurboPainter                            TinyPainter
+    size         sd-turbo                                tiny, small (genima/tiny.py)
     network      SD-Turbo; the ControlNet is trained     the same parts, small; all are trained
     a latent     8x8 pixels, encoded (C = 4, h = H/8)    4x4 pixels as they are (C = 48, h = H/4)
-    text         L = 77, E = 1024                        L = 32 to 77, E = 64, and pooled_text
+    text         L = 77, E = 1024                        L = 32 to 77, E = 64, 256; pooled_text
     prediction   the noise in the latents, (B, C, h, w)  an RGBA layer over the views (B, 4, H, W)
 
 A painter's `config`, saved as painter.json: size, objective, num_inference_steps, image_size (of
@@ -40,7 +41,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from genima.diffusion import TIMESTEP, VAE_PATCH, initial_latents
 from genima.files import UserError
 from genima.hub import fetch_folder, load_part, load_parts, read_config, save_parts
-from genima.tiny import PATCH, build_tiny
+from genima.tiny import LAYOUTS, PATCH, build_parts
 from genima.tokenizer import tokenize
 from genima.turbo_speed import speed_up
 from genima.views import check_views, composite, fit, image_sizes_of, resize, tile_any, untile_views
@@ -182,7 +183,7 @@ class TurboPainter(Painter):
 
 
 class TinyPainter(Painter):
-    """For a laptop: the same parts built small, all trained; it paints a layer over the views."""
+    """The same parts built small, all trained, and no VAE; it paints a layer over the views."""
 
     saved_parts = {
         "tokenizer": CLIPTokenizer,
@@ -205,7 +206,7 @@ class TinyPainter(Painter):
     def from_scratch(cls, instructions: list[str], config: dict):
         """A painter to be trained; each word of the instructions becomes one token."""
         prompts = [PROMPT.format(instruction) for instruction in instructions]
-        return cls(config, **build_tiny(prompts, config["resolution"]))
+        return cls(config, **build_parts(config["size"], prompts, config["resolution"]))
 
     def encode_text(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """B prompts -> encoder_hidden_states (B, L, E), pooled_text (B, E)."""
@@ -228,7 +229,7 @@ class TinyPainter(Painter):
 
         latents (B, 48, H/4, W/4): the noisy picture with spheres; None: the views themselves.
         """
-        encoder_hidden_states, pooled_text = self.encode_text(prompts)  # (B, L, 64), (B, 64)
+        encoder_hidden_states, pooled_text = self.encode_text(prompts)  # (B, L, E), (B, E)
         controlnet_cond = self.encode_images(condition)  # (B, 48, H/4, W/4)
         if latents is None:
             latents = controlnet_cond
@@ -277,7 +278,9 @@ def load_painter(
     """
     folder = fetch_folder(folder)
     config = read_config(folder)
-    if config["size"] == "tiny":
+    if config["size"] in LAYOUTS:
+        if taesd or compile:
+            print(f"--taesd and --compile are for sd-turbo: {folder} paints without them.")
         parts = load_parts(folder, TinyPainter.saved_parts)
         return TinyPainter(config, **parts).to(device).eval()
 

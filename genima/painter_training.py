@@ -4,33 +4,45 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor
 from transformers.optimization import Adafactor
 
-from genima.base import FROM_SCRATCH, SHIPPED, fingerprint
+from genima.base import BASES, FROM_SCRATCH, fingerprint
+from genima.diffusion import VAE_PATCH
 from genima.files import UserError, check_number
 from genima.hub import check_hub
 from genima.painter import PROMPT, TinyPainter, TurboPainter
 from genima.painter_data import PainterData
 from genima.scenes import describe_split
+from genima.tiny import LAYOUTS, pixel_unit
 from genima.tokenizer import tokenize, unknown_words
 from genima.training import check_numbers, trained_parameters
 from genima.views import TILED, grid_of
 
 MAX_RESOLUTION = 4096  # pixels
 TRAINED_STEPS = 1000  # of noise, in a training; painting can take no more
+# Steps and learning rate by default: from the base, and from random weights. Those of small are
+# tiny's, with a learning rate in proportion to 1 / width, and were never tuned.
+FROM_BASE = {"tiny": (1200, 3e-4), "small": (1200, 1e-4), "sd-turbo": (10_000, 1e-5)}
+FROM_RANDOM = {"tiny": (4800, 8e-4), "small": (4800, 3e-4)}
 
 
 def fill_in_defaults(settings, data: PainterData):
     """Set what is None: values that depend on the size, the base and the recorded views."""
-    defaults = {"steps": 10_000, "learning_rate": 1e-5, "resolution": 512}
-    defaults["base"] = "stabilityai/sd-turbo"
-    if settings.size == "tiny":
+    size = settings.size
+    schedules = FROM_BASE
+    if settings.base == FROM_SCRATCH and size in FROM_RANDOM:
+        schedules = FROM_RANDOM
+    steps, learning_rate = schedules[size]
+    resolution = TILED[size]
+    as_recorded = data.image_size is not None and data.image_size <= resolution
+    if size in LAYOUTS and as_recorded:
         rows, _ = grid_of(len(data.cameras))
-        defaults = {"base": str(SHIPPED), "steps": 1200, "learning_rate": 3e-4}
-        if settings.base == FROM_SCRATCH:
-            defaults |= {"steps": 4800, "learning_rate": 8e-4}
-        defaults["resolution"] = TILED["tiny"]
-        if data.image_size is not None and data.image_size <= TILED["tiny"]:
-            defaults["resolution"] = rows * data.image_size
-    defaults["out"] = settings.run / "controlnet"
+        resolution = rows * data.image_size
+    defaults = {
+        "base": BASES[size],
+        "steps": steps,
+        "learning_rate": learning_rate,
+        "resolution": resolution,
+        "out": settings.run / "controlnet",
+    }
     for name, value in defaults.items():
         if getattr(settings, name) is None:
             setattr(settings, name, value)
@@ -51,9 +63,9 @@ def check_settings(settings, num_processes: int, cameras: list[str]):
     check_number("--resolution", settings.resolution, 1, MAX_RESOLUTION)
     rows, columns = grid_of(len(cameras))
     check_number("--crop", settings.crop, 0, settings.resolution // rows - 1)
-    unit = 8  # pixels of one latent
-    if settings.size == "tiny":
-        unit = 16  # of one latent, 4, which the UNet halves twice
+    unit = VAE_PATCH
+    if settings.size in LAYOUTS:
+        unit = pixel_unit(settings.size)
     height = settings.resolution
     width = height * columns // rows
     if height < unit or height % unit or width % unit:
@@ -79,7 +91,7 @@ def identity_of(settings, data: PainterData) -> dict:
     identity |= {"cameras": data.cameras, "frames": len(data.training)}
     if data.image_size is None:
         identity["image_sizes"] = {name: list(size) for name, size in data.image_sizes.items()}
-    if settings.size == "tiny":
+    if settings.size in LAYOUTS:  # its base is a folder
         identity["base"] = fingerprint(settings.base)
     return identity
 
@@ -92,13 +104,13 @@ def choose_precision(size: str, precision: str) -> str:
     """
     if precision != "auto":
         return precision
-    if size == "sd-turbo":
-        faster = torch.cuda.is_available()
-    else:
-        able = torch.cpu.get_capabilities()
-        in_hardware = able.get("avx512_bf16") or able.get("amx_bf16")
-        faster = in_hardware and not torch.accelerator.is_available()
-    if faster:
+    on_gpu = torch.cuda.is_available()
+    able = torch.cpu.get_capabilities()
+    in_hardware = able.get("avx512_bf16") or able.get("amx_bf16")
+    on_cpu = in_hardware and not torch.accelerator.is_available()
+    # On a GPU tiny's operations are too short, on a CPU nobody waits for sd-turbo.
+    faster = {"tiny": on_cpu, "small": on_cpu or on_gpu, "sd-turbo": on_gpu}
+    if faster[size]:
         return "bf16"
     return "fp32"
 
@@ -109,12 +121,15 @@ def check_prompts(painter: TinyPainter, data: PainterData):
 
 
 def prepare_tiny(painter: TinyPainter, device: torch.device, bf16: bool) -> TinyPainter:
-    """Move it to the device, with the attention that is faster there."""
+    """Move it to the device, with the attention and the layout that are faster there."""
     if bf16 and device.type == "cpu":
         # Plain operations: the backward of PyTorch's fused attention took a fifth of the step.
         painter.unet.set_attn_processor(AttnProcessor())
         painter.controlnet.set_attn_processor(AttnProcessor())
-    return painter.to(device)
+    painter.to(device)
+    if bf16 and device.type == "cuda":
+        painter.to(memory_format=torch.channels_last)
+    return painter
 
 
 def prepare_turbo(

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 from genima.files import write_whole
+from genima.spheres import alpha_composite
 
 PANEL = 256  # height and width of each of a film's three panels, pixels
 TITLE_HEIGHT = 28  # of the strip above the panels, which holds the instruction
@@ -204,6 +205,23 @@ def write_grid(path: Path, columns: dict, captions: list[str]):
             cell.axis("off")
             cell.set_title(title if column else captions[row], fontsize=9)
     save_figure(figure, path, dpi=70)
+
+
+def write_contact_sheet(path: Path, images: np.ndarray, layers: np.ndarray, sentences: np.ndarray):
+    """N scenes, one a row, with what each of their S sentences asks for painted on them.
+
+    images (N, V, H, W, 3), layers (N, S, V, H, W, 4), both uint8; sentences (N, S).
+    """
+    rows, columns = sentences.shape
+    figure = Figure((2.2 * columns, 2.5 * rows), layout="tight")
+    axes = figure.subplots(rows, columns)
+    for row in range(rows):
+        for column in range(columns):
+            painted = alpha_composite(layers[row, column], images[row])  # (V, H, W, 3)
+            axes[row, column].imshow(two_columns(list(painted)), interpolation="nearest")
+            axes[row, column].set_title(sentences[row, column], fontsize=7)
+            axes[row, column].axis("off")
+    save_figure(figure, path, 110)
 
 
 def write_bars(path: Path, report: dict):

@@ -52,6 +52,15 @@ def compile_networks(painter):
         network.compile(dynamic=False)  # kernels for one shape are faster than for all
 
 
+def compile_for_training(painter) -> str:
+    """The same for the networks that gradients flow through. Returns what was done."""
+    if painter.unet.device.type != "cuda":
+        return "There is no CUDA GPU, so nothing is compiled."
+    for network in (painter.unet, painter.controlnet):
+        network.compile(dynamic=False)
+    return "The first step and the first validation compile the networks: minutes each."
+
+
 def record(function, passes: int = WARM_UP):
     """A CUDA graph of function(), and its result: a tensor that every replay writes again.
 

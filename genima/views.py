@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from genima.files import UserError
 
 # Height of the tiled views where they do not stay as recorded: as many pixels as the four views of
-# 64x64 that tiny is made for, and SD-Turbo's resolution.
-TILED = {"tiny": 128, "sd-turbo": 512}
+# 64x64 that tiny is made for, of 128x128 for small, and SD-Turbo's resolution.
+TILED = {"tiny": 128, "small": 256, "sd-turbo": 512}
 
 
 def grid_of(count: int) -> tuple[int, int]:
@@ -90,7 +90,7 @@ def cell_of(sizes: dict[str, tuple], size: str) -> int | None:
     """Pixels a side to which the controller's views are resized; None: they stay.
 
     Views of one size stay as they are, up to TILED; all others become square cells of the grid.
-    sizes: {camera: (height, width)}; size: "tiny" or "sd-turbo".
+    sizes: {camera: (height, width)}; size: of a network, in TILED.
     """
     rows, _ = grid_of(len(sizes))
     different = set(sizes.values())

@@ -8,7 +8,7 @@ C  "the open hand above the rose block"  the four spheres where inverse kinemati
 import numpy as np
 
 from genima.spheres import RADIUS, RADIUS_FACTOR, draw_spheres, target_spheres
-from sims.mujoco_tasks import TOOL_DOWN
+from sims.mujoco_tasks import COLOURS, TASKS, TOOL_DOWN
 
 MAGENTA = (255, 0, 255)  # of the marker; no sphere of the robot has this colour
 ABOVE = 0.10  # metres between the hand and what it is above
@@ -23,6 +23,30 @@ THINGS = {
     "close_box": ("the lid", "the lid of the box"),
     "stack_blocks": ("the {} block", "the {} cube"),
 }
+
+
+def all_sentences() -> list[str]:
+    """Every sentence of the scenes, and every instruction of the tasks, so that the tokenizer
+    knows all words. (Of the instructions the base learns no more than that.)"""
+    sentences = set()
+    for hand in ("open", "closed"):
+        sentences.add(f"the robot as it is, the hand {hand}")
+    for name, task in TASKS.items():
+        names = [*COLOURS, *task.names]
+        for thing in names:
+            sentences.update(phrase.format(thing) for phrase in THINGS[name])
+            sentences.update(template.format(thing) for template in task.templates)
+    sentences.update(f"the open hand {place} it" for place in ("at", "above"))
+    return sorted(sentences)
+
+
+def kind_of(sentence: str) -> str:
+    """Which of the three kinds a sentence is of."""
+    if sentence.startswith("the robot"):
+        return "A"
+    if " hand " in sentence:
+        return "C"
+    return "B"
 
 
 def draw_sentence(kind: str, env, rng) -> tuple[str, np.ndarray]:

@@ -16,6 +16,7 @@ from genima.base import fingerprint, load_base
 from genima.episodes import CAMERAS
 from genima.files import UserError, run_stage
 from genima.painter import TinyPainter, load_painter
+from genima.painter_training import fill_in_defaults
 from genima.tokenizer import unknown_words
 from sims.mujoco_tasks import TASKS
 
@@ -98,14 +99,14 @@ def test_the_base_decides_the_defaults(base, run):
     expected = {str(base): (1200, 3e-4), "none": (4800, 8e-4)}
     for name, defaults in expected.items():
         settings = train_controlnet.Settings(run=run, base=name)
-        train_controlnet.fill_in_defaults(settings, data)
+        fill_in_defaults(settings, data)
         assert (settings.steps, settings.learning_rate) == defaults
         assert settings.out == run / "controlnet"
     settings = train_controlnet.Settings(run=run)
-    train_controlnet.fill_in_defaults(settings, data)
+    fill_in_defaults(settings, data)
     assert settings.base.endswith("checkpoints/base") and settings.steps == 1200
     settings = train_controlnet.Settings(run=run, size="sd-turbo")
-    train_controlnet.fill_in_defaults(settings, data)
+    fill_in_defaults(settings, data)
     assert (settings.base, settings.steps) == ("stabilityai/sd-turbo", 10_000)
 
 

@@ -164,14 +164,14 @@ def test_auto_without_a_gpu(base, capsys):
     accelerator = Accelerator(cpu=True)
     settings = Settings(size="sd-turbo", batch_size=8)
     assert settings.micro_batch_size == "auto"
-    resolve_micro_batch(settings, painter, one_step_loss, accelerator)
+    resolve_micro_batch(settings, painter, one_step_loss, accelerator, PROMPTS[0])
     assert settings.micro_batch_size == 1
     assert "no CUDA GPU" in capsys.readouterr().out
     settings = Settings(size="tiny", batch_size=8)
-    resolve_micro_batch(settings, None, None, accelerator)
+    resolve_micro_batch(settings, None, None, accelerator, PROMPTS[0])
     assert settings.micro_batch_size == 8
     settings = Settings(size="sd-turbo", micro_batch_size=2)
-    resolve_micro_batch(settings, painter, one_step_loss, accelerator)
+    resolve_micro_batch(settings, painter, one_step_loss, accelerator, PROMPTS[0])
     assert settings.micro_batch_size == 2
 
 
@@ -199,7 +199,7 @@ def test_the_trial_computes_what_training_does_and_keeps_the_weights(base, monke
         gather=lambda counts: counts,
     )
     settings = Settings(size="sd-turbo", batch_size=8)
-    resolve_micro_batch(settings, painter, one_step_loss, accelerator)
+    resolve_micro_batch(settings, painter, one_step_loss, accelerator, PROMPTS[0])
     assert settings.micro_batch_size == 4  # 8 would take 8 GB beside the optimiser
     assert peaks == [False]
     assert all(parameter.grad is None for parameter in painter.parameters())
@@ -207,17 +207,38 @@ def test_the_trial_computes_what_training_does_and_keeps_the_weights(base, monke
 
 
 # --------------------------------------------------------------------------------------- benchmark
-def test_the_benchmark_ends_and_keeps_every_number(tmp_path, monkeypatch):
+def test_the_benchmark_ends_and_keeps_every_number(tmp_path, monkeypatch, capsys):
     out = tmp_path / "new/numbers.json"
-    words = ["--random", "--parts", "painting", "loading", "--out", str(out)]
+    parts = ["painting", "training", "small", "loading", "taesd"]
+    words = ["--random", "--parts", *parts, "--micro-batches", "2", "--seconds", "3600"]
+    words += ["--out", str(out)]
     monkeypatch.setattr(sys, "argv", ["benchmark_gpu.py", *words])
     benchmark_gpu.main()
     numbers = json.loads(out.read_text())
-    assert set(numbers) == {"machine", "painting", "loading"}
+    assert set(numbers) == {"machine", *parts}
+    assert numbers["machine"]["versions"]["torch"] == torch.__version__
     assert numbers["painting"]["graph"]["largest_difference"] < 0.1
     assert numbers["painting"]["picture"]["standard_deviation"] > 5  # not grey
-    assert "error" not in numbers["painting"] and "error" not in numbers["loading"]
-    assert numbers["loading"]["0 workers"]["samples_per_second"] > 0
+    assert not [part for part in parts if "error" in numbers[part]]
+    assert numbers["loading"]["sd-turbo"]["samples_per_second"] > 0
+    assert 0 <= numbers["loading"]["sd-turbo"]["waiting_percent"] <= 100
+    assert numbers["training"]["2 at once"]["samples_per_second"] > 0
+    assert numbers["small"]["training, 8 at once"]["samples_per_second"] > 0
+    assert numbers["small"]["loading"]["step_ms"] > 0
+    assert "random weights" in numbers["taesd"]["note"]["text"]
+    table = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("painting  graph ") for line in table)
+
+
+def test_how_far_a_decoder_moves_spheres():
+    without, target = benchmark_gpu.sphere_pictures(128)
+    places = benchmark_gpu.centres(target, without)
+    assert places.isfinite().all() and (places > 10).all() and (places < 118).all()
+    moved = target.roll((3, 4), dims=(2, 3))  # down, right
+    moved_without = without.roll((3, 4), dims=(2, 3))
+    difference = benchmark_gpu.centres(moved, moved_without) - places
+    torch.testing.assert_close(difference, torch.tensor([[4.0, 3.0]]).expand(16, 2))
+    assert benchmark_gpu.centres(without, without).isnan().all()
 
 
 def test_a_part_that_fails_or_takes_too_long_does_not_end_the_others(tmp_path, monkeypatch):
