@@ -41,16 +41,18 @@ from tqdm import tqdm
 
 from genima import painter_training as setup
 from genima.episodes import CAMERAS
-from genima.files import UserError, read_hdf5, run_stage, write_hdf5, write_whole
+from genima.files import UserError, check_number, read_hdf5, run_stage, write_hdf5, write_whole
 from genima.painter import PROMPT, TinyPainter
 from genima.painter_data import Augmentation, colour_jitter
 from genima.parallel import run_in_parallel, usable_cores
 from genima.plots import two_columns, write_losses
+from genima.scene_files import FORMAT, KINDS, SHARD, check_shards, find_shards
 from genima.spheres import alpha_composite
 from genima.training import (
     StopSignal,
     agree,
     batches,
+    check_numbers,
     half_cosine,
     resume,
     save,
@@ -65,9 +67,8 @@ from sims.random_scenes import RandomSceneEnv
 from sims.rendering import choose_renderer
 from sims.scene_sentences import THINGS, draw_sentence
 
-FORMAT = "nanogenima-scenes-1"
-SHARD = 500  # scenes a file: a killed run loses at most that many
-KINDS = ("A", "B", "C", "C")  # of the sentences for each scene: a quarter, a quarter, a half
+MAX_SCENES = 10_000_000
+MAX_SIZE = 256  # pixels of a view
 
 
 @dataclass
@@ -136,10 +137,6 @@ def draw_shard(environments: dict, path: Path, first: int):
         root["sentences"] = np.array(sentences, dtype=h5py.string_dtype())  # (N, S)
 
 
-def find_shards(folder: Path, scenes: int) -> list[Path]:
-    return [folder / f"{first:07d}.hdf5" for first in range(0, scenes, SHARD)]
-
-
 def draw_scenes(settings: Settings) -> list[Path]:
     """Draw all scenes that are not there yet, in parallel. Returns the files."""
     shards = find_shards(settings.out / "scenes", settings.scenes)
@@ -148,6 +145,7 @@ def draw_scenes(settings: Settings) -> list[Path]:
     make_context = partial(make_environments, settings.image_size)
     for _ in run_in_parallel(jobs, settings.workers, "scenes", f"{SHARD} scenes", make_context):
         pass
+    check_shards(shards, len(CAMERAS), settings.image_size)
     write_contact_sheet(shards[0], settings.out / "scenes.png")
     return shards
 
@@ -287,6 +285,12 @@ COLUMNS = ("step", "loss", "iou_A", "iou_B", "iou_C")
 
 def main():
     settings = tyro.cli(Settings, description=__doc__)
+    check_numbers(settings)
+    check_number("--scenes", settings.scenes, 1, MAX_SCENES)
+    check_number("--image-size", settings.image_size, 8, MAX_SIZE)
+    if settings.image_size % 8:
+        raise UserError(f"--image-size must be a multiple of 8, not {settings.image_size}.")
+    check_number("--workers", settings.workers, 1, 1024)
     shards = draw_scenes(settings)
     held_out = shards[-1:]
     training = shards[:-1] if len(shards) > 1 else shards

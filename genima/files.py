@@ -221,4 +221,4 @@ def reason_of(error: Exception) -> str:
     if number:
         return f"cannot be read: {os.strerror(number)}"
     words = str(error.args[0]) if error.args else str(error)
-    return "cannot be read: " + words.strip("'\"")
+    return "cannot be read: " + shorten(words.strip("'\""))

@@ -16,6 +16,8 @@ import diffusers
 import huggingface_hub
 import transformers
 
+from genima.configs import check_config
+from genima.documents import read_json
 from genima.files import UserError, name_full_disk, write_whole
 
 LICENCES = {  # of the trained weights, by size
@@ -131,18 +133,18 @@ def read_config(folder: Path) -> dict:
     path = folder / "painter.json"
     if not path.exists():
         raise UserError(f"{folder} holds no painter: train one first (python train_controlnet.py).")
-    try:
-        config = dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({error}): train the painter again.") from error
-    if "resolution" not in config:
+    config = read_json(path)
+    if isinstance(config, dict) and "picture" in config:
         raise UserError(
             f"{path} is of an earlier version: in it, rename 'picture' to 'resolution' and "
             "'steps' to 'num_inference_steps'."
         )
-    missing = CONFIG_NAMES - config.keys()
-    if missing:
-        raise UserError(f"{path} lacks {', '.join(sorted(missing))}: train the painter again.")
+    needed = CONFIG_NAMES
+    if isinstance(config, dict) and config.get("size") == "sd-turbo":
+        needed = needed | {"base"}
+    check_config(config, path, needed)
+    if config["size"] not in LICENCES:
+        raise UserError(f"{path}: size is {config['size']!r}, not one of {', '.join(LICENCES)}.")
     return config
 
 

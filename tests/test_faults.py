@@ -6,7 +6,7 @@ import shutil
 import h5py
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 from test_episodes import contents, stage
 from turbo import make_turbo
@@ -70,27 +70,6 @@ for name in ("train_controlnet", "train_act"):
     OPTIONS += [(name, [*SHORT, *options], words) for options, words in TRAINING]
 
 
-@pytest.fixture
-def sentence_of(monkeypatch, capsys):
-    """Function(stage's name, options...) -> the one sentence with which it ends, exit code 2."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-    def run_to_its_end(name, *options):
-        AcceleratorState._reset_state(True)  # as in a new process
-        GradientState._reset_state()
-        main = importlib.import_module(name).main
-        code, _, sentence = stage(monkeypatch, capsys, main, *options)
-        assert code == 2 and sentence.endswith("."), sentence
-        return sentence
-
-    return run_to_its_end
-
-
-@pytest.fixture
-def copied(recorded, tmp_path):
-    return shutil.copytree(recorded, tmp_path / "run")
-
-
 @pytest.mark.parametrize("name, options, words", OPTIONS)
 def test_a_bad_option_is_one_sentence(copied, sentence_of, name, options, words):
     before = contents(copied)
@@ -135,7 +114,7 @@ PATHS = [  # stage, what of the run is no folder
 FEW = {
     "collect_demos": ["--tasks", "push_button", "--scenes", 1, "--image-size", 16],
     "render_spheres": [],
-    "train_controlnet": SHORT,
+    "train_controlnet": [*SHORT, "--base", "none"],
     "train_act": SHORT,
     "evaluate": ["--tasks", "push_button", "--episodes", 1],
 }
@@ -187,7 +166,7 @@ def test_a_broken_checkpoint_is_one_sentence(copied, sentence_of, monkeypatch, c
     for name, folder in (("train_act", "act"), ("train_controlnet", "controlnet")):
         AcceleratorState._reset_state(True)
         main = importlib.import_module(name).main
-        code, _, err = stage(monkeypatch, capsys, main, "--run", copied, *SHORT)
+        code, _, err = stage(monkeypatch, capsys, main, "--run", copied, *FEW[name])
         assert code == 0, err
         path = copied / folder / "training.pt"
         checkpoint = torch.load(path)
@@ -196,7 +175,7 @@ def test_a_broken_checkpoint_is_one_sentence(copied, sentence_of, monkeypatch, c
             change(changed)
             torch.save(changed, path)
             before = contents(copied)
-            sentence = sentence_of(name, "--run", copied, *SHORT)
+            sentence = sentence_of(name, "--run", copied, *FEW[name])
             assert str(path) in sentence and "cannot be read" in sentence, what
             assert contents(copied) == before
 
