@@ -1,6 +1,7 @@
 """Synthetic episodes: a chain of joints with random constants, made without a simulator."""
 
 import importlib
+import resource
 import shutil
 import subprocess
 import sys
@@ -163,3 +164,13 @@ def sentence_of(monkeypatch, capsys):
         return sentence
 
     return run_to_its_end
+
+
+@pytest.fixture
+def little_memory():
+    """Four gigabytes more than the tests have: a bomb ends a test, and not the machine."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 4 * 2**30, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)

@@ -1,139 +1,46 @@
 """Files that nobody would write on purpose: exit code 2, one sentence with the file, nothing lost.
 
 HDF5 that points elsewhere or promises more than it holds, YAML of a few lines that stands for
-billions, JSON deeper than Python's stack, pictures of gigapixels, checkpoints with code in them.
+billions, JSON deeper than Python's stack.
 """
 
 import json
 import os
-import pickle
-import resource
-import shutil
-import struct
-import zlib
 
 import h5py
 import numpy as np
 import pytest
-import torch
-from conftest import ROOT
-from make_recordings import room_cameras, write_vendor
+from damage import (
+    attribute,
+    instead,
+    promised,
+    refusal,
+    unknown_filter,
+    virtual,
+    write,
+    zeros,
+)
 from test_episodes import contents
 
-import import_demos
 import pretrain_painter
 from genima import scene_files
 from genima.calibration_files import read_calibration_file
 from genima.demonstrations import read_demonstrations
 from genima.documents import read_json, read_yaml
-from genima.episodes import find_episodes, write_episode
-from genima.files import UserError
+from genima.episodes import find_episodes
 from genima.mapping import read_mapping
 from genima.painter_data import find_frames
 from render_spheres import check_mixture
 
-SHORT = ["--steps", 3, "--batch-size", 2, "--checkpoint-every", 3]
-TRAINING = {"train_controlnet": [*SHORT, "--base", "none"], "train_act": SHORT}
 READERS = {  # what each stage reads before it does anything
     "render_spheres": lambda run: check_mixture(find_episodes(run / "episodes"), {}, False),
     "train_controlnet": find_frames,
     "train_act": lambda run: read_demonstrations(run, images=True),
 }
+pytestmark = pytest.mark.usefixtures("little_memory")
 
 
-@pytest.fixture(autouse=True)
-def little_memory():
-    """Four gigabytes more than the tests have: a bomb ends a test, and not the machine."""
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + 4 * 2**30, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_AS, before)
-
-
-def refusal(function, *arguments):
-    """The sentence with which a function refuses."""
-    with pytest.raises(UserError) as caught:
-        function(*arguments)
-    sentence = str(caught.value)
-    assert "\n" not in sentence and len(sentence) < 1000 and sentence.endswith("."), sentence
-    assert "delete" not in sentence, sentence
-    return sentence
-
-
-# -------------------------------------------------------------------------------- HDF5: episodes
-def attribute(name, value):
-    def change(root):
-        root.attrs[name] = value
-
-    return change
-
-
-def instead(dataset, make):
-    """A way to damage a file: in place of a dataset stands what make(its shape) gives."""
-
-    def change(root):
-        shape = root[dataset].shape
-        del root[dataset]
-        root[dataset] = make(shape)
-
-    return change
-
-
-def missing_source(shape):
-    layout = h5py.VirtualLayout(shape, np.float32)
-    layout[...] = h5py.VirtualSource("elsewhere.hdf5", "data", shape)
-    return layout
-
-
-def virtual(dataset):
-    def change(root):
-        shape = root[dataset].shape
-        del root[dataset]
-        root.create_virtual_dataset(dataset, missing_source(shape))
-
-    return change
-
-
-def promised(dataset, *shape, chunks=None, kind=np.float32):
-    """An array of this shape of which nothing was written."""
-
-    def change(root):
-        del root[dataset]
-        root.create_dataset(dataset, shape, kind, chunks=chunks or True)
-
-    return change
-
-
-def zeros(dataset, *shape):
-    """A megabyte in the file, and gigabytes in memory."""
-
-    def change(root):
-        del root[dataset]
-        chunk = (10_000, *shape[1:])
-        data = root.create_dataset(dataset, shape, np.float32, chunks=chunk, compression=9)
-        packed = zlib.compress(bytes(4 * int(np.prod(chunk))), 9)
-        for first in range(0, shape[0], chunk[0]):
-            data.id.write_direct_chunk((first, *[0] * (len(shape) - 1)), packed)
-
-    return change
-
-
-def unknown_filter(dataset):
-    def change(root):
-        data = root[dataset][()]
-        del root[dataset]
-        plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-        plist.set_chunk(data.shape)
-        plist.set_filter(32001, h5py.h5z.FLAG_OPTIONAL, ())
-        space = h5py.h5s.create_simple(data.shape)
-        kind = h5py.h5t.py_create(data.dtype)
-        made = h5py.h5d.create(root.id, dataset.encode(), kind, space, plist)
-        made.write_direct_chunk((0,) * data.ndim, data.tobytes())
-
-    return change
-
-
+# ------------------------------------------------------------------------------- episodes, spheres
 QPOS = "observations/qpos"
 FRONT = "observations/images/front"
 EPISODES = {
@@ -288,11 +195,6 @@ HAND_EYES = [
 ]
 
 
-def write(path, content):
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return path
-
-
 @pytest.mark.parametrize("what", DOCUMENTS)
 def test_a_hostile_document_is_one_sentence(tmp_path, what):
     path = write(tmp_path / "cameras.yaml", DOCUMENTS[what])
@@ -350,138 +252,6 @@ def test_a_hostile_mapping_is_one_sentence(tmp_path, what):
     assert str(path) in refusal(read_mapping, path)
 
 
-# --------------------------------------------------------------------------------- checkpoints
-def painter_config(**changes):
-    config = json.loads((ROOT / "checkpoints/demo/controlnet/painter.json").read_text())
-    return json.dumps(config | changes)
-
-
-PAINTERS = {
-    "another size": painter_config(size="huge"),
-    "a size of a number": painter_config(size=3),
-    "no base": painter_config(size="sd-turbo"),
-    "a base of a number": painter_config(size="sd-turbo", base=3),
-    "a base that is not there": painter_config(size="sd-turbo", base="/nowhere"),
-    "an objective unheard of": painter_config(objective="magic"),
-    "cameras of a number": painter_config(cameras=3),
-    "cameras of numbers": painter_config(cameras=[1, 2, 3, 4]),
-    "no cameras": painter_config(cameras=[]),
-    "cameras twice": painter_config(cameras=["front", "front"]),
-    "a resolution of text": painter_config(resolution="high"),
-    "a resolution of nothing": painter_config(resolution=0),
-    "a resolution of terabytes": painter_config(resolution=10**9),
-    "a picture of text": painter_config(image_size="64"),
-    "a picture of no number": painter_config(image_size=float("nan")),
-    "a picture of no size": painter_config(image_size=None),
-    "sizes of other cameras": painter_config(image_size=None, image_sizes={"top": [1, 1]}),
-    "sizes of text": painter_config(image_sizes={"front": "64"}),
-    "a horizon of half a step": painter_config(horizon=0.5),
-    "steps without end": painter_config(num_inference_steps=float("inf")),
-    "an earlier version": json.dumps({"picture": 128, "steps": 1}),
-    "a list": "[]",
-    "deep": "[" * 100_000,
-    "half": "{",
-    "nothing": "",
-}
-
-
-def copy_checkpoint(tmp_path):
-    run = shutil.copytree(ROOT / "checkpoints/demo", tmp_path / "run")
-    return run, ["--run", run, "--tasks", "push_button", "--episodes", 1, "--language", 0]
-
-
-@pytest.mark.parametrize("what", PAINTERS)
-def test_a_hostile_painter_is_one_sentence(tmp_path, sentence_of, what):
-    run, options = copy_checkpoint(tmp_path)
-    path = write(run / "controlnet/painter.json", PAINTERS[what])
-    before = contents(run)
-    sentence = sentence_of("evaluate", *options, "--workers", 1)
-    assert str(path) in sentence or "/nowhere" in sentence
-    assert contents(run) == before
-
-
-def act_config(**changes):
-    config = json.loads((ROOT / "checkpoints/demo/act/config.json").read_text())
-    return json.dumps(config | changes)
-
-
-CONTROLLERS = {
-    "another size": act_config(size="huge"),
-    "joints of text": act_config(joints="seven"),
-    "other joints": act_config(joints=6),
-    "joints of terabytes": act_config(joints=10**9),
-    "a horizon below nothing": act_config(horizon=-8),
-    "a horizon of gigabytes": act_config(horizon=60_000),
-    "a mean of text": act_config(state_mean=["x"] * 8),
-    "a mean of one": act_config(state_mean=[0.0]),
-    "a deviation of nothing": act_config(state_std=[0.0] * 8),
-    "a deviation of no number": act_config(state_std=[float("nan")] * 8),
-    "words of numbers": act_config(vocabulary=[1, 2]),
-    "pictures of one side": act_config(image_size=[64]),
-    "an observation unheard of": act_config(observation="touch"),
-    "nothing said": "{}",
-    "a list": "[]",
-    "deep": '{"a":' * 100_000,
-    "half": "{",
-}
-
-
-@pytest.mark.parametrize("what", CONTROLLERS)
-def test_a_hostile_controller_is_one_sentence(tmp_path, sentence_of, what):
-    run, options = copy_checkpoint(tmp_path)
-    write(run / "act/config.json", CONTROLLERS[what])
-    before = contents(run)
-    assert str(run / "act") in sentence_of("evaluate", *options, "--workers", 1)
-    assert contents(run) == before
-
-
-WEIGHTS = {
-    "a huge header": struct.pack("<Q", 2**62) + b"{}",
-    "a header longer than the file": struct.pack("<Q", 1000) + b"{}",
-    "a header that is no JSON": struct.pack("<Q", 5) + b"[[[[[",
-    "weights beyond the file": struct.pack("<Q", 69)
-    + b'{"queries":{"dtype":"F32","shape":[8,128],"data_offsets":[0,4096]}}  ',
-    "no weights": struct.pack("<Q", 2) + b"{}",
-    "zeros": bytes(100),
-    "a pickle": pickle.dumps({"queries": 3}),
-    "nothing": b"",
-}
-
-
-@pytest.mark.parametrize("what", WEIGHTS)
-@pytest.mark.parametrize(
-    "place", ["act/model.safetensors", "controlnet/unet/diffusion_pytorch_model.safetensors"]
-)
-def test_hostile_weights_are_one_sentence(tmp_path, sentence_of, place, what):
-    run, options = copy_checkpoint(tmp_path)
-    path = run / place
-    assert path.is_file()
-    write(path, WEIGHTS[what])
-    assert str(path.parent) in sentence_of("evaluate", *options, "--workers", 1)
-
-
-class RunsCode:
-    """What pickle calls when it reads this."""
-
-    def __reduce__(self):
-        return os.system, ("touch broken",)
-
-
-@pytest.mark.parametrize("name", TRAINING)
-def test_a_pickle_in_a_checkpoint_is_not_run(copied, sentence_of, monkeypatch, tmp_path, name):
-    monkeypatch.chdir(tmp_path)
-    folder = copied / {"train_act": "act", "train_controlnet": "controlnet"}[name]
-    folder.mkdir()
-    path = folder / "training.pt"
-    torch.save({"step": RunsCode(), "identity": {}}, path)
-    zipped = path.read_bytes()
-    for content in (zipped, pickle.dumps(RunsCode()), zipped[:-100], b"PK\x05\x06" + bytes(18)):
-        path.write_bytes(content)
-        assert str(path) in sentence_of(name, "--run", copied, *TRAINING[name])
-        assert path.read_bytes() == content
-    assert not (tmp_path / "broken").exists()
-
-
 # ------------------------------------------------------------------------- scenes of the base
 def write_shard(path, size=8, **changes):
     arrays = {
@@ -523,166 +293,3 @@ def test_hostile_scenes_are_one_sentence(tmp_path, sentence_of, monkeypatch, wha
     options = ["--out", tmp_path, "--scenes", 8, "--image-size", 8, "--steps", 1]
     assert str(paths[1]) in sentence_of("pretrain_painter", *options, "--workers", 1)
     assert contents(tmp_path) == before
-
-
-# --------------------------------------------------------------------------- recordings of others
-def png_bomb(side=40_000):
-    """A PNG of this many pixels a side, all black: a few megabytes, and gigabytes in memory."""
-
-    def chunk(kind, data):
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
-
-    header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(bytes(10_000)))
-        + chunk(b"IEND", b"")
-    )
-
-
-def pictures(*rows):
-    def change(root):
-        del root["rgb/wrist"]
-        longest = max(len(row) for row in rows)
-        padded = [np.frombuffer(row.ljust(longest, b"\0"), np.uint8) for row in rows]
-        root["rgb/wrist"] = np.stack([padded[i % len(padded)] for i in range(45)])
-
-    return change
-
-
-def leap(root):
-    root["timestamps"][-1] = 1e15
-
-
-RECORDINGS = {
-    "joints of text": instead("joint_positions", lambda shape: np.full(shape, b"left")),
-    "joints of no number": instead("joint_positions", lambda shape: np.full(shape, np.nan)),
-    "joints never written": promised("joint_positions", 45, 7),
-    "joints of terabytes": promised("joint_positions", 10**12, 7),
-    "joints of gigabytes of zeros": zeros("joint_positions", 100_000_000, 7),
-    "joints elsewhere": virtual("joint_positions"),
-    "joints that are a loop": instead("joint_positions", lambda _: h5py.SoftLink("/rgb/../x")),
-    "joints in a device": instead("gripper_width", lambda _: h5py.ExternalLink("/dev/zero", "x")),
-    "a filter that is missing": unknown_filter("joint_positions"),
-    "time of text": instead("timestamps", lambda shape: np.full(shape, b"noon")),
-    "time of no number": instead("timestamps", lambda shape: np.full(shape, np.nan)),
-    "time that leaps": leap,
-    "pictures never written": promised("rgb/wrist", 45, 48, 64, 3, kind=np.uint8),
-    "pictures of text": instead("rgb/wrist", lambda shape: np.full(shape, b"x")),
-    "pictures that are none": pictures(b"hello"),
-    "pictures of gigapixels": pictures(png_bomb()),
-    "pictures too large": pictures(png_bomb(9_000)),
-}
-
-
-@pytest.mark.parametrize("what", RECORDINGS)
-def test_a_hostile_recording_is_one_sentence(tmp_path, what):
-    path = tmp_path / "bought" / "take.hdf5"
-    path.parent.mkdir()
-    write_vendor(path, cameras={"wrist": (48, 64)})
-    with h5py.File(path, "r+") as root:
-        RECORDINGS[what](root)
-    room = write(tmp_path / "room.json", json.dumps(room_cameras({"wrist": (48, 64)})))
-    before = path.read_bytes()
-    run = tmp_path / "run"
-    settings = import_demos.Settings((path.parent,), run, calibration=(str(room),), workers=1)
-    with pytest.raises(UserError) as caught:
-        import_demos.import_all(settings)
-    sentence, summary = str(caught.value).splitlines()
-    assert str(path) in sentence and sentence.endswith("."), sentence
-    assert summary == "1 demonstration not imported."
-    assert path.read_bytes() == before and not list(run.rglob("*.hdf5"))
-
-
-# -------------------------------------------------------------------------- LeRobot's datasets
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    """An episode as a dataset of LeRobot."""
-    folder = tmp_path_factory.mktemp("exported")
-    path = folder / "episodes/pick_and_lift/000000_00.hdf5"
-    write_episode(path, make_episode(0, frames=12, size=(64, 64))[0])
-    export_dataset([path], folder / "lerobot", False)
-    return folder / "lerobot"
-
-
-def info(**changes):
-    def change(folder):
-        path = folder / "meta/info.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-    return change
-
-
-def overwrite(pattern, content):
-    def change(folder):
-        for path in folder.glob(pattern):
-            write(path, content)
-
-    return change
-
-
-def rows(pattern, name, value):
-    """A way to damage a table: one of its columns holds `value` in every row."""
-
-    def change(folder):
-        for path in folder.glob(pattern):
-            table = pq.read_table(path)
-            place = table.column_names.index(name)
-            pq.write_table(table.set_column(place, name, pa.array([value] * len(table))), path)
-
-    return change
-
-
-def sound_alone(folder):
-    for path in folder.glob("videos/*/*/*.mp4"):
-        with av.open(str(path), "w") as container:
-            stream = container.add_stream("aac", rate=44_100)
-            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
-            frame.sample_rate = 44_100
-            container.mux(stream.encode(frame))
-            container.mux(stream.encode(None))
-
-
-META = "meta/episodes/*/*.parquet"
-DATA = "data/*/*.parquet"
-DATASETS = {
-    "a rate of text": info(fps="fast"),
-    "a rate of no number": info(fps=float("nan")),
-    "a rate of nothing": info(fps=0),
-    "features of a number": info(features=3),
-    "a feature of a number": info(features={"observation.state": 3}),
-    "no features": info(features={}),
-    "a path of code": info(data_path="{chunk_index.__class__.__mro__}"),
-    "a path of unknown parts": info(data_path="{nothing}"),
-    "a path of a number": info(data_path=3),
-    "a path to a device": info(data_path="/dev/zero"),
-    "info that is half": overwrite("meta/info.json", "{"),
-    "info that is deep": overwrite("meta/info.json", "[" * 100_000),
-    "tables that are text": overwrite(DATA, "hello"),
-    "tables of nothing": overwrite(DATA, ""),
-    "episodes that are text": overwrite(META, "hello"),
-    "an episode that is text": rows(META, "episode_index", "first"),
-    "a chunk that is text": rows(META, "data/chunk_index", "x"),
-    "states that are text": rows(DATA, "observation.state", "left"),
-    "states of nothing": rows(DATA, "observation.state", []),
-    "time of text": rows(DATA, "timestamp", "noon"),
-    "another episode's frames": rows(DATA, "episode_index", 7),
-    "a video that is text": overwrite("videos/*/*/*.mp4", "hello"),
-    "a video of nothing": overwrite("videos/*/*/*.mp4", ""),
-    "a video of sound": sound_alone,
-}
-
-
-@pytest.mark.parametrize("what", DATASETS)
-def test_a_hostile_dataset_is_one_sentence(exported, tmp_path, what):
-    folder = shutil.copytree(exported, tmp_path / "lerobot")
-    DATASETS[what](folder)
-    run = tmp_path / "run"
-    with pytest.raises(UserError) as caught:
-        import_demos.import_all(import_demos.Settings((folder,), run, workers=1))
-    sentence = str(caught.value).splitlines()[0]
-    assert str(folder) in sentence and sentence.endswith("."), sentence
-    assert not list(run.rglob("*.hdf5"))
