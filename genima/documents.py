@@ -104,5 +104,7 @@ def explain(path: Path | str, advice: str) -> Iterator[None]:
     except (UserError, MemoryError):
         raise
     except Exception as error:
+        if getattr(error, "filename", None):  # the system says what it is about
+            raise
         words = shorten(f"{type(error).__name__}: {error}")
         raise UserError(f"{path} cannot be understood ({words}): {advice}.") from error

@@ -125,7 +125,7 @@ def find(root: h5py.File, name: str | None):
         holder = root if not group else root.get(group)
         return None if holder is None else holder.attrs.get(attribute)
     dataset, columns = split_columns(name)
-    node = root.get(dataset)
+    node = get(root, dataset)
     if not isinstance(node, h5py.Dataset):
         return None
     check_there(node)
@@ -136,6 +136,19 @@ def find(root: h5py.File, name: str | None):
     if node.ndim != 2:
         raise UserError(f"{root.filename}: {dataset} has shape {node.shape}, so '{name}' is not.")
     return node[:, columns]
+
+
+def get(root: h5py.File, name: str):
+    """What has this name in a file, None where nothing has. Raises UserError for a broken link."""
+    node = root.get(name)
+    if node is None:
+        group, _, last = name.rpartition("/")
+        holder = root.get(group or "/")
+        if isinstance(holder, h5py.Group) and last in list(holder):
+            raise UserError(
+                f"{root.filename}: {name} is a link to what is not there: copy that, too."
+            )
+    return node
 
 
 def check_there(data: h5py.Dataset):
@@ -165,7 +178,7 @@ def find_cameras(root: h5py.File, pattern: str) -> dict[str, h5py.Dataset]:
         return {}
     found = {}
     for camera in group:
-        node = root.get(before + camera + after)
+        node = get(root, before + camera + after)
         if isinstance(node, h5py.Dataset):
             check_there(node)
             found[camera] = node

@@ -15,9 +15,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from genima.calibration import load_calibration
-from genima.files import UserError
+from genima.files import UserError, check_number
 from robot.cameras import Cameras, resize_and_crop
 
+LIMITS = {  # of the settings of run and record: from, to
+    "seed": (0, 2**31 - 1),
+    "steps": (0, 1_000_000),
+    "episodes": (1, 1_000_000),
+    "execution_horizon": (1, 1000),
+    "watchdog": (0.01, 60),
+    "size": (0, 4096),  # pixels
+    "seconds": (0, 100_000),
+}
 STARTING = 10  # seconds that the arm's states and the first pictures may take
 
 
@@ -83,7 +92,13 @@ class Workcell(Cameras):
 
 
 def open_workcell(settings, **options):
-    """The workcell of these settings, to be closed. options: of the simulated one."""
+    """The workcell of these settings, to be closed. options: of the simulated one.
+
+    Raises UserError for numbers that cannot be meant.
+    """
+    for name, (low, high) in LIMITS.items():
+        if hasattr(settings, name):
+            check_number(f"--{name.replace('_', '-')}", getattr(settings, name), low, high)
     if settings.robot != "sim":
         return Workcell(settings)
     from sims.franky_panda import SimulatedWorkcell  # MuJoCo, which a real robot does not need

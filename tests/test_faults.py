@@ -70,6 +70,55 @@ for name in ("train_controlnet", "train_act"):
     OPTIONS += [(name, [*SHORT, *options], words) for options, words in TRAINING]
 
 
+# Stages that write to other folders: the options come alone.
+OTHERS = [
+    ("import_demos", [], "nothing to import"),
+    ("import_demos", ["--fps", NAN], "--fps must be"),
+    ("import_demos", ["--fps", 10**30], "--fps must be"),
+    ("import_demos", ["--source-fps", -1], "--source-fps must be"),
+    ("import_demos", ["--workers", 0], "--workers must be"),
+    ("import_demos", ["--gripper-length", NAN], "--gripper-length must be"),
+    ("import_demos", ["--task", "../x"], "not a path"),
+    ("import_demos", ["--robot", "hal"], "hal"),
+    ("import_demos", ["/nowhere"], "/nowhere does not exist"),
+    ("import_demos", ["x" * 300], "too long"),
+    ("import_demos", [".", "--mapping", "nope"], "no mapping 'nope'"),
+    ("import_demos", [".", "--mapping", "/dev/zero"], "/dev/zero"),
+    ("import_demos", ["--to-act", "/nowhere", "out"], "/nowhere"),
+    ("import_demos", ["--to-lerobot", "/nowhere", "out"], "/nowhere"),
+    ("pretrain_painter", ["--steps", 0], "--steps must be"),
+    ("pretrain_painter", ["--scenes", 0], "--scenes must be"),
+    ("pretrain_painter", ["--scenes", 10**18], "--scenes must be"),
+    ("pretrain_painter", ["--image-size", 12], "--image-size must be a multiple of 8"),
+    ("pretrain_painter", ["--image-size", 10**9], "--image-size must be"),
+    ("pretrain_painter", ["--learning-rate", NAN], "--learning-rate must be"),
+    ("pretrain_painter", ["--batch-size", -1], "--batch-size must be"),
+    ("pretrain_painter", ["--seed", 10**30], "--seed must be"),
+    ("pretrain_painter", ["--workers", 10**9], "--workers must be"),
+    ("pretrain_painter", ["--out", "/dev/null"], "/dev/null"),
+    ("real_robot", ["run"], "There is no checkpoint"),
+    ("real_robot", ["record", "--seed", -1], "--seed must be"),
+    ("real_robot", ["record", "--size", 10**9], "--size must be"),
+    ("real_robot", ["record", "--seconds", NAN], "--seconds must be"),
+    ("real_robot", ["record", "--robot", "nobody"], "A robot needs --cameras"),
+    ("real_robot", ["record", "--robot", "nobody", "--calibration", "/dev/zero"], "/dev/zero"),
+    ("real_robot", ["run", "--policy", "demonstrator", "--episodes", 0], "--episodes must be"),
+    ("real_robot", ["run", "--policy", "demonstrator", "--watchdog", NAN], "--watchdog must be"),
+    ("real_robot", ["replay", "/nowhere"], "/nowhere"),
+    ("real_robot", ["replay", "x" * 300], "x" * 300),
+    ("real_robot", ["calibrate", "--images", "/nowhere"], "/nowhere"),
+]
+
+
+@pytest.mark.parametrize("name, options, words", OTHERS)
+def test_a_bad_option_of_another_stage_is_one_sentence(
+    tmp_path, monkeypatch, sentence_of, name, options, words
+):
+    monkeypatch.chdir(tmp_path)
+    assert words in sentence_of(name, *options)
+    assert contents(tmp_path) == {}
+
+
 @pytest.mark.parametrize("name, options, words", OPTIONS)
 def test_a_bad_option_is_one_sentence(copied, sentence_of, name, options, words):
     before = contents(copied)
