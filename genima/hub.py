@@ -111,15 +111,26 @@ def load_part(source: str | Path, part_class: type, subfolder: str = ""):
         options["use_safetensors"] = True  # a pickle could run code
     try:
         check_files(Path(source), subfolder)
+        if has_weights:
+            return load_weights(source, part_class, options)
         return part_class.from_pretrained(source, **options)
     except Exception as error:
         if has_weights:
             with suppress(Exception):  # what is wrong without it is the error to report
-                return part_class.from_pretrained(source, variant="fp16", **options).float()
+                return load_weights(source, part_class, options | {"variant": "fp16"}).float()
         raise UserError(
             f"{Path(source) / subfolder} is no whole {part_class.__name__}, nor can it be fetched "
             f"({one_line(error)}): give one in diffusers' layout."
         ) from error
+
+
+def load_weights(source: str | Path, part_class: type, options: dict):
+    """A network. Raises ValueError for a file that lacks weights: these would be random numbers."""
+    network, found = part_class.from_pretrained(source, output_loading_info=True, **options)
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise ValueError(f"{len(missing)} of its weights are missing, such as {missing[0]}")
+    return network
 
 
 def check_files(source: Path, subfolder: str):

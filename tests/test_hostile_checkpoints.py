@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import ROOT
 from damage import write
+from safetensors.torch import save
 from test_episodes import contents
 
 SHORT = ["--steps", 3, "--batch-size", 2, "--checkpoint-every", 3]
@@ -108,6 +109,7 @@ WEIGHTS = {
     "weights beyond the file": struct.pack("<Q", 69)
     + b'{"queries":{"dtype":"F32","shape":[8,128],"data_offsets":[0,4096]}}  ',
     "no weights": struct.pack("<Q", 2) + b"{}",
+    "other weights": save({"elsewhere": torch.zeros(2)}),
     "zeros": bytes(100),
     "a pickle": pickle.dumps({"queries": 3}),
     "nothing": b"",
