@@ -91,14 +91,16 @@ class Workcell(Cameras):
         return prompt_user("Did it succeed? y Enter: ") == "y"
 
 
-def open_workcell(settings, **options):
-    """The workcell of these settings, to be closed. options: of the simulated one.
-
-    Raises UserError for numbers that cannot be meant.
-    """
+def check_numbers(settings):
+    """Raise a UserError for settings, of those in LIMITS, that cannot be meant."""
     for name, (low, high) in LIMITS.items():
         if hasattr(settings, name):
-            check_number(f"--{name.replace('_', '-')}", getattr(settings, name), low, high)
+            option = "--" + name.replace("_", "-")
+            check_number(option, getattr(settings, name), low, high)
+
+
+def open_workcell(settings, **options):
+    """The workcell of these settings, to be closed. options: of the simulated one."""
     if settings.robot != "sim":
         return Workcell(settings)
     from sims.franky_panda import SimulatedWorkcell  # MuJoCo, which a real robot does not need

@@ -31,6 +31,7 @@ from genima.episodes import find_episodes
 from genima.mapping import read_mapping
 from genima.painter_data import find_frames
 from render_spheres import check_mixture
+from robot.recording import recover
 
 READERS = {  # what each stage reads before it does anything
     "render_spheres": lambda run: check_mixture(find_episodes(run / "episodes"), {}, False),
@@ -292,4 +293,18 @@ def test_hostile_scenes_are_one_sentence(tmp_path, sentence_of, monkeypatch, wha
     before = contents(tmp_path)
     options = ["--out", tmp_path, "--scenes", 8, "--image-size", 8, "--steps", 1]
     assert str(paths[1]) in sentence_of("pretrain_painter", *options, "--workers", 1)
+    assert contents(tmp_path) == before
+
+
+# --------------------------------------------------------------- what a killed recording has left
+@pytest.mark.parametrize("about", ["", "{", "[1]", "{}", '{"fields": 3}', "[" * 100_000])
+def test_a_recording_that_cannot_be_recovered_is_kept(tmp_path, about):
+    folder = tmp_path / "robot/now/log.recording"
+    folder.mkdir(parents=True)
+    (folder / "about.json").write_text(about)
+    (folder / "events.jsonl").write_text("")
+    (folder / "frames.bin").write_bytes(bytes(1000))
+    before = contents(tmp_path)
+    sentence = refusal(recover, tmp_path)
+    assert str(folder) in sentence and "move this folder away" in sentence
     assert contents(tmp_path) == before
