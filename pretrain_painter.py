@@ -68,7 +68,6 @@ from sims.rendering import choose_renderer
 from sims.scene_sentences import THINGS, draw_sentence
 
 MAX_SCENES = 10_000_000
-MAX_SIZE = 256  # pixels of a view
 
 
 @dataclass
@@ -287,7 +286,7 @@ def main():
     settings = tyro.cli(Settings, description=__doc__)
     check_numbers(settings)
     check_number("--scenes", settings.scenes, 1, MAX_SCENES)
-    check_number("--image-size", settings.image_size, 8, MAX_SIZE)
+    check_number("--image-size", settings.image_size, 8, 256)
     if settings.image_size % 8:
         raise UserError(f"--image-size must be a multiple of 8, not {settings.image_size}.")
     check_number("--workers", settings.workers, 1, 1024)

@@ -34,12 +34,12 @@ class PlainLoader(yaml.SafeLoader):
 
 def read_json(path: Path | str):
     """The content of a JSON file. Raises UserError for one that is missing or broken."""
-    return parse(path, "JSON", json.loads)
+    return parse(path, "no JSON", json.loads)
 
 
 def read_yaml(path: Path | str):
     """The content of a YAML or JSON file. Raises UserError for one that is missing or broken."""
-    return parse(path, "YAML", load_yaml)
+    return parse(path, "neither JSON nor YAML", load_yaml)
 
 
 def load_yaml(text: str):
@@ -56,7 +56,7 @@ def parse(path: Path | str, language: str, load):
         check_count(content)
     except REFUSED as error:
         raise UserError(
-            f"{path} is no {language} that can be read ({shorten(str(error))}): mend it, or copy "
+            f"{path} is {language} that can be read ({shorten(str(error))}): mend it, or copy "
             "it again from where it was made."
         ) from error
     return content

@@ -29,7 +29,7 @@ STAGES = {
     "render_spheres": (["--preview"], (0, 40)),
     "train_controlnet": ([*SHORT, "--base", "none", "--keep", 1], (0, 300, 12_000)),
     "train_act": ([*SHORT, "--keep", 1], (0, 25_000, 45_000)),
-    "pretrain_painter": (["--image-size", 8, "--scenes", 2, *SHORT, "--workers", 1], (0, 300)),
+    "pretrain_painter": (["--image-size", 8, "--scenes", 8, *SHORT, "--workers", 1], (0, 300)),
     "import_demos": (["--workers", 1], (0, 40)),
 }
 CASES = [(name, free) for name, (_, sizes) in STAGES.items() for free in sizes]
@@ -90,8 +90,8 @@ def left_over(run):
 def test_a_full_disk_is_one_sentence(
     small_disk, recorded, tmp_path, monkeypatch, capsys, name, free
 ):
-    monkeypatch.setattr(scene_files, "SHARD", 2)
-    monkeypatch.setattr(pretrain_painter, "SHARD", 2)
+    monkeypatch.setattr(scene_files, "SHARD", 8)
+    monkeypatch.setattr(pretrain_painter, "SHARD", 8)
     run = small_disk / "run"
     run.mkdir()
     options = prepare(name, run, recorded, tmp_path)
@@ -116,7 +116,7 @@ def test_a_full_disk_is_one_sentence(
     if not name.startswith("pre"):
         return
     with h5py.File(run / "scenes/0000000.hdf5") as root:
-        assert len(root["images"]) == 2
+        assert len(root["images"]) == 8
 
 
 # What libraries say when the disk is full.
