@@ -27,10 +27,10 @@ import tyro
 from genima.conversion import convert, task_name
 from genima.episodes import CAMERAS, find_episodes, read_episode, write_episode
 from genima.export_act import export_act
-from genima.files import UserError, run_stage
+from genima.files import UserError, check_number, run_stage
 from genima.import_hdf5 import detect_mapping, open_recording, read_recording
 from genima.mapping import Mapping, read_mapping, ready_mappings
-from genima.parallel import run_in_parallel
+from genima.parallel import run_in_parallel, usable_cores
 from genima.recordings import Conversion, Recording
 from genima.robots import check_robot
 from sims.rlbench_dataset import HZ, find_demonstrations, identify, read_demonstration, read_notes
@@ -70,7 +70,7 @@ class Settings:
     """Export them for ACT's own loader, padded to one length: FOLDER OUT."""
     failed: bool = False
     """Export failed demonstrations too. (Importing keeps them in any case, marked as failed.)"""
-    workers: int = os.cpu_count() or 1
+    workers: int = field(default_factory=usable_cores)
     """Processes."""
 
 
@@ -226,10 +226,14 @@ def check_settings(settings: Settings):
     """Raise a UserError for settings that make no sense, before anything is read."""
     if settings.robot:
         check_robot(settings.robot)
-    if settings.fps <= 0 or settings.workers < 1:
-        raise UserError("--fps must be above 0, and --workers 1 or more.")
-    if settings.source_fps is not None and settings.source_fps <= 0:
-        raise UserError("--source-fps must be above 0.")
+    check_number("--fps", settings.fps, 0.1, 1000)
+    check_number("--workers", settings.workers, 1, 1024)
+    if settings.source_fps is not None:
+        check_number("--source-fps", settings.source_fps, 0.1, 10_000)
+    if settings.gripper_length is not None:
+        check_number("--gripper-length", settings.gripper_length, 0, 1)
+    if settings.task and Path(settings.task).name != settings.task:
+        raise UserError(f"--task {settings.task}: give a name, not a path.")
     if not settings.sources:
         raise UserError("There is nothing to import: name HDF5 files or folders; see --help.")
     paths = sorted((settings.run / "episodes").glob("*/[!.]*.hdf5"))

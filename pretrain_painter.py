@@ -43,15 +43,17 @@ from tqdm import tqdm
 from genima import painter_training as setup
 from genima.base import FROM_SCRATCH, fingerprint, load_base
 from genima.episodes import CAMERAS
-from genima.files import UserError, read_hdf5, run_stage, write_hdf5
+from genima.files import UserError, check_number, read_hdf5, run_stage, write_hdf5
 from genima.painter import PROMPT, TinyPainter
 from genima.painter_data import Augmentation, colour_jitter
 from genima.parallel import run_in_parallel, usable_cores
 from genima.plots import write_contact_sheet, write_losses
+from genima.scene_files import FORMAT, KINDS, SHARD, check_shards, find_shards
 from genima.training import (
     StopSignal,
     agree,
     batches,
+    check_numbers,
     half_cosine,
     resume,
     save,
@@ -66,12 +68,10 @@ from sims.random_scenes import RandomSceneEnv
 from sims.rendering import choose_renderer
 from sims.scene_sentences import all_sentences, draw_sentence, kind_of
 
-FORMAT = "nanogenima-scenes-1"
-SHARD = 500  # scenes a file: a killed run loses at most that many
 SHOWN = 8  # scenes in scenes.png
+MAX_SCENES = 10_000_000
 FOLDERS = {"tiny": Path("runs/base"), "small": Path("runs/base-small")}
 LEARNING_RATES = {"tiny": 8e-4, "small": 3e-4}  # small's: in proportion to 1 / width, not tuned
-KINDS = ("A", "B", "C", "C")  # of the sentences for each scene: a quarter, a quarter, a half
 
 
 @dataclass
@@ -147,12 +147,6 @@ def draw_shard(environments: dict, path: Path, first: int):
         root["sentences"] = np.array(sentences, dtype=h5py.string_dtype())  # (N, S)
 
 
-def find_shards(folder: Path, first_scene: int, scenes: int) -> dict[Path, int]:
-    """The scenes' files, with the number of the first scene in each."""
-    starts = range(first_scene, first_scene + scenes, SHARD)
-    return {folder / f"{start:07d}.hdf5": start for start in starts}
-
-
 def draw_scenes(settings: Settings) -> list[Path]:
     """Draw all scenes that are not there yet, in parallel. Returns the files."""
     shards = find_shards(settings.out / "scenes", settings.first_scene, settings.scenes)
@@ -161,16 +155,11 @@ def draw_scenes(settings: Settings) -> list[Path]:
     make_context = partial(make_environments, settings.image_size)
     for _ in run_in_parallel(jobs, settings.workers, "scenes", f"{SHARD} scenes", make_context):
         pass
-    first = next(iter(shards))
-    with read_hdf5(first, FORMAT) as root:
+    check_shards(list(shards), len(CAMERAS), settings.image_size)
+    with read_hdf5(next(iter(shards)), FORMAT) as root:
         images = root["images"][:SHOWN]  # (N, V, H, W, 3)
         layers = root["layers"][:SHOWN]  # (N, S, V, H, W, 4)
         sentences = root["sentences"].asstr()[:SHOWN]  # (N, S)
-    drawn = images.shape[2]
-    if drawn != settings.image_size:
-        raise UserError(
-            f"{first} has views of {drawn} pixels: give --image-size {drawn}, or another --out."
-        )
     write_contact_sheet(settings.out / "scenes.png", images, layers, sentences)
     return list(shards)
 
@@ -282,6 +271,12 @@ def fill_in_defaults(settings: Settings):
 def main():
     settings = tyro.cli(Settings, description=__doc__)
     fill_in_defaults(settings)
+    check_numbers(settings)
+    check_number("--scenes", settings.scenes, 1, MAX_SCENES)
+    check_number("--image-size", settings.image_size, 8, 256)
+    if settings.image_size % 8:
+        raise UserError(f"--image-size must be a multiple of 8, not {settings.image_size}.")
+    check_number("--workers", settings.workers, 1, 1024)
     shards = draw_scenes(settings)
     torch.set_num_threads(settings.workers)
     held_out = shards[-1:]

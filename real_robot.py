@@ -43,7 +43,7 @@ from robot.policy_process import PolicyProcess, load_policy
 from robot.recording import recover, replay, write_timing
 from robot.safety import WORKSPACE, Safety, StaleFrames
 from robot.session import session, stop_on_signals
-from robot.workcell import Observer, open_workcell, prompt_user
+from robot.workcell import Observer, check_numbers, open_workcell, prompt_user
 
 TIME_FORMAT = "%Y%m%d-%H%M%S"  # in the names of recordings
 CAMERA_PAUSE = 2  # seconds that the arm holds and waits for a camera that sends nothing
@@ -337,6 +337,8 @@ def main():
     commands = {"run": Run, "record": Record, "replay": Replay, "calibrate": Calibrate}
     settings = tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
     functions = {Run: run, Record: record, Replay: replay, Calibrate: calibrate}
+    if isinstance(settings, Settings):
+        check_numbers(settings)
     functions[type(settings)](settings)
 
 

@@ -27,6 +27,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
+from genima.configs import check_config
+from genima.documents import read_json
 from genima.files import UserError, write_whole
 from genima.image_encoder import ImageEncoder
 from genima.views import image_sizes_of, resize_images
@@ -58,6 +60,10 @@ SIZES = {
         "learning_rate": 5e-5,
     },
 }
+
+# What config.json always has.
+CONFIG_NAMES = {"size", "observation", "horizon", "joints", "cameras", "image_size", "vocabulary"}
+CONFIG_NAMES |= {"state_mean", "state_std"}
 
 # ACT normalises at the end of a layer. At its beginning, the network trains from scratch at a
 # higher learning rate.
@@ -207,8 +213,12 @@ class Controller:
     def load(cls, folder: str | Path, device: str = "cpu") -> "Controller":
         """Load what train_act.py has written. Raises UserError if it is missing or broken."""
         folder = Path(folder)
+        path = folder / "config.json"
+        if not path.exists():
+            raise UserError(f"{folder} holds no trained controller: run train_act.py first.")
+        config = read_json(path)
+        check_config(config, path, CONFIG_NAMES)
         try:
-            config = json.loads((folder / "config.json").read_text())
             model = ACT(config)
             model.load_state_dict(load_file(folder / "model.safetensors"))
         except Exception as error:  # missing, cut off, or of another version

@@ -16,15 +16,14 @@ numbers, so half a pixel is added to their image centres.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import yaml
 
+from genima.documents import explain, read_yaml
 from genima.episodes import check_array
-from genima.files import UserError, parse_yaml
+from genima.files import UserError
 from genima.robots import frame_name
 
 HELP = "see docs/your-data.md"
@@ -46,7 +45,14 @@ class Camera:
 
 def read_calibration_file(path: Path) -> dict[str, Camera]:
     """{camera: Camera} of one file of any of these programs; Camera of one without a name is ''."""
-    content = parse(path)
+    content = read_yaml(path)
+    if not isinstance(content, dict) or not content:
+        raise UserError(f"{path} is no file of cameras: {HELP}.")
+    with explain(path, HELP):
+        return read_cameras(content, path)
+
+
+def read_cameras(content: dict, path: Path) -> dict[str, Camera]:
     if "transformation" in content or "transform" in content:
         return {WITHOUT_A_NAME: read_easy_handeye(content, path)}
     if "fx" in content:
@@ -73,29 +79,11 @@ def read_calibration_file(path: Path) -> dict[str, Camera]:
     return cameras
 
 
-def parse(path: Path) -> dict:
-    """The dictionary in a JSON or YAML file. YAML reads JSON too, but not with tabs."""
-    try:
-        text = Path(path).read_text()
-        try:
-            content = json.loads(text)
-        except ValueError:
-            content = parse_yaml(text)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
-    except (ValueError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} is neither JSON nor YAML ({reason}): {HELP}.") from error
-    if not isinstance(content, dict) or not content:
-        raise UserError(f"{path} is no file of cameras: {HELP}.")
-    return content
-
-
 def numbers(values, where: str, *shape: int) -> np.ndarray:
     """An array of finite numbers of this shape; no shape: of any length."""
     try:
         array = np.array(values, np.float64)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         raise UserError(f"{where} holds what is no number: {HELP}.") from None
     if shape and array.size == np.prod(shape):
         array = array.reshape(shape)

@@ -7,6 +7,7 @@ import numpy as np
 from tqdm import tqdm
 
 from genima.act import words_of
+from genima.arrays import check_array, read_dataset
 from genima.episodes import CAMERAS, Episode, check_alike, find_episodes, read_episode
 from genima.files import UserError, read_hdf5
 from genima.kinematics import Chain
@@ -89,7 +90,7 @@ def read_demonstration(path: Path, run: Path, images: bool) -> Demonstration:
     if not spheres.exists():
         raise UserError(f"{spheres} is missing: run render_spheres.py --run {run} first.")
     with read_hdf5(spheres, FORMAT) as root:
-        target = root["target/qpos"][()]
+        target = read_dataset(root, "target/qpos")
         style = read_style(root)
         horizon = int(root.attrs["horizon"])
         for camera, measured in root.get("cameras", {}).items():  # render_spheres.py --calibration
@@ -100,6 +101,7 @@ def read_demonstration(path: Path, run: Path, images: bool) -> Demonstration:
             f"{spheres} was drawn for another episode: move it away and run render_spheres.py "
             f"--run {run} again."
         )
+    check_array(target, episode.qpos.shape, np.float32, f"{spheres}: target/qpos")
     chain = Chain.from_episode(episode)
     return Demonstration(
         **vars(episode),

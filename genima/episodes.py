@@ -32,7 +32,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from genima.files import UserError, read_hdf5, write_hdf5
+from genima.arrays import check_array, check_stored, read_dataset
+from genima.files import UserError, read_hdf5, shorten, write_hdf5
 
 FORMAT = "nanogenima-episode-1"
 # The paper's four cameras (section 3.1), in the order in which they are tiled, row by row.
@@ -89,65 +90,6 @@ ARRAYS = {
 
 
 # ----------------------------------------------------------------------------------------- checking
-def check_array(array, shape: Sequence, dtype, where: str):
-    """Raise a UserError that begins with `where` unless the array is of this shape and kind.
-
-    shape: None stands for any length. Numbers must be finite. An array of shape (..., 4, 4) must
-    hold poses, one of shape (3, 3) a camera's intrinsics.
-    """
-    fault = find_fault(array, shape, dtype)
-    if fault is not None:
-        raise UserError(f"{where} {fault}.")
-
-
-def find_fault(array, shape: Sequence, dtype) -> str | None:
-    """What is wrong with an array, as the end of a sentence, or None."""
-    if not has_shape(array, shape):
-        wanted = ", ".join(str(length) for length in shape).replace("None", "any")
-        return f"has shape {array.shape} where ({wanted}) is needed"
-    kind = np.uint8 if dtype == np.uint8 else np.floating
-    if not np.issubdtype(array.dtype, kind):
-        return f"holds {array.dtype} where {np.dtype(dtype)} is needed"
-    if dtype == np.uint8:
-        return None
-    if not np.isfinite(array).all():
-        return "holds NaN or infinite numbers"
-    if tuple(shape[-2:]) == (4, 4) and not are_poses(array):
-        return "holds a matrix that is not a rotation and a translation"
-    if tuple(shape) == (3, 3) and not are_intrinsics(array):
-        return "is not [[fx, 0, cx], [0, fy, cy], [0, 0, 1]] with positive focal lengths in pixels"
-    return None
-
-
-def has_shape(array, shape: Sequence) -> bool:
-    """Whether an array has this shape and is not empty; None stands for any length."""
-    if len(array.shape) != len(shape):
-        return False
-    for length, wanted in zip(array.shape, shape):
-        if length == 0:
-            return False
-        if wanted is not None and length != wanted:
-            return False
-    return True
-
-
-def are_poses(matrices: np.ndarray) -> bool:
-    """Whether matrices (..., 4, 4) are rotations and translations."""
-    rotations = np.asarray(matrices, np.float64)[..., :3, :3]
-    product = rotations @ np.swapaxes(rotations, -1, -2)
-    orthonormal = np.abs(product - np.eye(3)).max() < 1e-3
-    mirrored = np.linalg.det(rotations).min() <= 0
-    last_row = np.abs(matrices[..., 3, :] - [0, 0, 0, 1]).max() <= 1e-6
-    return bool(orthonormal and not mirrored and last_row)
-
-
-def are_intrinsics(matrix: np.ndarray) -> bool:
-    """Whether a matrix (3, 3) is that of a pinhole camera without skew."""
-    fx, fy, cx, cy = matrix[[0, 1, 0, 1], [0, 1, 2, 2]]
-    pinhole = [[fx, 0, cx], [0, fy, cy], [0, 0, 1]]
-    return bool(fx > 0 and fy > 0 and np.allclose(matrix, pinhole, atol=1e-6))
-
-
 def arrays_of(episode: Episode) -> Iterator[tuple]:
     """Each array of an episode: (its dataset in the file, the array, its shape, its type)."""
     frames, numbers = episode.qpos.shape
@@ -252,7 +194,7 @@ def read_episode(path: Path, images: bool = True) -> Episode:
     """
     path = Path(path)
     with read_hdf5(path, FORMAT) as root:
-        parts = {name: kind(root.attrs[name]) for name, kind in ATTRIBUTES.items()}
+        parts = {name: read_attribute(root, name) for name in ATTRIBUTES}
         for name, (dataset, _, _) in ARRAYS.items():
             parts[name] = read_arrays(root, dataset, load=name != "images")
         episode = Episode(path=path, **parts)
@@ -265,15 +207,33 @@ def read_episode(path: Path, images: bool = True) -> Episode:
     return episode
 
 
+def read_attribute(root: h5py.File, name: str):
+    """An attribute as its type. Raises ValueError for one that cannot be."""
+    value = root.attrs[name]
+    kind = ATTRIBUTES[name]
+    try:
+        value = kind(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"attribute '{name}' is {shorten(repr(value))}") from error
+    is_rate = name != "fps" or 0 < value < math.inf
+    if not is_rate or value == []:
+        raise ValueError(f"attribute '{name}' is {shorten(repr(value))}")
+    return value
+
+
 def read_arrays(root: h5py.File, dataset: str, load: bool):
     """An array, or {camera: array} where the dataset's name has a {}; not loaded: h5py's object."""
     if "{}" not in dataset:
-        return root[dataset][()]
+        return read_dataset(root, dataset)
     group = dataset.split("/{}")[0]
     arrays = {}
     for camera in root[group]:
-        data = root[dataset.format(camera)]
-        arrays[camera] = data[()] if load else data
+        name = dataset.format(camera)
+        if load:
+            arrays[camera] = read_dataset(root, name)
+        else:
+            arrays[camera] = root[name]
+            check_stored(root[name])
     return arrays
 
 

@@ -4,7 +4,6 @@ run_stage(main)           runs a stage: errors become one sentence, signals stop
 write_whole(path)         a temporary file that becomes `path` when it is complete
 name_full_disk(path)      a full disk is one and the same error, whatever library meets it
 write_hdf5, read_hdf5     the same for HDF5 files, with a check of their format
-parse_yaml                the fast way
 check_number              what a stage is asked for
 """
 
@@ -19,7 +18,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import h5py
-import yaml
 
 LARGE = 20_000_000  # bytes of images; a file above is written to disk frame by frame
 # What the system says. Libraries pass it on in exceptions of many types, often as text alone:
@@ -213,11 +211,6 @@ def read_hdf5(path: Path, file_format: str) -> Iterator[h5py.File]:
         raise UserError(f"{path} {reason_of(error)}.") from error
 
 
-def parse_yaml(text: str):
-    """What a YAML text holds; by the library in C where there is one, ten times as fast."""
-    return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-
-
 def reason_of(error: Exception) -> str:
     """Why an HDF5 file cannot be read: in the system's words if it refuses, else in HDF5's."""
     number = getattr(error, "errno", None)
@@ -228,4 +221,4 @@ def reason_of(error: Exception) -> str:
     if number:
         return f"cannot be read: {os.strerror(number)}"
     words = str(error.args[0]) if error.args else str(error)
-    return "cannot be read: " + words.strip("'\"")
+    return "cannot be read: " + shorten(words.strip("'\""))

@@ -16,6 +16,8 @@ import diffusers
 import huggingface_hub
 import transformers
 
+from genima.configs import check_config
+from genima.documents import read_json
 from genima.files import UserError, name_full_disk, write_whole
 
 OURS = {
@@ -111,15 +113,26 @@ def load_part(source: str | Path, part_class: type, subfolder: str = ""):
         options["use_safetensors"] = True  # a pickle could run code
     try:
         check_files(Path(source), subfolder)
+        if has_weights:
+            return load_weights(source, part_class, options)
         return part_class.from_pretrained(source, **options)
     except Exception as error:
         if has_weights:
             with suppress(Exception):  # what is wrong without it is the error to report
-                return part_class.from_pretrained(source, variant="fp16", **options).float()
+                return load_weights(source, part_class, options | {"variant": "fp16"}).float()
         raise UserError(
             f"{Path(source) / subfolder} is no whole {part_class.__name__}, nor can it be fetched "
             f"({one_line(error)}): give one in diffusers' layout."
         ) from error
+
+
+def load_weights(source: str | Path, part_class: type, options: dict):
+    """A network. Raises ValueError for a file that lacks weights: these would be random numbers."""
+    network, found = part_class.from_pretrained(source, output_loading_info=True, **options)
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise ValueError(f"{len(missing)} of its weights are missing, such as {missing[0]}")
+    return network
 
 
 def check_files(source: Path, subfolder: str):
@@ -133,18 +146,18 @@ def read_config(folder: Path) -> dict:
     path = folder / "painter.json"
     if not path.exists():
         raise UserError(f"{folder} holds no painter: train one first (python train_controlnet.py).")
-    try:
-        config = dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({error}): train the painter again.") from error
-    if "resolution" not in config:
+    config = read_json(path)
+    if isinstance(config, dict) and "picture" in config:
         raise UserError(
             f"{path} is of an earlier version: in it, rename 'picture' to 'resolution' and "
             "'steps' to 'num_inference_steps'."
         )
-    missing = CONFIG_NAMES - config.keys()
-    if missing:
-        raise UserError(f"{path} lacks {', '.join(sorted(missing))}: train the painter again.")
+    needed = CONFIG_NAMES
+    if isinstance(config, dict) and config.get("size") == "sd-turbo":
+        needed = needed | {"base"}
+    check_config(config, path, needed)
+    if config["size"] not in LICENCES:
+        raise UserError(f"{path}: size is {config['size']!r}, not one of {', '.join(LICENCES)}.")
     return config
 
 

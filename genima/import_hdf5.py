@@ -18,16 +18,18 @@ import cv2
 import h5py
 import numpy as np
 
-from genima.files import UserError
+from genima.files import UserError, shorten
 from genima.mapping import (
     HELP,
     SECONDS,
     Mapping,
     find,
     find_cameras,
+    flag,
     is_there,
+    text,
 )
-from genima.recordings import Recording
+from genima.recordings import MOST_PIXELS, Recording, decode_picture
 
 
 # -------------------------------------------------------------------------- one HDF5 file
@@ -41,8 +43,12 @@ def open_recording(path: Path) -> Iterator[h5py.File]:
         raise UserError(f"{path}: {reason_of(path, error)}") from error
     try:
         yield root
-    except OSError as error:
-        raise UserError(f"{path} is damaged ({' '.join(str(error).split())}).") from error
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        if getattr(error, "filename", None):  # of another file: the episode that is written
+            raise
+        raise UserError(f"{path} is damaged: {why_not_read(error)}.") from error
     finally:
         root.close()
 
@@ -59,6 +65,14 @@ def reason_of(path: Path, error: OSError) -> str:
     if "signature" in words or "truncated" in words:
         return "it is no whole HDF5 file: copy it again from where it was recorded."
     return f"it cannot be read ({' '.join(str(error).split())})."
+
+
+def why_not_read(error: Exception) -> str:
+    """Why something in an open HDF5 file cannot be read, and what to do."""
+    words = shorten(f"{type(error).__name__}: {error}")
+    if "filter" in words or "plugin" in words:
+        return f"its compression is not known here ({words}): rewrite it with h5repack -f GZIP=1"
+    return f"{words}: copy it again from where it was recorded"
 
 
 def detect_mapping(path: Path, ready: Sequence[Mapping]) -> Mapping:
@@ -96,9 +110,9 @@ class StoredImages:
                 f"{self.where} has shape {dataset.shape} of {dataset.dtype}, "
                 "where (frames, height, width, 3) of uint8 is needed: leave it out with --cameras."
             )
-        if dataset.ndim not in (1, 2, 4):
+        if dataset.ndim not in (1, 2, 4) or (self.raw and is_giant(dataset)):
             raise UserError(
-                f"{self.where} has shape {dataset.shape}, which is no pictures: "
+                f"{self.where} has shape {dataset.shape}, which is no pictures of a camera: "
                 "leave it out with --cameras."
             )
 
@@ -110,12 +124,15 @@ class StoredImages:
         if self.raw:
             return cv2.cvtColor(stored, cv2.COLOR_BGR2RGB) if self.order == "bgr" else stored
         # A JPEG or PNG, perhaps with zeros after its end.
-        data = np.frombuffer(bytes(stored), np.uint8)
-        how = cv2.IMREAD_COLOR_RGB if self.order == "bgr" else cv2.IMREAD_COLOR
-        picture = cv2.imdecode(data, how) if len(data) else None
+        picture = decode_picture(bytes(stored), swap=self.order == "bgr")
         if picture is None:
             raise UserError(f"{self.where}: frame {t} is no JPEG or PNG picture.")
         return picture
+
+
+def is_giant(dataset: h5py.Dataset) -> bool:
+    """Whether a picture of (T, H, W, 3) is larger than any camera's."""
+    return dataset.shape[1] * dataset.shape[2] > MOST_PIXELS
 
 
 # ----------------------------------------------------------------------- a whole recording
@@ -135,24 +152,6 @@ def column(root: h5py.File, name: str | None, what: str, frames: int | None, nee
             f"{root.filename}: {name} has shape {values.shape}, but there are {frames} frames."
         )
     return values
-
-
-def text(value) -> str:
-    """A string from an attribute or dataset, whatever HDF5 made of it."""
-    if isinstance(value, h5py.Dataset):
-        value = value[()]
-    if isinstance(value, np.ndarray):
-        value = value.reshape(-1)[0] if value.size else ""
-    if isinstance(value, bytes):
-        value = value.decode("utf-8", "replace")
-    return "" if value is None else str(value)
-
-
-def flag(value) -> bool | None:
-    """True or False from an attribute or dataset, None where there is none."""
-    if value is None:
-        return None
-    return text(value).strip().lower() in ("true", "1", "1.0", "yes", "success")
 
 
 def read_recording(

@@ -12,18 +12,19 @@ videos/<camera>/chunk-000/file-000.mp4      the pictures
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import av
-import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from genima.documents import explain, read_json
 from genima.files import UserError
 from genima.mapping import Mapping, split_columns
-from genima.recordings import Recording
+from genima.recordings import Recording, decode_picture
+
+AGAIN = "copy the dataset again"
 
 
 def is_lerobot(folder: Path) -> bool:
@@ -33,12 +34,14 @@ def is_lerobot(folder: Path) -> bool:
 def read_info(folder: Path) -> dict:
     """meta/info.json of a dataset. Raises UserError for another version than 3."""
     path = Path(folder) / "meta" / "info.json"
-    try:
-        info = json.loads(path.read_text())
+    info = read_json(path)
+    with explain(path, AGAIN):
         version = str(info["codebase_version"])
-        info["features"], info["fps"], info["data_path"]  # what every dataset has
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not LeRobot's ({error}): copy the dataset again.") from error
+        for feature in info["features"].values():
+            feature["dtype"]  # every feature has one
+        is_rate = 0 < info["fps"] < 1e6
+        if not is_rate:
+            raise ValueError(f"fps is {info['fps']}")
     if not version.startswith("v3."):
         raise UserError(
             f"{path}: version {version}, where v3.0 is read: convert it with LeRobot "
@@ -65,7 +68,8 @@ def read_episode_rows(folder: Path) -> list[dict]:
         rows += table.select(wanted).to_pylist()
     if not rows:
         raise UserError(f"{folder}/meta/episodes has no episodes: copy the dataset again.")
-    return sorted(rows, key=lambda row: row["episode_index"])
+    with explain(f"{folder}/meta/episodes", AGAIN):
+        return sorted(rows, key=lambda row: int(row["episode_index"]))
 
 
 class VideoFrames:
@@ -92,7 +96,7 @@ class VideoFrames:
                 self.number, frame = next(self.frames)
                 if self.number >= t:
                     self.picture = frame.to_ndarray(format="rgb24")
-        except (StopIteration, OSError, av.FFmpegError) as error:
+        except Exception as error:  # FFmpeg fails in many ways, and so do tables with wrong numbers
             raise UserError(
                 f"{self.path} ends or breaks before frame {t} of the episode: copy it again."
             ) from error
@@ -119,10 +123,9 @@ class ImageRows:
         return len(self.rows)
 
     def __getitem__(self, t: int) -> np.ndarray:
-        data = np.frombuffer(self.rows[t]["bytes"] or b"", np.uint8)
-        picture = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB) if len(data) else None
+        picture = decode_picture(self.rows[t]["bytes"], swap=True)
         if picture is None:
-            raise UserError(f"{self.where}: frame {t} is no picture: copy the dataset again.")
+            raise UserError(f"{self.where}: frame {t} is no picture: {AGAIN}.")
         return picture
 
 
@@ -141,8 +144,12 @@ def column(table: pa.Table, name: str | None, where: str, needed: bool = False):
 
 def read_lerobot(folder: Path, row: dict, mapping: Mapping) -> Recording:
     """The recording of one episode, a row of read_episode_rows."""
-    folder = Path(folder)
     info = read_info(folder)
+    with explain(f"{folder}: episode {row['episode_index']}", AGAIN):
+        return read_row(Path(folder), info, row, mapping)
+
+
+def read_row(folder: Path, info: dict, row: dict, mapping: Mapping) -> Recording:
     number = row["episode_index"]
     where = f"{folder}: episode {number}"
     place = {"chunk_index": row["data/chunk_index"], "file_index": row["data/file_index"]}

@@ -7,18 +7,28 @@ a name has {camera}, it stands for every camera that the file has there.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import h5py
-import yaml
+import numpy as np
 
-from genima.files import UserError, parse_yaml
+from genima.arrays import MAX_ARRAY
+from genima.documents import read_yaml
+from genima.files import UserError
 
 FOLDER = Path(__file__).resolve().parent.parent / "mappings"
 HELP = "see docs/your-data.md"
 SECONDS = {"seconds": 1.0, "milliseconds": 1e-3, "microseconds": 1e-6, "nanoseconds": 1e-9}
+
+CHOICES = {
+    "timestamp_unit": tuple(SECONDS),
+    "joint_unit": ("radians", "degrees"),
+    "color": ("rgb", "bgr"),
+    "compressed_color": ("rgb", "bgr"),
+}
 
 
 @dataclass
@@ -60,45 +70,41 @@ def read_mapping(name: str | Path) -> Mapping:
     if not path.exists():
         ready = ", ".join(sorted(entry.stem for entry in FOLDER.glob("*.yaml")))
         raise UserError(f"There is no mapping '{name}': give one of {ready}, or a file's path.")
-    try:
-        content = parse_yaml(path.read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    content = read_yaml(path)
     known = [entry.name for entry in fields(Mapping)]
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no mapping: {HELP}.")
     for key in content:
         if key not in known:
             raise UserError(f"{path}: '{key}' is not one of {', '.join(known[1:])}.")
-    check_values(content, path)
     mapping = Mapping(**content | {"source": str(path)})
     for key in ("joints", "images"):
         if getattr(mapping, key) is None:
             raise UserError(f"{path} does not say where '{key}' is: {HELP}.")
-    if mapping.timestamp_unit not in SECONDS:
-        raise UserError(f"{path}: timestamp_unit is not one of {', '.join(SECONDS)}.")
-    if mapping.joint_unit not in ("radians", "degrees"):
-        raise UserError(f"{path}: joint_unit is not one of radians, degrees.")
-    return mapping
-
-
-def check_values(content: dict, path: Path):
-    """Raise a UserError for a line of a mapping that names nothing."""
     for key, value in content.items():
-        if key == "gripper_range" and value is not None:
-            numbers = isinstance(value, list) and len(value) == 2
-            numbers = numbers and all(isinstance(entry, (int, float)) for entry in value)
-            if not numbers or value[0] == value[1]:
-                raise UserError(f"{path}: gripper_range has to be [closed, open], two numbers.")
-        elif key == "rate" and isinstance(value, (int, float)):
-            continue
-        elif value is not None and key != "gripper_range" and not isinstance(value, str):
-            raise UserError(f"{path}: '{key}' has to be a name, such as act.yaml's, not {value}.")
+        check_line(path, key, value)
+    return mapping
 
 
 def ready_mappings() -> list[Mapping]:
     """Those in mappings/."""
     return [read_mapping(entry.stem) for entry in sorted(FOLDER.glob("*.yaml"))]
+
+
+def check_line(path: Path, key: str, value):
+    """Raise a UserError for a line of a mapping whose value cannot be meant."""
+    if key == "gripper_range" and value is not None:
+        is_range = isinstance(value, list) and len(value) == 2 and value[0] != value[1]
+        if not is_range or not all(isinstance(end, int | float) for end in value):
+            raise UserError(f"{path}: gripper_range is {value!r}, not [closed, open]: {HELP}.")
+    elif key == "rate" and isinstance(value, int | float):
+        if not 0 < value < math.inf:
+            raise UserError(f"{path}: rate is {value}, not a rate in Hz: {HELP}.")
+    elif key in CHOICES:
+        if value not in CHOICES[key]:
+            raise UserError(f"{path}: {key} is not one of {', '.join(CHOICES[key])}.")
+    elif value is not None and not isinstance(value, str):
+        raise UserError(f"{path}: {key} is {value!r}, not a name in quotes: {HELP}.")
 
 
 def split_columns(name: str) -> tuple[str, slice | int | None]:
@@ -124,9 +130,12 @@ def find(root: h5py.File, name: str | None):
         holder = root if not group else root.get(group)
         return None if holder is None else holder.attrs.get(attribute)
     dataset, columns = split_columns(name)
-    node = root.get(dataset)
+    node = get(root, dataset)
     if not isinstance(node, h5py.Dataset):
         return None
+    check_there(node)
+    if node.nbytes > MAX_ARRAY:
+        raise UserError(f"{root.filename}: {dataset} has shape {node.shape}: name another dataset.")
     if columns is None:
         return node
     if node.ndim != 2:
@@ -137,6 +146,35 @@ def find(root: h5py.File, name: str | None):
         raise UserError(
             f"{root.filename}: {dataset} has {node.shape[1]} columns, so there is no '{name}'."
         ) from None
+
+
+def get(root: h5py.File, name: str):
+    """What has this name in a file, None where nothing has. Raises UserError for a broken link."""
+    node = root.get(name)
+    if node is None:
+        group, _, last = name.rpartition("/")
+        holder = root.get(group or "/")
+        if isinstance(holder, h5py.Group) and last in list(holder):
+            raise UserError(
+                f"{root.filename}: {name} is a link to what is not there: copy that, too."
+            )
+    return node
+
+
+def check_there(data: h5py.Dataset):
+    """Raise a UserError for an array without its numbers, of which HDF5 makes zeros."""
+    path = Path(data.file.filename)
+    if data.is_virtual:
+        for source in data.virtual_sources():
+            if source.file_name != "." and not (path.parent / source.file_name).exists():
+                raise UserError(
+                    f"{path}: {data.name} is in {source.file_name}, which is not there: copy that "
+                    "file, too."
+                )
+    elif data.nbytes and not data.id.get_storage_size() and not data.external:
+        raise UserError(
+            f"{path}: {data.name} of shape {data.shape} was never filled: record it again."
+        )
 
 
 def find_cameras(root: h5py.File, pattern: str) -> dict[str, h5py.Dataset]:
@@ -150,8 +188,9 @@ def find_cameras(root: h5py.File, pattern: str) -> dict[str, h5py.Dataset]:
         return {}
     found = {}
     for camera in group:
-        node = root.get(before + camera + after)
+        node = get(root, before + camera + after)
         if isinstance(node, h5py.Dataset):
+            check_there(node)
             found[camera] = node
     return found
 
@@ -163,3 +202,21 @@ def is_there(root: h5py.File, name) -> bool:
     if "{camera}" in name:
         return bool(find_cameras(root, name))
     return find(root, name) is not None
+
+
+def text(value) -> str:
+    """A string from an attribute or dataset, whatever HDF5 made of it."""
+    if isinstance(value, h5py.Dataset):
+        value = value[()]
+    if isinstance(value, np.ndarray):
+        value = value.reshape(-1)[0] if value.size else ""
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "replace")
+    return "" if value is None else str(value)
+
+
+def flag(value) -> bool | None:
+    """True or False from an attribute or dataset, None where there is none."""
+    if value is None:
+        return None
+    return text(value).strip().lower() in ("true", "1", "1.0", "yes", "success")

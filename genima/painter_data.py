@@ -20,7 +20,8 @@ import h5py
 import numpy as np
 import torch
 
-from genima.episodes import CAMERAS, find_episodes
+from genima.arrays import check_stored
+from genima.episodes import ATTRIBUTES, CAMERAS, find_episodes, read_attribute
 from genima.episodes import FORMAT as EPISODE_FORMAT
 from genima.files import UserError, read_hdf5
 from genima.painter import PROMPT
@@ -112,13 +113,18 @@ def find_frames(run: Path, use_failed: bool = False) -> PainterData:
                 f"(python render_spheres.py --run {run})."
             )
         with read_hdf5(path, EPISODE_FORMAT) as root:
-            instructions = [str(text) for text in root.attrs["instructions"]]
+            facts = {name: read_attribute(root, name) for name in ATTRIBUTES}
+            instructions = [str(text) for text in facts["instructions"]]
             length = len(root["action"])
-            facts = dict(root.attrs)
             images = root["observations/images"]
-            sizes = {name: images[name].shape[1:3] for name in order_cameras(images)}
+            sizes = {}
+            for name in order_cameras(images):
+                check_views(images[name], length, 3)
+                sizes[name] = images[name].shape[1:3]
         with read_hdf5(spheres, SPHERES_FORMAT) as root:
             horizons.add(int(root.attrs["horizon"]))
+            for name in sizes:
+                check_views(root["layers"][name], length, 4)
         if first_sizes is None:
             first_sizes = sizes
         if sizes != first_sizes:
@@ -130,7 +136,7 @@ def find_frames(run: Path, use_failed: bool = False) -> PainterData:
             failed += 1
             if not use_failed:
                 continue
-        scene = scene_of(path, str(facts["task"]), int(facts["seed"]), bool(facts["sim"]))
+        scene = scene_of(path, facts["task"], facts["seed"], facts["sim"])
         frames = [Frame(str(path), str(spheres), t, instructions) for t in range(length)]
         demonstrations.append((scene, frames))
     check_successful(len(demonstrations), failed, run / "episodes")
@@ -156,17 +162,29 @@ def find_frames(run: Path, use_failed: bool = False) -> PainterData:
         cameras=list(first_sizes),
         image_sizes=first_sizes,
         tasks=sorted({scene.task for scene in scenes}),
-        fps=float(facts["fps"]),
+        fps=facts["fps"],
         scenes=len(scenes),
         scenes_held_out=len(held_out_ones),
         failed=failed,
     )
 
 
+def check_views(data: h5py.Dataset, frames: int, channels: int):
+    """Raise a ValueError unless a dataset has so many frames (T, h, w, channels) of uint8."""
+    check_stored(data)
+    is_right = data.ndim == 4 and data.dtype == np.uint8 and data.size > 0
+    if not is_right or data.shape[0] != frames or data.shape[3] != channels:
+        raise ValueError(
+            f"{data.name} has shape {data.shape} of {data.dtype}, "
+            f"not ({frames}, height, width, {channels}) of uint8"
+        )
+
+
 def order_cameras(cameras) -> list[str]:
     """The paper's four in the paper's order, then others as in the file."""
-    known = [camera for camera in CAMERAS if camera in cameras]
-    others = [camera for camera in cameras if camera not in CAMERAS]
+    names = list(cameras)  # HDF5 says that a broken link is not in it
+    known = [camera for camera in CAMERAS if camera in names]
+    others = [camera for camera in names if camera not in CAMERAS]
     return known + others
 
 

@@ -10,16 +10,21 @@ take arrays, so that a report can use them on episodes as well.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import cv2
 import numpy as np
+from PIL import Image
 
 from genima.files import UserError
 from genima.robots import GRIPPER_WIDTHS, JOINT_LIMITS, beyond_limits
 
+MOST_PIXELS = 50_000_000  # of a camera's picture; a few kilobytes can stand for gigabytes
 MOVES = 0.02  # an opening that changes by less, of 0..1, never changed
 WIDEST = 0.14  # metres, the widest gripper that a width may be of: Robotiq 2F-140
+LEAPS = 100  # copies of each frame, on average, that show a wrong clock
 NEAR = 0.03  # metres between a recorded tool and forward kinematics that need no mention
 
 
@@ -57,6 +62,24 @@ class Conversion:
     gripper_length: float | None = None  # metres, flange to fingertips
     instruction: str = ""  # "": as recorded
     task: str = ""  # "": the instruction with underscores
+
+
+# -------------------------------------------------------------------------------- pictures
+def decode_picture(data: bytes | None, swap: bool) -> np.ndarray | None:
+    """A JPEG or PNG as (H, W, 3) uint8; None for what is no picture, or a giant one.
+
+    swap: the file holds red, green, blue as files do. Otherwise an array of RGB was given to OpenCV
+    as if it were BGR, and it comes back as it was.
+    """
+    how = cv2.IMREAD_COLOR_RGB if swap else cv2.IMREAD_COLOR
+    try:
+        with Image.open(io.BytesIO(data or b"")) as header:  # reads no more than the header
+            width, height = header.size
+        if width * height > MOST_PIXELS:
+            return None
+        return cv2.imdecode(np.frombuffer(data, np.uint8), how)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, cv2.error):
+        return None
 
 
 # ------------------------------------------------------------------------------------ time
@@ -111,6 +134,11 @@ def resampled_times(recording: Recording, fps: float) -> np.ndarray:
         raise UserError(
             f"{recording.source} lasts {end - start:.2f} seconds, {count} frames at --fps {fps:g}: "
             "move it away, or give a higher --fps."
+        )
+    if count > LEAPS * len(recording.seconds):
+        raise UserError(
+            f"{recording.source} lasts {end - start:.0f} seconds with {len(recording.seconds)} "
+            "frames: its timestamps leap; record it again, or give --source-fps."
         )
     return start + np.arange(count) / fps
 

@@ -217,8 +217,9 @@ class FinishedJobs:
                 f"{path.parent} cannot hold the results ({error.strerror}): give another --out."
             ) from error
         if self.path.exists():
-            for line in self.path.read_text().splitlines():
-                with suppress(ValueError):  # a killed process leaves half a line
+            for line in self.path.read_text(errors="replace").splitlines():
+                # A killed process leaves half a line.
+                with suppress(ValueError, TypeError, RecursionError):
                     name, result = json.loads(line)
                     self.results[tuple(name)] = result
 

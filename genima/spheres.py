@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import h5py
 import numpy as np
 
-from genima.episodes import check_array
+from genima.arrays import check_array, read_dataset
 from genima.files import read_hdf5
 
 FORMAT = "nanogenima-spheres-1"
@@ -228,8 +228,8 @@ def read_spheres(path) -> tuple[dict[str, np.ndarray], np.ndarray]:
     Returns layers {camera: (T, H, W, 4) uint8} and target_qpos (T, D+1). Raises UserError.
     """
     with read_hdf5(path, FORMAT) as root:
-        target_qpos = root["target/qpos"][()]
-        layers = {camera: data[()] for camera, data in root["layers"].items()}
+        target_qpos = read_dataset(root, "target/qpos")
+        layers = {camera: read_dataset(root["layers"], camera) for camera in root["layers"]}
     check_array(target_qpos, (None, None), np.float32, f"{path}: target/qpos")
     frames = len(target_qpos)
     for camera, layer in layers.items():

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from genima.documents import explain
 from genima.episodes import Episode, read_episode, write_episode
 from genima.files import UserError, write_whole
 from genima.plots import PANEL, painted_panel, write_film
@@ -210,7 +211,8 @@ def recover(run: Path):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 continue  # being recorded right now
-            path = make_episode(frames.parent, success=False)
+            with explain(frames.parent, "move this folder away and run the same command again"):
+                path = make_episode(frames.parent, success=False)
         if path:
             print(f"A recording that was cut off is now in {path}, marked as not successful.")
 

@@ -15,9 +15,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from genima.calibration import load_calibration
-from genima.files import UserError
+from genima.files import UserError, check_number
 from robot.cameras import Cameras, resize_and_crop
 
+LIMITS = {  # of the settings of run and record: from, to
+    "seed": (0, 2**31 - 1),
+    "steps": (0, 1_000_000),
+    "episodes": (1, 1_000_000),
+    "execution_horizon": (1, 1000),
+    "watchdog": (0.01, 60),
+    "size": (0, 4096),  # pixels
+    "seconds": (0, 100_000),
+}
 STARTING = 10  # seconds that the arm's states and the first pictures may take
 
 
@@ -80,6 +89,14 @@ class Workcell(Cameras):
 
     def is_successful(self) -> bool:
         return prompt_user("Did it succeed? y Enter: ") == "y"
+
+
+def check_numbers(settings):
+    """Raise a UserError for settings, of those in LIMITS, that cannot be meant."""
+    for name, (low, high) in LIMITS.items():
+        if hasattr(settings, name):
+            option = "--" + name.replace("_", "-")
+            check_number(option, getattr(settings, name), low, high)
 
 
 def open_workcell(settings, **options):

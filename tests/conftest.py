@@ -1,5 +1,8 @@
 """Synthetic episodes: a chain of joints with random constants, made without a simulator."""
 
+import importlib
+import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -135,3 +138,39 @@ def forget_the_accelerator():
         from accelerate.state import AcceleratorState
 
         AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def copied(recorded, tmp_path):
+    """A copy of the recorded run, to be broken."""
+    return shutil.copytree(recorded, tmp_path / "run")
+
+
+@pytest.fixture
+def sentence_of(monkeypatch, capsys):
+    """Function(stage's name, options...) -> the one sentence with which it ends, exit code 2."""
+    from accelerate.state import AcceleratorState, GradientState
+    from test_episodes import stage
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def run_to_its_end(name, *options):
+        AcceleratorState._reset_state(True)  # as in a new process
+        GradientState._reset_state()
+        main = importlib.import_module(name).main
+        code, _, sentence = stage(monkeypatch, capsys, main, *options)
+        assert code == 2 and sentence.endswith("."), sentence
+        assert "delete" not in sentence, sentence
+        return sentence
+
+    return run_to_its_end
+
+
+@pytest.fixture
+def little_memory():
+    """Four gigabytes more than the tests have: a bomb ends a test, and not the machine."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 4 * 2**30, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)

@@ -364,7 +364,7 @@ def cut(path):
         (None, ["--robot", "kuka"], "'kuka'"),
         (None, ["--cameras", "front"], "no pictures of front"),
         (None, ["--mapping", "aloha2"], "no mapping 'aloha2'"),
-        (None, ["--fps", 0], "--fps must be above 0"),
+        (None, ["--fps", 0], "--fps must be from 0.1 to 1000, not 0"),
         (cut, [], "no whole HDF5 file"),
         (lambda path: path.write_text("joints"), [], "no whole HDF5 file"),
     ],
