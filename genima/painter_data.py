@@ -67,10 +67,8 @@ class PainterData:
         """image_size. Raises UserError for other views than small square ones of one size."""
         size = self.image_size
         if size is None or size > TILED["tiny"]:
-            raise UserError(
-                f"This stage takes square views of one size, up to {TILED['tiny']} pixels, and the "
-                f"recorded ones have {self.image_sizes}: train_controlnet.py takes any."
-            )
+            words = f"square views of one size, up to {TILED['tiny']} pixels"
+            raise UserError(f"This takes {words}, not {self.image_sizes}: use train_controlnet.py.")
         return size
 
     def describe(self) -> dict:
@@ -89,17 +87,15 @@ class PainterData:
 
     def instructions(self) -> list[str]:
         """All different instructions, sorted."""
-        found = set()
-        for frame in self.training + self.held_out:
-            found.update(frame.instructions)
-        return sorted(found)
+        frames = self.training + self.held_out
+        return sorted(set().union(*(frame.instructions for frame in frames)))
 
 
 def find_frames(run: Path, use_failed: bool = False) -> PainterData:
     """Every frame of <run>/episodes that has spheres in <run>/spheres.
 
-    use_failed: also of demonstrations that failed. What is held out: see genima/scenes.py.
-    Raises UserError where spheres are missing, or files differ in cameras, sizes or horizon.
+    use_failed: also of those that failed. What is held out: see genima/scenes.py. Raises UserError
+    where spheres are missing, or files differ in cameras, sizes or horizon.
     """
     demonstrations = []  # (scene, frames)
     horizons = set()
