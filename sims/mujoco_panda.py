@@ -23,6 +23,7 @@ from sims.mujoco_tasks import PAINTED, TOOL_DOWN, add_box, find_task
 from sims.rendering import new_renderer
 
 CONTROL_HZ = 10
+LOWEST_START = 0.02  # metres above the table, of the fingertips
 MAX_HEIGHT = 960  # of an image, pixels
 MAX_WIDTH = 1280
 SKY_TEXELS = 16  # pixels a side of each of the sky's six faces
@@ -240,16 +241,23 @@ class PandaEnv(ArmEnv):
         return self.observe(), self.info()
 
     def draw_start(self, where):
-        """Where the tool begins (3,), and whether the gripper is open (1.0) or closed (0.0)."""
-        if where == "near":
-            rng = np.random.default_rng([self.seed, 2, self.variation])
-            sideways = rng.normal(0, 0.03, 2)
-            offset = np.append(sideways, rng.uniform(0.05, 0.16))
-            # Also with closed and empty fingers: a missed grasp is tried again.
-            opening = float(rng.random() < 0.7)
-            return self.task.near(self) + offset, opening
+        """Where the tool begins (3,), and whether the gripper is open (1.0) or closed (0.0).
+
+        "near": off the object, or, half the time, on the way there from anywhere. So a painter sees
+        that what is to be reached does not depend on where the arm is going.
+        """
         rng = np.random.default_rng([self.seed, 1])
-        return rng.uniform(*self.task.start_box), 1.0
+        anywhere = rng.uniform(*self.task.start_box)
+        if where != "near":
+            return anywhere, 1.0
+        rng = np.random.default_rng([self.seed, 2, self.variation])
+        point = self.task.near(self) + self.task.draw_offset(rng)
+        # Also with closed and empty fingers: a missed grasp is tried again.
+        opening = float(rng.random() < 0.7)
+        if rng.random() < 0.5:
+            point += rng.random() * (anywhere - point)
+        point[2] = max(point[2], LOWEST_START)
+        return point, opening
 
     def step(self, action):
         action = self.checked(action)

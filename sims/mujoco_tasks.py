@@ -134,9 +134,16 @@ class Task:
     # joint is not, for it turns towards the target.
     posture = np.array([0, 1, 1, 1, 1, 1, 1])
 
+    lowest_start = 0.05  # metres above the object, when the tool begins near it
+
     def near(self, env):
         """The point above which the tool begins when it begins near."""
         return self.focus(env)
+
+    def draw_offset(self, rng):
+        """How far from that point (3,) it begins, metres."""
+        sideways = rng.normal(0, 0.03, 2)
+        return np.append(sideways, rng.uniform(self.lowest_start, 0.16))
 
     def failed(self, env):
         """Whether the task can no longer be done (the wrong button was pressed)."""
@@ -181,6 +188,9 @@ class ReachTarget(Task):
     )
     radius = 0.03
 
+    def draw_offset(self, rng):
+        return rng.normal(0, 0.06, 3)  # on any side: a ball can be reached from below, too
+
     def build(self, world):
         for i in range(self.candidates):
             body = world.add_body(name=f"ball{i}", mocap=True)
@@ -212,6 +222,7 @@ class PushButton(Task):
         "press the button with the {} color",
         "press the {} button",
     )
+    lowest_start = 0.005  # a press that missed is tried again
     height = 0.03  # metres, of the button's top above the table
     travel = 0.010  # metres that it goes down
 
