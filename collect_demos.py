@@ -17,9 +17,9 @@ Only successful attempts are kept. A dataset of RLBench is read without RLBench 
 Each demonstration has a scene (seed) and an instruction of its own, as in the paper. With --scenes
 each scene is recorded once for every object that the instruction can name: the same image, other
 words, another target, so that the words decide. A painter that starts from random weights needs
-that. Half of the demonstrations begin anywhere over the table, half near the object: a painter that
-has only seen one path continues the arm's path instead of looking, and one that has never been a
-little off the path never comes back to it.
+that. Half of the demonstrations begin anywhere over the table, half near the object or on the way
+there: a painter that has only seen one path continues the arm's path instead of looking, and one
+that has never been a little off the path never comes back to it.
 
 An episode that is there already is not recorded again, so a run that was stopped resumes where it
 was, and two runs on one folder share the work.

@@ -95,7 +95,7 @@ class Settings:
     resolution: int | None = None
     """Height of the tiled views, pixels; by default 512 for sd-turbo, else as recorded."""
     steps: int | None = None
-    """Gradient steps; by default 10,000 for sd-turbo (documents: up to 50,000), else 1,200 from a
+    """Gradient steps; by default 10,000 for sd-turbo (documents: up to 50,000), else 1,600 from a
     base and 4,800 from random weights."""
     batch_size: int = 8
     """Samples a step, in all processes together (documents: 8 to 16)."""

@@ -222,7 +222,7 @@ class PushButton(Task):
         "press the button with the {} color",
         "press the {} button",
     )
-    lowest_start = 0.005  # a press that missed is tried again
+    lowest_start = 0.025  # a press that missed is tried again
     height = 0.03  # metres, of the button's top above the table
     travel = 0.010  # metres that it goes down
 
@@ -257,7 +257,8 @@ class PushButton(Task):
 
     def plan(self, env):
         top = self.focus(env)
-        yield Move(above(env, top, top[2] + 0.05, top[2] + 0.10), gripper=0)
+        # From low down it goes sideways, not up: over a button the hand always moves down.
+        yield Move(above(env, top, top[2] + 0.02, top[2] + 0.10), gripper=0)
         yield Move(top - (0, 0, self.travel + 0.005), gripper=0, dwell=4, speed=0.25)
 
     def pressed(self, env, i):

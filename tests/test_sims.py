@@ -479,3 +479,29 @@ def test_cameras_tell_where_they_were_moved_to():
                 0 < np.abs(usual[:3, 3] - moved[:3, 3]).max() <= 0.03 * 3**0.5
                 and 0 < turn <= 3 * 3**0.5
             )
+
+
+def test_an_episode_begins_anywhere_near_the_object_or_on_the_way():
+    """A painter must see that what is to be reached does not depend on where the arm is."""
+    env = make_env("reach_target", 0, ())
+    heights = []
+    distances = []
+    for seed in range(60):
+        env.reset(seed=seed, options={"start": "near"})
+        offset = env.tool_pose()[:3, 3] - env.task.focus(env)
+        heights.append(offset[2])
+        distances.append(np.linalg.norm(offset))
+        assert env.tool_pose()[2, 3] > 0.015  # over the table
+    assert 10 < np.sum(np.array(heights) < 0) < 50  # on either side
+    assert np.median(distances) < 0.15 < np.max(distances)
+
+
+def test_a_press_that_missed_is_among_the_starts():
+    env = make_env("push_button", 0, ())
+    beside = 0
+    for seed in range(60):
+        env.reset(seed=seed, options={"start": "near"})
+        offset = env.tool_pose()[:3, 3] - env.task.focus(env)
+        beside += offset[2] < 0.06 and np.linalg.norm(offset[:2]) > 0.02
+        assert not env.task.success(env)
+    assert beside > 3
