@@ -73,6 +73,9 @@ def load_controller_base(base: str | None, config: dict) -> Controller | None:
     if base == FROM_SCRATCH:
         return None
     folder = FOLLOWER if base is None else Path(base)
+    if base is None and not folder.exists():
+        print(f"There is no {folder}: this training starts from random weights.")
+        return None
     controller = Controller.load(folder)
     for name in (
         "size",

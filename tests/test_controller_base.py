@@ -87,6 +87,12 @@ def test_a_base_that_does_not_fit_is_one_sentence(tmp_path, changes):
         load_controller_base(str(base), CONFIG)
 
 
+def test_a_copy_without_checkpoints_starts_from_random_weights(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("genima.base.FOLLOWER", tmp_path / "none")
+    assert load_controller_base(None, CONFIG) is None
+    assert "starts from random weights" in capsys.readouterr().out
+
+
 def test_a_folder_without_a_controller_is_one_sentence(tmp_path):
     with pytest.raises(UserError, match="holds no trained controller"):
         load_controller_base(str(tmp_path), CONFIG)

@@ -106,7 +106,7 @@ def test_the_true_size():
 
 def test_its_defaults(recorded):
     data = train_controlnet.find_frames(recorded)
-    expected = {None: (1200, 1e-4), "none": (4800, 3e-4)}
+    expected = {None: (1600, 1e-4), "none": (4800, 3e-4)}
     for base, defaults in expected.items():
         settings = Settings(run=recorded, size="small", base=base)
         fill_in_defaults(settings, data)
