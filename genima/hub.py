@@ -222,8 +222,10 @@ def write_card(
         if row[2] != "":
             overlap = f"{row[2]:.3f}"
     rows = []
+    here = f"{Path(__file__).resolve().parent.parent}/"  # of no use on another machine
     for field in dataclasses.fields(settings):
-        rows.append(f"| {field.name} | {getattr(settings, field.name)} |")
+        value = str(getattr(settings, field.name)).removeprefix(here)
+        rows.append(f"| {field.name} | {value} |")
     script, *arguments = sys.argv
     last_step, last_loss, _ = log[-1]
     text = CARD.format(

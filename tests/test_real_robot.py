@@ -33,7 +33,7 @@ from robot.cameras import Cameras, resize_and_crop
 from robot.chunks import ChunkFollower
 from robot.policy_process import Answer, PolicyProcess
 from robot.recording import Recording, recover
-from robot.safety import MAX_VELOCITY, Safety
+from robot.safety import FRANKA_VELOCITY, Safety
 from robot.session import stop_on_signals
 from robot.workcell import Workcell
 
@@ -84,7 +84,7 @@ def test_no_target_is_passed_at_the_maximum_velocity(speed):
     fastest = []
     for _ in range(6):
         velocity = follower.next_command()[1]
-        fastest.append(np.abs(velocity / MAX_VELOCITY).max())
+        fastest.append(np.abs(velocity / FRANKA_VELOCITY).max())
     assert speed * 0.98 < max(fastest) < speed * 0.995
 
 
