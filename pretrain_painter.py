@@ -151,6 +151,7 @@ def draw_scenes(settings: Settings) -> list[Path]:
     """Draw all scenes that are not there yet, in parallel. Returns the files."""
     shards = find_shards(settings.out / "scenes", settings.first_scene, settings.scenes)
     jobs = [(draw_shard, path, first) for path, first in shards.items()]
+    (settings.out / "scenes").mkdir(parents=True, exist_ok=True)
     choose_renderer()  # once, for all processes
     make_context = partial(make_environments, settings.image_size)
     for _ in run_in_parallel(jobs, settings.workers, "scenes", f"{SHARD} scenes", make_context):

@@ -12,8 +12,8 @@ from genima.files import UserError
 from genima.plots import GREEN, HEADING_HEIGHT, RED, people_frame
 from genima.previews import contact_sheet, enlarge, labelled_views
 from sims import make_env
+from sims.arms import find_arm
 from sims.demonstrator import record_demonstration
-from sims.mujoco_panda import HOME
 from sims.show import (
     FPS,
     SECONDS_AT_END,
@@ -67,7 +67,7 @@ def test_the_camera_shows_the_scene_and_leaves_it_alone(env, camera):
     np.testing.assert_array_equal(camera.render(scene), first)
 
     moved = snapshot(env)
-    moved.qpos[:7] = HOME + 0.3
+    moved.qpos[:7] = np.array(find_arm("fr3").home) + 0.3
     assert (camera.render(moved) != first).any(axis=-1).mean() > 0.02  # the arm is elsewhere
     red = snapshot(env)
     red.colours["table"][:] = (1, 0, 0, 1)
