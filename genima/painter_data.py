@@ -117,10 +117,6 @@ def find_frames(run: Path, use_failed: bool = False) -> PainterData:
             for name in order_cameras(images):
                 check_views(images[name], length, 3)
                 sizes[name] = images[name].shape[1:3]
-        with read_hdf5(spheres, SPHERES_FORMAT) as root:
-            horizons.add(int(root.attrs["horizon"]))
-            for name in sizes:
-                check_views(root["layers"][name], length, 4)
         if first_sizes is None:
             first_sizes = sizes
         if sizes != first_sizes:
@@ -128,6 +124,10 @@ def find_frames(run: Path, use_failed: bool = False) -> PainterData:
                 f"{path} has views of {sizes}, others have {first_sizes}: "
                 "put them into different runs."
             )
+        with read_hdf5(spheres, SPHERES_FORMAT) as root:
+            horizons.add(int(root.attrs["horizon"]))
+            for name in sizes:
+                check_views(root["layers"][name], length, 4)
         if not facts["success"]:
             failed += 1
             if not use_failed:

@@ -39,6 +39,12 @@ def check_shards(paths: Sequence[Path], cameras: int, size: int):
                 data = root[name]
                 check_stored(data)
                 pictures = name == "sentences" or data.dtype == np.uint8
+                size_there = data.shape[-2] if name == "images" else size
+                if size_there != size:
+                    raise UserError(
+                        f"{path} has views of {size_there} pixels: give --image-size {size_there}, "
+                        "or another --out."
+                    )
                 if data.shape != shape or not pictures:
                     raise UserError(
                         f"{path}: {name} has shape {data.shape} of {data.dtype}, not {shape}: use "

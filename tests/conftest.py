@@ -174,3 +174,13 @@ def little_memory():
     resource.setrlimit(resource.RLIMIT_AS, (used + 4 * 2**30, before[1]))
     yield
     resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+# These start workers that draw, by forking this process. A fork of a process that has drawn itself,
+# as many tests do, waits forever for threads of the drawing library that it does not have.
+FORKING = ("test_faults.py", "test_full_disks.py", "test_hostile_files.py")
+
+
+def pytest_collection_modifyitems(items):
+    """The files above come first; all else stays in its order."""
+    items.sort(key=lambda item: item.path.name not in FORKING)

@@ -78,7 +78,9 @@ def test_a_painter_starts_from_its_base(base, run, capsys):
     printed = capsys.readouterr().out
     assert printed.count("New to the text encoder, which spells them in bytes: ") == 1
     config = json.loads((out / "painter.json").read_text())
-    assert config == CONFIG | {"horizon": 8, "tasks": ["push_button"], "fps": 10.0}
+    held_out = [f"push_button/1000001_{variation:02d}.hdf5" for variation in range(3)]
+    facts = {"horizon": 8, "tasks": ["push_button"], "fps": 10.0, "held_out": held_out}
+    assert config == CONFIG | facts
     trained = load_painter(out)
     start = load_painter(base)
     assert trained.tokenizer.get_vocab() == start.tokenizer.get_vocab()

@@ -437,7 +437,7 @@ def test_bad_settings_are_one_sentence(run, changes, sentence, monkeypatch):
 def test_a_task_that_was_never_recorded_is_said(run, capsys):
     (run / "act").mkdir()
     evaluate.resolve_settings(settings(run, seed=10))
-    assert "episodes has no reach_target" in capsys.readouterr().out
+    assert "never trained on reach_target" in capsys.readouterr().out
     evaluate.resolve_settings(settings(run, seed=10, tasks=("pick_and_lift",)))
     assert not capsys.readouterr().out
 

@@ -19,7 +19,7 @@ from test_evaluate import untrained
 import evaluate
 import pretrain_painter
 import train_controlnet
-from genima import painter_training
+from genima import painter_training, scene_files
 from genima.base import fingerprint
 from genima.checkpoints import load_policy
 from genima.episodes import CAMERAS
@@ -147,6 +147,12 @@ def test_bf16_on_a_gpu_or_on_a_cpu_that_has_it(monkeypatch, gpu, able, chosen):
 
 
 # ---------------------------------------------------------------------------------------- trainings
+@pytest.fixture(autouse=True)
+def few_scenes_a_file(monkeypatch):
+    monkeypatch.setattr(scene_files, "SHARD", 3)
+    monkeypatch.setattr(pretrain_painter, "SHARD", 3)
+
+
 def make_scenes(folder, size=SIZE, count=3):
     """A file as pretrain_painter.py draws them, of random pixels."""
     random = np.random.default_rng(0)
