@@ -39,11 +39,11 @@ def check_shards(paths: Sequence[Path], cameras: int, size: int):
                 data = root[name]
                 check_stored(data)
                 pictures = name == "sentences" or data.dtype == np.uint8
-                size_there = data.shape[-2] if name == "images" else size
-                if size_there != size:
+                if name == "images" and data.ndim == 5 and data.shape[2] != size:
+                    there = data.shape[2]
                     raise UserError(
-                        f"{path} has views of {size_there} pixels: give --image-size {size_there}, "
-                        "or another --out."
+                        f"{path} has views of {there} pixels: give --image-size {there}, or "
+                        "another --out."
                     )
                 if data.shape != shape or not pictures:
                     raise UserError(

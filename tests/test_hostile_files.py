@@ -281,7 +281,7 @@ SHARDS = {
 def test_hostile_scenes_are_one_sentence(tmp_path, sentence_of, monkeypatch, what):
     monkeypatch.setattr(scene_files, "SHARD", 4)
     monkeypatch.setattr(pretrain_painter, "SHARD", 4)
-    paths = scene_files.find_shards(tmp_path / "scenes", 8)
+    paths = list(scene_files.find_shards(tmp_path / "scenes", 0, 8))
     for path in paths:
         write_shard(path)
     if what in SHARDS:
