@@ -178,9 +178,9 @@ def little_memory():
 
 # These start workers that draw, by forking this process. A fork of a process that has drawn itself,
 # as many tests do, waits forever for threads of the drawing library that it does not have.
-FORKING = ("test_faults.py", "test_full_disks.py", "test_hostile_files.py")
+FORKING = ("test_environments", "test_faults", "test_full_disks", "test_hostile")
 
 
 def pytest_collection_modifyitems(items):
     """The files above come first; all else stays in its order."""
-    items.sort(key=lambda item: item.path.name not in FORKING)
+    items.sort(key=lambda item: not item.path.name.startswith(FORKING))
