@@ -6,7 +6,6 @@ Loading checks that the networks fit the policy and each other.
 """
 
 import importlib.util
-import json
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -15,6 +14,7 @@ from pathlib import Path
 import torch
 
 from genima.act import Controller
+from genima.documents import read_json
 from genima.files import UserError
 from genima.painter import load_painter
 from genima.policy import ActPolicy, GenimaPolicy
@@ -175,6 +175,6 @@ def note_unseen_tasks(tasks: Sequence[str], folders: dict[str, Path], run: Path)
 def trained_tasks(folder: Path) -> list[str]:
     """The tasks that a network was trained on; [] where its folder does not say."""
     for name in ("painter.json", "config.json"):
-        with suppress(OSError, ValueError, TypeError, KeyError):
-            return list(json.loads((folder / name).read_text())["tasks"])
+        with suppress(UserError, TypeError, KeyError):  # load_networks says what is wrong
+            return list(read_json(folder / name)["tasks"])
     return []
