@@ -96,7 +96,7 @@ def check_line(path: Path, key: str, value):
     if key == "gripper_range" and value is not None:
         is_range = isinstance(value, list) and len(value) == 2 and value[0] != value[1]
         if not is_range or not all(isinstance(end, int | float) for end in value):
-            raise UserError(f"{path}: gripper_range is {value!r}, not [closed, open]: {HELP}.")
+            raise UserError(f"{path}: gripper_range has to be [closed, open], not {value!r}.")
     elif key == "rate" and isinstance(value, int | float):
         if not 0 < value < math.inf:
             raise UserError(f"{path}: rate is {value}, not a rate in Hz: {HELP}.")
@@ -104,7 +104,7 @@ def check_line(path: Path, key: str, value):
         if value not in CHOICES[key]:
             raise UserError(f"{path}: {key} is not one of {', '.join(CHOICES[key])}.")
     elif value is not None and not isinstance(value, str):
-        raise UserError(f"{path}: {key} is {value!r}, not a name in quotes: {HELP}.")
+        raise UserError(f"{path}: '{key}' has to be a name in the file, not {value!r}.")
 
 
 def split_columns(name: str) -> tuple[str, slice | int | None]:

@@ -396,7 +396,7 @@ def test_what_cannot_be_imported_is_said_in_one_sentence(
         ("action: [joint_positions]", "'action' has to be a name"),
         ("instruction: 3", "'instruction' has to be a name"),
         ("timestamps: null\nrate: '@language_instruction'", "is no rate: give --source-fps"),
-        ("rate: 0\ntimestamps: null", "neither timestamps nor a rate"),
+        ("rate: 0\ntimestamps: null", "rate is 0, not a rate in Hz"),
         ("joint_unit: grad", "joint_unit is not one of"),
         ("colour: rgb", "'colour' is not one of"),
     ],
@@ -718,7 +718,7 @@ def test_bad_mappings(tmp_path):
         ("joints: a\nimages: b\njoint_unit: turns\n", "joint_unit"),
         ("joints: a\nimages: b\ntimestamp_unit: days\n", "timestamp_unit"),
         ("3", "no mapping"),
-        ("joints: [", "no YAML"),
+        ("joints: [", "neither JSON nor YAML"),
     ]:
         path.write_text(text)
         with pytest.raises(UserError) as caught:
