@@ -40,6 +40,7 @@ CHECKPOINT = ROOT / "checkpoints/demo"
 CELL_TIMEOUT = 1800  # seconds; on two free cores the slowest cell takes about half a minute
 REPOSITORY = "OWNER/nanogenima"  # on GitHub: a fork writes its own here, then `make notebooks`
 BRANCH = "main"
+LARGE = 180_000  # bytes of a picture
 SET_UP = f"""\
 # In Colab: fetch the repository, install what Colab lacks. Elsewhere: go to its folder.
 import os
@@ -146,13 +147,20 @@ def write_address(notebook, name: str):
 
 
 def store_smaller(output):
-    """Compress an output's picture as far as PNG can, without its transparency."""
+    """Compress an output's picture as far as PNG can, without its transparency.
+
+    A large one keeps 256 colours.
+    """
     data = output.get("data", {})
     if "image/png" not in data:
         return
     picture = Image.open(io.BytesIO(base64.b64decode(data["image/png"])))
     file = io.BytesIO()
-    picture.convert("RGB").save(file, "PNG", optimize=True)
+    picture = picture.convert("RGB")
+    picture.save(file, "PNG", optimize=True)
+    if file.tell() > LARGE:
+        file = io.BytesIO()
+        picture.quantize(256, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
     data["image/png"] = base64.b64encode(file.getvalue()).decode()
 
 
