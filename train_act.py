@@ -33,7 +33,7 @@ from tqdm import tqdm
 from genima import training
 from genima.act import ACT, SIZES, make_bag_of_words, save_controller
 from genima.act_training import check_settings, fill_in_defaults, validate
-from genima.base import hash_weights, load_controller_base
+from genima.base import load_controller_base
 from genima.demonstrations import describe, describe_held_out, read_demonstrations, split_scenes
 from genima.files import run_stage
 from genima.motions import Motion, Motions, misplace_camera
@@ -234,20 +234,19 @@ def prepare_data(settings: Settings, process: int, processes: int):
         "observation": settings.observation,
         **describe(demonstrations, with_words=not spheres),
     }
-    base = load_controller_base(settings.base, config)
+    base, fingerprint = load_controller_base(settings.base, config)
     fill_in_defaults(settings, base)
     identity = dict(config)
     for name in ("steps", "batch_size", "learning_rate", "seed", "precision"):
         identity[name] = getattr(settings, name)
     identity["episodes"] = len(demonstrations)
     identity["frames"] = sum(len(one.qpos) for one in demonstrations)
-    identity["base"] = None
+    identity["base"] = fingerprint
     motions = Motions(training_set, demonstrations, shifted=spheres)
     if base is None:
         config.update(motions.state_statistics(settings.seed))
     else:
         config.update({name: base.config[name] for name in ("state_mean", "state_std")})
-        identity["base"] = hash_weights(base.model)
     scenes = [one.images for one in demonstrations if one.images]
     samples = Samples(motions, scenes, config, settings, process, processes)
     batches = []

@@ -8,8 +8,6 @@ things, but no task. The controller was trained by train_act.py on random motion
 import hashlib
 from pathlib import Path
 
-import torch
-
 from genima.act import Controller
 from genima.files import UserError
 from genima.painter import TinyPainter, load_painter
@@ -22,6 +20,8 @@ BASES = {  # by default; small's is not shipped
     "sd-turbo": "stabilityai/sd-turbo",
 }
 HOW_TO_MAKE = {"tiny": "make base", "small": "python pretrain_painter.py --size small"}
+# What a controller and its base have in common.
+SHARED = ("size", "observation", "cameras", "image_size", "horizon", "joints", "robot", "style")
 FROM_SCRATCH = "none"  # in place of a folder: random weights
 OWN = "make a base of its own (pretrain_painter.py), or start from random weights (--base none)"
 
@@ -64,29 +64,21 @@ def load_base(base: str, config: dict) -> TinyPainter:
     return painter
 
 
-def load_controller_base(base: str | None, config: dict) -> Controller | None:
-    """The controller that a training with this config starts from; None: random weights.
+def load_controller_base(base: str | None, config: dict) -> tuple[Controller | None, str | None]:
+    """The controller that a training with this config starts from, and its fingerprint.
 
-    base: its folder, or "none"; None: the shipped one, where it fits the data. Raises UserError
-    for a folder without a controller, and for a controller that does not fit.
+    base: its folder, or "none"; None: the shipped one, where it fits the data. (None, None) stands
+    for random weights. Raises UserError for a folder without a controller, and for a controller
+    that does not fit.
     """
     if base == FROM_SCRATCH:
-        return None
+        return None, None
     folder = FOLLOWER if base is None else Path(base)
     if base is None and not folder.exists():
         print(f"There is no {folder}: this training starts from random weights.")
-        return None
+        return None, None
     controller = Controller.load(folder)
-    for name in (
-        "size",
-        "observation",
-        "cameras",
-        "image_size",
-        "horizon",
-        "joints",
-        "robot",
-        "style",
-    ):
+    for name in SHARED:
         theirs = controller.config.get(name)
         ours = config.get(name)
         if theirs == ours:
@@ -94,28 +86,20 @@ def load_controller_base(base: str | None, config: dict) -> Controller | None:
         words = f"The controller {folder} is for {name} {theirs}, this run has {ours}"
         if base is None:
             print(f"{words}: this training starts from random weights.")
-            return None
+            return None, None
         raise UserError(f"{words}: give another --base, or --base none.")
-    return controller
+    return controller, fingerprint(str(folder))
 
 
 def fingerprint(base: str) -> str | None:
-    """A hash of a base's parts: a training is resumed from the same base only.
+    """A hash of a base's weights, configs and words: a training resumes from the same base only.
 
     None for random weights.
     """
     if base == FROM_SCRATCH:
         return None
     digest = hashlib.sha256()
-    for part in TinyPainter.saved_parts:
-        for path in sorted((Path(base) / part).glob("*.*")):
+    for path in sorted(Path(base).rglob("*")):
+        if path.suffix in (".safetensors", ".json"):
             digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def hash_weights(network: torch.nn.Module) -> str:
-    """A hash of a network's weights, likewise."""
-    digest = hashlib.sha256()
-    for weights in network.state_dict().values():
-        digest.update(weights.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -132,6 +132,8 @@ def load_weights(source: str | Path, part_class: type, options: dict):
     missing = sorted(found["missing_keys"])
     if missing:
         raise ValueError(f"{len(missing)} of its weights are missing, such as {missing[0]}")
+    if hasattr(network, "register_to_config"):  # else what is saved names a folder of this machine
+        network.register_to_config(_name_or_path="")
     return network
 
 
