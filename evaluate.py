@@ -38,6 +38,7 @@ import tyro
 
 from genima.checkpoints import (
     MAKE_ONE,
+    check_policy,
     choose_device,
     last_steps,
     load_networks,
@@ -232,10 +233,7 @@ def check_options(settings):
         most = {"seed": 2**31, "workers": 1024}.get(name, 10**6)
         if not least <= getattr(settings, name) <= most:
             raise UserError(f"--{name.replace('_', '-')} must be {least} or more, up to {most}.")
-    if settings.policy not in ("genima", "act", "oracle") and ":" not in settings.policy:
-        raise UserError(
-            f"There is no policy '{settings.policy}': give genima, act, oracle or FILE:FUNCTION."
-        )
+    check_policy(settings.policy)
     rlbench = settings.sim == "rlbench"
     if rlbench and (settings.policy == "oracle" or settings.perturb):
         raise UserError("--policy oracle and --perturb are for the embedded simulator.")

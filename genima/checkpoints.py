@@ -23,6 +23,12 @@ from genima.views import image_sizes_of
 MAKE_ONE = "`make demo` trains one in runs/demo, `make try` runs the one in checkpoints/demo."
 
 
+def check_policy(name: str):
+    """Raise a UserError for a policy that evaluate.py does not have."""
+    if name not in ("genima", "act", "oracle") and ":" not in name:
+        raise UserError(f"There is no policy '{name}': give genima, act, oracle or FILE:FUNCTION.")
+
+
 def resolve_folders(settings) -> dict[str, Path]:
     """Fill in the folders of evaluate.py's settings -> {setting: folder} of the policy's networks.
 

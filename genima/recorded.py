@@ -31,7 +31,7 @@ import numpy as np
 from tqdm import tqdm
 
 from genima.act import Controller
-from genima.checkpoints import choose_device, load_networks, resolve_folders
+from genima.checkpoints import check_policy, choose_device, load_networks, resolve_folders
 from genima.demonstrations import Demonstration, read_demonstration
 from genima.episodes import FORMAT, find_episodes
 from genima.files import UserError, read_hdf5
@@ -97,9 +97,9 @@ def choose_demonstrations(run: Path, tasks: tuple, policy) -> tuple[list[Path], 
         if listed and (lists or scenes[path] in rule):
             held_out.append(path)
     count = len({scenes[path] for path in held_out})
-    failed = len(found) - len(paths)
-    sentence = describe_split(len({scenes[path] for path in paths}), count, failed, 0)
-    sentence = sentence.replace(" (--failed uses them)", "")
+    sentence = describe_split(len({scenes[path] for path in paths}), count, 0, 0)
+    if len(found) > len(paths):
+        sentence += f" {len(found) - len(paths)} failed demonstrations left out."
     if not lists:
         sentence += " The policy does not say what it was trained on; this is the usual rule."
     if held_out:
@@ -268,10 +268,7 @@ def check_options(settings):
         if getattr(settings, name) != default:
             option = name.replace("_", "-")
             raise UserError(f"--{option} is for a simulator: leave it out with --recorded.")
-    if settings.policy not in ("genima", "act", "oracle") and ":" not in settings.policy:
-        raise UserError(
-            f"There is no policy '{settings.policy}': give genima, act, oracle or FILE:FUNCTION."
-        )
+    check_policy(settings.policy)
     if settings.execution_horizon is None:
         settings.execution_horizon = EVERY
     if settings.execution_horizon < 1:
