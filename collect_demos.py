@@ -8,6 +8,7 @@
     python collect_demos.py --robot ur5e --tasks reach_target push_button --run runs/ur5e
     python collect_demos.py --scenes 300                    every object of 300 scenes
     python collect_demos.py --film 3                        and three in films/<task>.mp4
+    python collect_demos.py --cameras wrist front --image-size 96 128 --run runs/two
     python collect_demos.py --from-rlbench DATASET --run runs/rlbench
     python collect_demos.py --sim rlbench --tasks open_box --run runs/rlbench
 
@@ -72,9 +73,9 @@ class Settings:
     scenes: int | None = None
     """In place of --demos: scenes per task, each recorded for every object that the instruction can
     name (three). From a dataset of RLBench: at most this many of each variation."""
-    image_size: int | None = None
-    """Height and width of the images, pixels: 64 by default, 128 with RLBench (paper: 256), from a
-    dataset as they were recorded."""
+    image_size: tuple[int, ...] = ()
+    """Height and width of the images, pixels, or one number for both: 64 by default, 128 with
+    RLBench (paper: 256), from a dataset as they were recorded."""
     sim: Literal["mujoco", "rlbench"] = "mujoco"
     """The embedded simulator, or RLBench (see requirements-rlbench.txt)."""
     robot: Literal["fr3", "ur5e"] = "fr3"
@@ -91,7 +92,7 @@ class Settings:
     from_rlbench: Path | None = None
     """Root of a dataset that RLBench recorded, to be turned into episodes."""
     cameras: tuple[str, ...] = CAMERAS
-    """Which cameras of RLBench to record or import; the painter needs these four."""
+    """Which cameras to record or import."""
     variations: tuple[int, ...] = ()
     """Which variations to import; none named: all. With --sim rlbench: the one to record; none
     named: drawn in each scene."""
@@ -107,14 +108,14 @@ class Settings:
 # A job makes one episode in <run>/episodes/<task> unless it is there. It returns a list with one
 # entry for each attempt: None, or what went wrong.
 def record_one(
-    simulators: Simulators, folder: Path, seed: int, variation: int, image_size: int, robot: str
+    simulators: Simulators, folder: Path, seed: int, variation: int, size, cameras, robot: str
 ) -> list[str | None]:
-    """One episode by the scripted expert."""
+    """One episode by the scripted expert. size: (height, width) of the images of these cameras."""
     path = folder / f"{seed:07d}_{variation:02d}.hdf5"
     if path.exists():
         return []
     task = folder.name
-    env = simulators.get(task, image_size, CAMERAS, images=True, robot=robot)
+    env = simulators.get(task, size, cameras, images=True, robot=robot)
     env.render()  # a machine that cannot draw says so here, instead of failing in every attempt
     try:
         episode = record_demonstration(env, task, *attempt_of(seed, variation))
@@ -160,17 +161,14 @@ def record_rlbench(
 
 
 def import_one(
-    folder: Path, source: Path, image_size: int | None, cameras: tuple[str, ...]
+    folder: Path, source: Path, size: tuple[int, ...], cameras: tuple[str, ...]
 ) -> list[str | None]:
-    """One episode from a folder episode<M> of a dataset."""
+    """One episode from a folder episode<M> of a dataset. size: () as it was recorded."""
     path = folder / episode_file(source)
     if path.exists():
         return []
-    size = None
-    if image_size is not None:
-        size = (image_size, image_size)
     try:
-        write_new(path, read_demonstration(source, cameras, size))
+        write_new(path, read_demonstration(source, cameras, size or None))
     except UserError as error:
         return [str(error)]
     return [None]
@@ -187,8 +185,7 @@ def embedded_jobs(settings: Settings, folder: Path) -> list[tuple]:
     tasks = chosen_tasks(settings)
     for task in tasks:
         find_task(task)  # raises UserError if there is none
-    size = settings.image_size
-    robot = settings.robot
+    recorded = (settings.image_size, settings.cameras, settings.robot)
     jobs = []
     count = settings.demos if settings.scenes is None else settings.scenes
     for seed in range(settings.seed, settings.seed + count):
@@ -197,7 +194,7 @@ def embedded_jobs(settings: Settings, folder: Path) -> list[tuple]:
             if settings.scenes is None:
                 variations = [seed % len(variations)]  # each object equally often
             for variation in variations:
-                jobs.append((record_one, folder / task, seed, variation, size, robot))
+                jobs.append((record_one, folder / task, seed, variation, *recorded))
     return jobs
 
 
@@ -239,6 +236,8 @@ def chosen_tasks(settings: Settings) -> list[str]:
 def check_settings(settings: Settings):
     """Fill in what depends on the simulator. Raises UserError for what cannot be recorded."""
     embedded = False
+    if len(settings.image_size) == 1:
+        settings.image_size *= 2
     if settings.from_rlbench is not None:
         refuse_options(settings, ONLY_RLBENCH)
     elif settings.sim == "rlbench":
@@ -248,8 +247,9 @@ def check_settings(settings: Settings):
     else:
         embedded = True
         refuse_options(settings, (*ONLY_RLBENCH, "variations"))
-        if settings.image_size is None:
-            settings.image_size = 64
+        settings.image_size = settings.image_size or (64, 64)
+        if not set(settings.cameras) <= set(CAMERAS):
+            raise UserError(f"The embedded simulator's cameras are {', '.join(CAMERAS)}.")
     if settings.demos is None and settings.scenes is None:
         settings.demos = 50
     check_number("--film", settings.film, 0, 100)
@@ -261,17 +261,18 @@ def check_settings(settings: Settings):
         check_number("--demos", settings.demos, 1, MAX_SCENES)
     if settings.scenes is not None:
         check_number("--scenes", settings.scenes, 1, MAX_SCENES)
-    if settings.image_size is not None:
-        largest = MAX_HEIGHT if embedded else MAX_SIZE
-        check_number("--image-size", settings.image_size, 1, largest)
+    if len(settings.image_size) > 2 or not settings.cameras:
+        raise UserError("--image-size takes one or two numbers, --cameras at least one name.")
+    for pixels in settings.image_size:
+        check_number("--image-size", pixels, 1, MAX_HEIGHT if embedded else MAX_SIZE)
     check_number("--seed", settings.seed, 0, MAX_SEED)
     check_number("--workers", settings.workers, 1, 1024)
 
 
-def check_recorded(folder: Path, size: int | None, robot: str | None):
-    """Raise a UserError if an episode that is there has images of another size, or another robot.
+def check_recorded(folder: Path, settings: Settings, robot: str | None):
+    """Raise a UserError if an episode that is there has other images, or is of another robot.
 
-    None: anything.
+    robot: None: any.
     """
     recorded = sorted(folder.glob("*/[!.]*.hdf5"))
     if not recorded:
@@ -279,12 +280,10 @@ def check_recorded(folder: Path, size: int | None, robot: str | None):
     episode = read_episode(recorded[0], images=False)
     if robot is not None and episode.robot != robot:
         raise UserError(f"{recorded[0]} is of {episode.robot}, not {robot}: use another --run.")
-    sizes = set(episode.image_sizes.values())
-    if size is not None and sizes != {(size, size)}:
-        names = ", ".join(str(pair) for pair in sizes)
-        raise UserError(
-            f"{recorded[0]} has images of {names} pixels, not {(size, size)}: use another --run."
-        )
+    wanted = dict.fromkeys(settings.cameras, settings.image_size)
+    if settings.image_size and episode.image_sizes != wanted:
+        theirs = f"{recorded[0]} has images of {episode.image_sizes} pixels"
+        raise UserError(f"{theirs}, not {wanted}: use another --run.")
 
 
 # -------------------------------------------------------------------------------------------- main
@@ -305,7 +304,7 @@ def collect(settings: Settings):
         jobs = embedded_jobs(settings, folder)
         robot = settings.robot
         choose_renderer()  # once, for all workers
-    check_recorded(folder, settings.image_size, robot)
+    check_recorded(folder, settings, robot)
 
     attempts = {job[1]: [] for job in jobs}
     results = run_in_parallel(

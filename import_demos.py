@@ -5,6 +5,7 @@
     Out:  <run>/episodes/<task>/<name>.hdf5, see genima/episodes.py; or a dataset for LeRobot or ACT
     Run:  python import_demos.py bought/ --run runs/mine --calibration cameras.yaml
           python import_demos.py aloha/ --run runs/mine --robot panda --instruction "fold a cloth"
+          python import_demos.py lab/ --run runs/mine --urdf xarm6.urdf --gripper-length 0.17
           python import_demos.py rlbench/ --run runs/rlbench --fps 20
           python import_demos.py --to-lerobot runs/mine/episodes exported/
           python import_demos.py --to-act runs/mine/episodes/pick_up_the_cup exported/
@@ -32,7 +33,7 @@ from genima.import_hdf5 import detect_mapping, open_recording, read_recording
 from genima.mapping import Mapping, read_mapping, ready_mappings
 from genima.parallel import run_in_parallel, usable_cores
 from genima.recordings import Conversion, Recording
-from genima.robots import check_robot
+from genima.robots import Robot, check_robot
 from sims.rlbench_dataset import HZ, find_demonstrations, identify, read_demonstration, read_notes
 from sims.rlbench_folders import episode_file, not_importable
 
@@ -49,6 +50,10 @@ class Settings:
     """act, vendor, lerobot or nanogenima, or a YAML file of your own; none: the one that fits."""
     robot: str = ""
     """panda, fr3 or ur5e; none: as the file says, or by the number of joints."""
+    urdf: Path | None = None
+    """For any other arm: its robot description. Poses are then in the frame of its first link."""
+    tip: str = ""
+    """The link in it that holds the gripper; none: a usual name (tool0, flange), or the last."""
     fps: float = 10.0
     """Frames a second of the episodes: the rate at which the arm is to be driven."""
     source_fps: float | None = None
@@ -200,7 +205,7 @@ def write_recording(recording: Recording, source: Source, settings: Settings) ->
     if task and path.exists():
         return Outcome(task, read_episode(path, images=False).success, skipped=True)
     conversion = Conversion(
-        robot=settings.robot,
+        robot=arm_of(settings),
         fps=settings.fps,
         calibration=calibration_of(source, settings),
         gripper_length=settings.gripper_length,
@@ -211,6 +216,15 @@ def write_recording(recording: Recording, source: Source, settings: Settings) ->
     episode.seed = source.number
     write_episode(path, episode)
     return Outcome(task, success, notes=notes)
+
+
+def arm_of(settings: Settings) -> Robot | str:
+    """The arm of the robot description, or the name that was given, "" for none."""
+    if settings.urdf is None:
+        return settings.robot
+    from genima.urdf import read_urdf  # Pinocchio is only needed here
+
+    return read_urdf(settings.urdf, settings.tip)
 
 
 def calibration_of(source: Source, settings: Settings) -> tuple[str, ...]:
@@ -226,6 +240,9 @@ def check_settings(settings: Settings):
     """Raise a UserError for settings that make no sense, before anything is read."""
     if settings.robot:
         check_robot(settings.robot)
+    if settings.robot and settings.urdf or settings.tip and not settings.urdf:
+        raise UserError("Give --robot, or --urdf with the --tip that it needs.")
+    arm_of(settings)  # raises a UserError for a robot description that cannot be read
     check_number("--fps", settings.fps, 0.1, 1000)
     check_number("--workers", settings.workers, 1, 1024)
     if settings.source_fps is not None:

@@ -69,6 +69,10 @@ from sims.rendering import choose_renderer
 from sims.scene_sentences import all_sentences, draw_sentence, kind_of
 
 SHOWN = 8  # scenes in scenes.png
+# What a batch shows of its scenes: mostly all four views, as CAMERAS has them; sometimes wrist and
+# front alone, or one view, so that the base fits data of one or two cameras, too.
+VIEWS = [(0, 1, 2, 3), (0, 1), (0,), (1,)]
+HOW_OFTEN = [0.7, 0.15, 0.1, 0.05]
 MAX_SCENES = 10_000_000
 FOLDERS = {"tiny": Path("runs/base"), "small": Path("runs/base-small")}
 LEARNING_RATES = {"tiny": 8e-4, "small": 3e-4}  # small's: in proportion to 1 / width, not tuned
@@ -172,10 +176,11 @@ class SceneDataset(torch.utils.data.Dataset):
     Pictures stay bytes here; prepare() makes numbers of them, on the device that trains.
     """
 
-    def __init__(self, shards: list[Path], batch_size: int, seed: int):
+    def __init__(self, shards: list[Path], batch_size: int, seed: int, how_often=HOW_OFTEN):
         self.shards = shards
         self.batch_size = batch_size
         self.seed = seed
+        self.how_often = how_often  # each of VIEWS is shown
         self.open_files = {}  # of this process
 
     def __getitem__(self, step: int) -> dict:
@@ -188,7 +193,8 @@ class SceneDataset(torch.utils.data.Dataset):
             pictures.append(picture)
             prompts.append(PROMPT.format(sentence))
             kinds.append(kind_of(sentence))
-        pictures = torch.from_numpy(np.stack(pictures))  # (B, V, h, w, 7) uint8
+        views = VIEWS[rng.choice(len(VIEWS), p=self.how_often)]
+        pictures = torch.from_numpy(np.stack(pictures)[:, views])  # (B, V, h, w, 7) uint8
         return {"step": step, "pictures": pictures, "prompts": prompts, "kinds": kinds}
 
     def read_sample(self, rng) -> tuple[np.ndarray, str]:
@@ -306,7 +312,7 @@ def main():
     start, log = resume(settings.out, painter, optimizer, identity)
     model, optimizer = accelerator.prepare(painter, optimizer)
     dataset = SceneDataset(training, settings.batch_size, settings.seed)
-    checks = SceneDataset(held_out, settings.batch_size, settings.seed)
+    checks = SceneDataset(held_out, settings.batch_size, settings.seed, how_often=[1, 0, 0, 0])
     loader = batches(dataset, start, settings.steps, num_workers=settings.workers)
     stopping = StopSignal()
 

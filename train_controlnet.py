@@ -93,7 +93,8 @@ class Settings:
     others: a folder of pretrain_painter.py (for tiny checkpoints/base, for small runs/base-small),
     or none for random weights."""
     resolution: int | None = None
-    """Height of the tiled views, pixels; by default 512 for sd-turbo, else as recorded."""
+    """Height of the tiled views, pixels; by default 512 for sd-turbo. Else small square views stay
+    as recorded, and others become as large as the base's."""
     steps: int | None = None
     """Gradient steps; by default 10,000 for sd-turbo (documents: up to 50,000), else 1,600 from a
     base and 4,800 from random weights."""

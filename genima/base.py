@@ -51,15 +51,19 @@ def check_base(size: str, base: str, out: Path):
 def load_base(base: str, config: dict) -> TinyPainter:
     """The base's painter, to be trained further with this config.
 
-    Raises UserError for a base of other cameras or sizes, and for one that cannot be read.
+    Its networks take pictures of any size, so a base of other cameras serves as well, if less: what
+    is different is said aloud. Raises UserError for a base of another size of network, and for one
+    that cannot be read.
     """
     painter = load_painter(base).train()
-    for name in ("size", "cameras", "image_size", "resolution"):
-        theirs = painter.config.get(name)
-        if theirs != config[name]:
-            raise UserError(
-                f"The base {base} is for {name} {theirs}, this run has {config[name]}: {OWN}."
-            )
+    theirs = painter.config
+    if theirs["size"] != config["size"]:
+        raise UserError(
+            f"The base {base} is for size {theirs['size']}, this run has {config['size']}: {OWN}."
+        )
+    for name in ("cameras", "image_size"):
+        if theirs.get(name) != config[name]:
+            print(f"Note: the base {base} is of {name} {theirs.get(name)}, not {config[name]}.")
     painter.config = config
     return painter
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from genima.calibration_files import HELP, WITHOUT_A_NAME, Camera, read_calibration_file
 from genima.files import UserError
-from genima.robots import robot_frames
+from genima.robots import Robot, robot_frames
 
 POSE_NAMES = {"base": "world_from_camera", "last_joint": "last_joint_from_camera"}
 SEEN = 0.25  # share of the arm's points in the picture that leaves no doubt
@@ -47,7 +47,7 @@ def load_calibration(path: Path, robot: str = "panda") -> dict[str, dict[str, np
 def read_calibration(
     paths: Sequence[str | Path],
     names: Sequence[str],
-    robot: str,
+    robot: Robot | str,
     gripper_length: float | None = None,
     optional: Sequence[str] = (),
 ) -> tuple[dict[str, Camera], list[str]]:

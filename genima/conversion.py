@@ -29,7 +29,7 @@ from genima.recordings import (
     opening_of,
     resampled_times,
 )
-from genima.robots import GRIPPER_WIDTHS, check_robot, guess_robot, robot_chain, robot_frames
+from genima.robots import Robot, check_robot, find_robot, guess_robot
 
 
 class ChosenImages:
@@ -63,19 +63,21 @@ def task_name(instruction: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", instruction.lower()).strip("_")[:60]
 
 
-def choose_robot(recording: Recording, conversion: Conversion, notes: list[str]) -> str:
-    """The name of the arm: as asked for, as recorded, or by the number of its joints."""
+def choose_robot(recording: Recording, conversion: Conversion, notes: list[str]) -> Robot:
+    """The arm: as asked for, as recorded, or by the number of its joints."""
+    if isinstance(conversion.robot, Robot):
+        return conversion.robot
     if conversion.robot or recording.robot:
-        return check_robot(conversion.robot or recording.robot)
+        return find_robot(check_robot(conversion.robot or recording.robot))
     joints = recording.joints.shape[1]
     robot = guess_robot(joints)
     if robot is None:
         raise UserError(
             f"{recording.source}: {joints} joints fit no robot that is known: name the columns of "
-            "one arm in the mapping, such as observations/qpos[0:7], or give --robot."
+            "one arm in the mapping, such as observations/qpos[0:7], or give --robot or --urdf."
         )
     notes.append(f"{joints} joints and no robot named: taken for a {robot}; else give --robot.")
-    return robot
+    return find_robot(robot)
 
 
 def convert(recording: Recording, conversion: Conversion) -> tuple[Episode, list[str]]:
@@ -105,7 +107,7 @@ def convert(recording: Recording, conversion: Conversion) -> tuple[Episode, list
     times = resampled_times(recording, conversion.fps)
     index = nearest(recording.seconds, times)  # (T,)
     qpos = np.concatenate([recording.joints, opening[:, None]], axis=1)[index]
-    chain = robot_chain(robot, conversion.gripper_length)
+    chain = robot.chain(conversion.gripper_length)
     joint_poses = chain.forward_kinematics(qpos[:, :-1])
     check_tool(recording, index, joint_poses, robot, conversion, notes)
 
@@ -145,7 +147,7 @@ def convert(recording: Recording, conversion: Conversion) -> tuple[Episode, list
         instructions=[instruction],
         success=recording.success is not False,
         fps=float(conversion.fps),
-        robot=robot,
+        robot=robot.name,
         sim=recording.sim,
         seed=0,
         qpos=qpos.astype(np.float32),
@@ -169,7 +171,7 @@ def extras_of(recording: Recording, index: np.ndarray) -> dict[str, np.ndarray]:
     return extras
 
 
-def normalise_gripper(recording: Recording, robot: str, notes: list[str]) -> np.ndarray:
+def normalise_gripper(recording: Recording, robot: Robot, notes: list[str]) -> np.ndarray:
     """The gripper's opening (T,), 0..1; the recorded command becomes 0 or 1 in place."""
     where = recording.source
     span = recording.gripper_range
@@ -180,7 +182,7 @@ def normalise_gripper(recording: Recording, robot: str, notes: list[str]) -> np.
                 f"the gripper is a width in metres: divided by {span[1]:g} m; set gripper_range "
                 "in the mapping for another gripper."
             )
-            if recording.gripper.max() < 0.55 * GRIPPER_WIDTHS[robot]:
+            if recording.gripper.max() < 0.55 * span[1]:
                 notes.append(
                     "the gripper never opens more than half: if one finger's way was recorded, "
                     "set gripper_range: [0, 0.04]."
@@ -200,14 +202,14 @@ def check_tool(
     recording: Recording,
     index: np.ndarray,
     joint_poses: np.ndarray,
-    robot: str,
+    robot: Robot,
     conversion: Conversion,
     notes: list[str],
 ):
     """Add a sentence when forward kinematics and the recorded tool poses disagree."""
     if recording.tool_poses is None:
         return
-    frames = robot_frames(robot, conversion.gripper_length)
+    frames = robot.frames(conversion.gripper_length)
     recorded = recording.tool_poses[index]
     error, frame = kinematics_error(recorded, joint_poses[:, -2], frames)
     if error > NEAR:
@@ -218,7 +220,7 @@ def check_tool(
 
 
 def cameras_of(
-    recording: Recording, robot: str, conversion: Conversion, notes: list[str]
+    recording: Recording, robot: Robot, conversion: Conversion, notes: list[str]
 ) -> dict[str, Camera]:
     """The cameras of the calibration files; those of the recording itself need none."""
     names = list(recording.images)

@@ -33,9 +33,12 @@ def fill_in_defaults(settings, data: PainterData):
     steps, learning_rate = schedules[size]
     resolution = TILED[size]
     as_recorded = data.image_size is not None and data.image_size <= resolution
-    if size in LAYOUTS and as_recorded:
+    if size in LAYOUTS:
         rows, _ = grid_of(len(data.cameras))
-        resolution = rows * data.image_size
+        if as_recorded:
+            resolution = rows * data.image_size
+        elif settings.base != FROM_SCRATCH:  # cells as large as those that the base has seen
+            resolution = rows * TILED[size] // 2
     defaults = {
         "base": BASES[size],
         "steps": steps,

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from genima.files import UserError
-from genima.robots import GRIPPER_WIDTHS, JOINT_LIMITS, beyond_limits
+from genima.robots import Robot, beyond_limits
 
 MOST_PIXELS = 50_000_000  # of a camera's picture; a few kilobytes can stand for gigabytes
 MOVES = 0.02  # an opening that changes by less, of 0..1, never changed
@@ -56,7 +56,7 @@ class Recording:
 class Conversion:
     """What the person at the keyboard decides for all recordings."""
 
-    robot: str = ""  # of genima/robots.py; "": as recorded
+    robot: Robot | str = ""  # or a name in genima/robots.py; "": as recorded
     fps: float = 10.0
     calibration: tuple[str, ...] = ()
     gripper_length: float | None = None  # metres, flange to fingertips
@@ -144,14 +144,19 @@ def resampled_times(recording: Recording, fps: float) -> np.ndarray:
 
 
 # --------------------------------------------------------------------------------- gripper
-def find_gripper_range(values: np.ndarray, robot: str, where: str) -> tuple[float, float]:
+def find_gripper_range(values: np.ndarray, robot: Robot, where: str) -> tuple[float, float]:
     """The values of a closed and of an open gripper, by the numbers that were recorded.
 
     0..1 is an opening already, a few centimetres are a width in metres. Raises UserError else.
     """
     low = float(values.min())
     high = float(values.max())
-    for width in (GRIPPER_WIDTHS[robot], WIDEST):
+    if robot.gripper_width is None and low >= -0.005 and high <= WIDEST:
+        raise UserError(
+            f"{where}: the gripper goes up to {high:.3g}, metres perhaps, and how far that of a "
+            f"{robot.name} opens is not known: set gripper_range: [closed, open] in the mapping."
+        )
+    for width in (robot.gripper_width or WIDEST, WIDEST):
         if low >= -0.005 and high <= 1.1 * width:
             return 0.0, width
     if low >= -0.05 and high <= 1.05:
@@ -241,12 +246,12 @@ def kinematics_error(
     return errors[best], best
 
 
-def check_joints(joints: np.ndarray, robot: str, where: str) -> str | None:
+def check_joints(joints: np.ndarray, robot: Robot, where: str) -> str | None:
     """A sentence on joints (T, D) beyond the robot's limits. Raises UserError for other units."""
-    expected = len(JOINT_LIMITS[robot][0])
+    expected = len(robot.links)
     if joints.shape[1] != expected:
         raise UserError(
-            f"{where}: {joints.shape[1]} joints, but a {robot} has {expected}: "
+            f"{where}: {joints.shape[1]} joints, but a {robot.name} has {expected}: "
             "name the columns of one arm in the mapping, such as observations/qpos[0:7]."
         )
     if np.abs(joints).max() > 2.2 * np.pi:
@@ -256,5 +261,5 @@ def check_joints(joints: np.ndarray, robot: str, where: str) -> str | None:
         )
     beyond = int(beyond_limits(joints, robot, 0.01).sum())
     if beyond:
-        return f"joints beyond the limits of a {robot} in {beyond} of {len(joints)} frames."
+        return f"joints beyond the limits of a {robot.name} in {beyond} of {len(joints)} frames."
     return None

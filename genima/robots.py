@@ -6,6 +6,8 @@ one into the other, so a bought recording needs no simulator and no robot descri
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from genima.files import UserError
@@ -60,7 +62,7 @@ def check_robot(robot: str) -> str:
         if known in robot.lower():
             return known
     names = ", ".join(JOINT_LIMITS)
-    raise UserError(f"Robot '{robot}' is not known: give --robot, one of {names}.")
+    raise UserError(f"Robot '{robot}' is not known: give --robot, one of {names}, or --urdf FILE.")
 
 
 def guess_robot(joints: int) -> str | None:
@@ -97,36 +99,71 @@ def ur5e_links() -> np.ndarray:
     return np.stack(links).round(12)
 
 
-def robot_frames(robot: str, gripper_length: float | None = None) -> dict[str, np.ndarray]:
-    """Last joint from each named frame: {"last_joint", "flange", "hand", "tool": (4, 4)}.
+@dataclass(frozen=True)
+class Robot:
+    """An arm of D joints: one of the tables above, or of a URDF file (genima/urdf.py)."""
 
-    gripper_length: metres from the flange to the fingertips; None: the robot's usual gripper.
-    """
-    if gripper_length is None:
-        gripper_length = GRIPPER_LENGTHS[robot]
+    name: str
+    links: np.ndarray  # (D, 4, 4) joint i-1 from joint i before it turns about its z axis
+    flange: np.ndarray  # (4, 4) last joint from the flange, to which the gripper is screwed
+    hand: np.ndarray  # (4, 4) last joint from the gripper's frame
+    low: np.ndarray  # (D,) joint limits, radians
+    high: np.ndarray
+    gripper_length: float = 0.0  # metres from the flange to the fingertips
+    gripper_width: float | None = None  # metres between the fingers when open; None: not known
+
+    def frames(self, gripper_length: float | None = None) -> dict[str, np.ndarray]:
+        """Last joint from each named frame: {"last_joint", "flange", "hand", "tool": (4, 4)}.
+
+        gripper_length: metres from the flange to the fingertips; None: the usual gripper's.
+        """
+        if gripper_length is None:
+            gripper_length = self.gripper_length
+        tool = self.hand @ translation(gripper_length)
+        return {
+            "last_joint": np.eye(4),
+            "flange": self.flange,
+            "hand": self.hand,
+            "tool": tool,
+        }
+
+    def chain(self, gripper_length: float | None = None, cameras: dict | None = None) -> Chain:
+        """The kinematics, with a gripper of this length.
+
+        cameras: {name: {"world_from_camera" or "last_joint_from_camera": (4, 4)}}.
+        """
+        return Chain(self.links, self.frames(gripper_length)["tool"], *sort_cameras(cameras))
+
+
+def find_robot(robot: Robot | str) -> Robot:
+    """The robot of this name in JOINT_LIMITS; a Robot stays what it is."""
+    if isinstance(robot, Robot):
+        return robot
+    links = ur5e_links() if robot == "ur5e" else franka_chain().links
     flange = translation(FLANGES[robot])
-    hand = flange @ rotate_z(np.array(HAND_TURNS[robot]))
-    return {
-        "last_joint": np.eye(4),
-        "flange": flange,
-        "hand": hand,
-        "tool": hand @ translation(gripper_length),
-    }
+    low, high = JOINT_LIMITS[robot]
+    return Robot(
+        name=robot,
+        links=links,
+        flange=flange,
+        hand=flange @ rotate_z(np.array(HAND_TURNS[robot])),
+        low=np.array(low),
+        high=np.array(high),
+        gripper_length=GRIPPER_LENGTHS[robot],
+        gripper_width=GRIPPER_WIDTHS[robot],
+    )
+
+
+def robot_frames(robot: Robot | str, gripper_length: float | None = None) -> dict:
+    """Robot.frames of a robot, or of the one of this name."""
+    return find_robot(robot).frames(gripper_length)
 
 
 def robot_chain(
-    robot: str, gripper_length: float | None = None, cameras: dict | None = None
+    robot: Robot | str, gripper_length: float | None = None, cameras: dict | None = None
 ) -> Chain:
-    """The kinematics of a robot of JOINT_LIMITS.
-
-    cameras: {name: {"world_from_camera" or "last_joint_from_camera": (4, 4)}}.
-    """
-    if robot == "ur5e":
-        links = ur5e_links()
-    else:
-        links = franka_chain().links
-    tool = robot_frames(robot, gripper_length)["tool"]
-    return Chain(links, tool, *sort_cameras(cameras))
+    """Robot.chain of a robot, or of the one of this name."""
+    return find_robot(robot).chain(gripper_length, cameras)
 
 
 def frame_name(name: str) -> str | None:
@@ -140,9 +177,8 @@ def frame_name(name: str) -> str | None:
     return None
 
 
-def beyond_limits(joints: np.ndarray, robot: str, tolerance: float = 1e-3) -> np.ndarray:
+def beyond_limits(joints: np.ndarray, robot: Robot | str, tolerance: float = 1e-3) -> np.ndarray:
     """Which frames of joints (T, D) are beyond the limits by more than the tolerance: (T,)."""
-    low, high = JOINT_LIMITS[robot]
-    below = joints < np.array(low) - tolerance
-    above = joints > np.array(high) + tolerance
-    return (below | above).any(axis=1)
+    robot = find_robot(robot)
+    outside = (joints < robot.low - tolerance) | (joints > robot.high + tolerance)
+    return outside.any(axis=1)

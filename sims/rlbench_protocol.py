@@ -29,7 +29,7 @@ MAX_SPEED = 100.0  # rad/s and rad/s^2
 class Protocol:
     variation: int | None = None
     """Of every task; None: drawn in each episode."""
-    image_size: int = 128
+    image_size: tuple[int, int] = (128, 128)
     """Height and width of recorded images, pixels."""
     arm_velocity: float = 1.0
     """Of RLBench's planner, rad/s along the path in joint space; RLBench's default."""
@@ -53,7 +53,7 @@ class Protocol:
 RLBENCH_PROTOCOL = Protocol()
 PAPER_PROTOCOL = Protocol(
     variation=0,
-    image_size=256,
+    image_size=(256, 256),
     arm_velocity=2.0,
     arm_acceleration=8.0,
     renderer="opengl",
@@ -64,15 +64,15 @@ PAPER_PROTOCOL = Protocol(
 def choose_protocol(settings) -> Protocol:
     """The protocol of a stage's settings: the paper's or RLBench's, with what they set besides.
 
-    Where the settings have no such field, or None in it, the protocol decides. Raises UserError for
-    numbers that nothing can be done with.
+    Where the settings have no such field, or None or () in it, the protocol decides. Raises
+    UserError for numbers that nothing can be done with.
     """
     protocol = RLBENCH_PROTOCOL
     if settings.protocol == "paper":
         protocol = PAPER_PROTOCOL
     for field in fields(Protocol):
         value = getattr(settings, field.name, None)
-        if value is not None:
+        if value not in (None, ()):
             protocol = replace(protocol, **{field.name: value})
     if protocol.variation is not None:
         check_number("--variation", protocol.variation, 0, MAX_VARIATION)

@@ -5,6 +5,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -176,9 +177,7 @@ def test_a_training_resumes_from_its_own_base_only(base, run, tmp_path, capsys):
 
 
 BAD = {  # what to change in the base's config or the arguments -> a part of the sentence
-    "cameras": ({"cameras": ["wrist", "top", "left", "right"]}, [], "is for cameras"),
-    "image size": ({"image_size": 32}, [], "is for image_size 32, this run has 16"),
-    "resolution": ({}, ["--resolution", 64], "is for resolution 32, this run has 64"),
+    "another size": ({"size": "small"}, [], "is for size small, this run has tiny"),
     "for sd-turbo": ({}, ["--size", "sd-turbo"], "is for --size tiny"),
     "the output": ({}, ["--out", "BASE"], "is the base itself"),
 }
@@ -195,6 +194,25 @@ def test_a_base_that_does_not_fit_is_one_sentence(run, tmp_path, capsys, what):
     assert len(said) == 1 and sentence in said[0], said
     assert not (run / "controlnet").exists()
     assert files == {path: path.read_bytes() for path in base.rglob("*.*")}
+
+
+@pytest.mark.parametrize("changes", [{"cameras": ["wrist", "front"]}, {"image_size": 32}])
+def test_a_base_of_other_views_serves_and_it_is_said(run, tmp_path, capsys, changes):
+    base = make_base(tmp_path / "base", **changes)
+    assert train(run, base, "--steps", 1) == 0
+    said = capsys.readouterr().out
+    name = next(iter(changes))
+    assert f"is of {name} {changes[name]}, not" in said
+    painter = load_painter(run / "controlnet")
+    assert painter.config[name] == CONFIG[name]
+
+
+def test_from_a_base_few_cameras_have_its_cells(tmp_path):
+    data = SimpleNamespace(cameras=["wrist"], image_size=None)
+    for base, resolution in ((None, 64), ("none", 128)):
+        settings = train_controlnet.Settings(run=tmp_path, base=base)
+        fill_in_defaults(settings, data)
+        assert settings.resolution == resolution
 
 
 @pytest.mark.parametrize(
