@@ -69,8 +69,10 @@ demo: setup
 # the base, from nothing: a painter of random scenes, and a controller of random motions
 base: setup
 	$(PY) pretrain_painter.py --out runs/base-begun
-	$(PY) pretrain_painter.py --base runs/base-begun --out runs/base --seed 1 \
+	$(PY) pretrain_painter.py --base runs/base-begun --out runs/base-half --seed 1 \
 		--first-scene 100000 --scenes 16000 --steps 1000 --learning-rate 5e-4
+	$(PY) pretrain_painter.py --base runs/base-half --out runs/base --seed 2 \
+		--first-scene 200000 --scenes 16000 --steps 1200 --learning-rate 5e-4
 	$(PY) collect_demos.py --run runs/motions --tasks move_around --demos 800
 	$(PY) render_spheres.py --run runs/motions
 	$(PY) train_act.py --run runs/motions --base none --steps 4000 --batch-size 64

@@ -26,6 +26,7 @@ import math
 import os
 import zlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -171,19 +172,24 @@ def write_episode(path: Path, episode: Episode):
 def write_images(root: h5py.File, dataset: str, images: np.ndarray):
     """Write images (T, H, W, 3), one chunk per frame, each with a checksum.
 
-    They are read one by one, because they may not fit into memory. Noisy images, as real cameras
-    make them, hardly shrink: zlib stores those as they are, and only adds its checksum.
+    They are read one by one, because they may not fit into memory; while one is written, a second
+    thread decodes the next. Noisy images, as real cameras make them, hardly shrink: zlib stores
+    those as they are, and only adds its checksum.
     """
     first = np.ascontiguousarray(images[0])
     shrinks = len(zlib.compress(first, 1)) < first.nbytes / 2
     chunks = root.create_dataset(
         dataset, images.shape, np.uint8, chunks=(1, *images.shape[1:]), compression=1
     )
-    for t in range(images.shape[0]):
-        image = np.ascontiguousarray(images[t])
-        check_array(image, images.shape[1:], np.uint8, f"{dataset}: frame {t}")
-        # As HDF5 would write it, which copies an image several times.
-        chunks.id.write_direct_chunk((t, 0, 0, 0), zlib.compress(image, int(shrinks)))
+    with ThreadPoolExecutor(1) as reader:
+        following = reader.submit(images.__getitem__, 0)
+        for t in range(images.shape[0]):
+            image = np.ascontiguousarray(following.result())
+            if t + 1 < images.shape[0]:
+                following = reader.submit(images.__getitem__, t + 1)
+            check_array(image, images.shape[1:], np.uint8, f"{dataset}: frame {t}")
+            # As HDF5 would write it, which copies an image several times.
+            chunks.id.write_direct_chunk((t, 0, 0, 0), zlib.compress(image, int(shrinks)))
 
 
 # ------------------------------------------------------------------------------------------ reading
