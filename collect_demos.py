@@ -327,7 +327,7 @@ def collect(settings: Settings):
         print(f"{count} times: {reason}")
     if settings.film:
         tried = [(job[1].name, *attempt_of(*job[2:4]), job in failed) for job in jobs]
-        film_demonstrations(settings.run / "films", tried, settings.film, settings.workers)
+        film_demonstrations(settings.run / "films", tried, settings.film, settings.workers, robot)
 
 
 def summary(folder: Path, outcomes: list[str | None]) -> str:

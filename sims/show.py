@@ -63,6 +63,7 @@ class Snapshot:
     body_quat: np.ndarray
     colours: dict[str, np.ndarray]  # of each geom that has a name, RGBA
     light: np.ndarray  # (3,) how much of each colour there is; 1 as usual
+    robot: str = "fr3"  # whose arm it is (sims/arms.py)
 
 
 def snapshot(env) -> Snapshot:
@@ -81,6 +82,7 @@ def snapshot(env) -> Snapshot:
         body_quat=model.body_quat.copy(),
         colours=colours,
         light=model.light_diffuse[0].copy(),
+        robot=env.robot,
     )
 
 
@@ -273,7 +275,8 @@ def write_people_film(
     sim: "mujoco", or a perturbation. films: (outcome, moments) of each. An outcome says "success",
     and may have a "verdict", which is written at the end.
     """
-    camera = PeopleCamera(make_env(task, VIEW_SIZE, (), sim))
+    first = films[0][1][0].scene
+    camera = PeopleCamera(make_env(task, VIEW_SIZE, (), sim, robot=first.robot))
 
     def frames():
         for outcome, moments in films:
@@ -302,13 +305,13 @@ def write_people_films(settings, name: str, episodes: dict):
     draw_films(jobs, settings.workers)
 
 
-def film_attempts(path: Path, task: str, attempts: list[tuple[int, int, str]]):
+def film_attempts(path: Path, task: str, attempts: list[tuple[int, int, str]], robot: str = "fr3"):
     """The scripted expert's attempts at a task in one film, each with what became of it.
 
     attempts: (seed, variation, start) of each, as record_demonstration takes them; the same three
     give the same motion, bit for bit.
     """
-    env = make_env(task, VIEW_SIZE, CAMERAS, images=True)
+    env = make_env(task, VIEW_SIZE, CAMERAS, images=True, robot=robot)
     films = []
     for seed, variation, start in attempts:
         recording = Recording()
@@ -325,17 +328,19 @@ def film_attempts(path: Path, task: str, attempts: list[tuple[int, int, str]]):
     write_people_film(path, task, "mujoco", films, "what the cameras record")
 
 
-def film_demonstrations(folder: Path, tried: list[tuple], count: int, workers: int):
+def film_demonstrations(
+    folder: Path, tried: list[tuple], count: int, workers: int, robot: str = "fr3"
+):
     """<folder>/<task>.mp4: the first successes, then the first failures, `count` of each.
 
-    tried: (task, seed, variation, start, whether it failed) of each attempt.
+    tried: (task, seed, variation, start, whether it failed) of each attempt. robot: whose arm.
     """
     chosen = {}  # task -> attempts
     for failure in (False, True):
         for task in dict.fromkeys(attempt[0] for attempt in tried):
             alike = [one[1:4] for one in tried if one[0] == task and one[4] == failure]
             chosen.setdefault(task, []).extend(alike[:count])
-    jobs = [(film_attempts, folder / f"{task}.mp4", task, chosen[task]) for task in chosen]
+    jobs = [(film_attempts, folder / f"{task}.mp4", task, chosen[task], robot) for task in chosen]
     draw_films(jobs, workers)
 
 

@@ -8,6 +8,7 @@ import collect_demos
 import evaluate
 import sims.show
 from genima.checkpoints import note_unseen_tasks
+from genima.episodes import CAMERAS
 from genima.files import UserError
 from genima.plots import GREEN, HEADING_HEIGHT, RED, people_frame
 from genima.previews import contact_sheet, enlarge, labelled_views
@@ -26,6 +27,7 @@ from sims.show import (
     film_frames,
     snapshot,
     thin_out,
+    write_people_film,
     write_people_films,
 )
 
@@ -201,7 +203,7 @@ def test_collect_refuses_to_film_what_it_cannot(tmp_path):
 @pytest.mark.slow
 def test_collect_writes_films(tmp_path):
     settings = collect_demos.Settings(
-        run=tmp_path, tasks=("push_button",), demos=2, image_size=16, film=1, workers=1
+        run=tmp_path, tasks=("push_button",), demos=2, image_size=(16,), film=1, workers=1
     )
     collect_demos.collect(settings)
     film = imageio.get_reader(tmp_path / "films/push_button.mp4")
@@ -243,3 +245,15 @@ def test_a_task_that_was_never_trained_is_named(tmp_path, capsys):
     (tmp_path / "episodes/push_button").mkdir(parents=True)
     note_unseen_tasks(["reach_target"], {"controller": folders["controller"]}, tmp_path)
     assert "probably never trained on reach_target" in capsys.readouterr().out
+
+
+def test_an_arm_of_six_joints_is_filmed_as_it_is(tmp_path):
+    env = make_env("push_button", 16, CAMERAS, images=True, robot="ur5e")
+    observation, _ = env.reset(seed=0)
+    recording = Recording()
+    for _ in range(3):
+        recording(env, observation["images"], "push the rose button")
+        observation, *_ = env.step(env.action_space.sample())
+    path = tmp_path / "film.mp4"
+    write_people_film(path, "push_button", "mujoco", [({"success": True}, recording.moments)])
+    assert len(imageio.mimread(path, memtest=False)) > FPS / 10
