@@ -30,7 +30,7 @@ def import_and_train(run, source, *calibration):
     )
     said["check"] = type_in("episodes.py", "--check", run / "episodes")
     said["spheres"] = type_in("render_spheres.py", "--run", run, "--preview")
-    said["painter"] = type_in("train_controlnet.py", "--run", run, *FEW, "--base", "none")
+    said["painter"] = type_in("train_controlnet.py", "--run", run, *FEW)
     said["act"] = type_in("train_act.py", "--run", run, *FEW)
     return said
 
@@ -58,7 +58,7 @@ def test_a_franka_with_one_wrist_camera(tmp_path):
     still = set()
     for policy, name in (("genima", ""), ("act", "_act"), (diffusion, "_diffusion_policy")):
         out = type_in("evaluate.py", "--recorded", "--run", run, "--policy", policy)
-        assert "1 of 3 scenes held out, 2 failed demonstrations left out." in out
+        assert "1 of 3 scenes held out. 2 failed demonstrations left out." in out
         report = json.loads((run / f"evaluation/recorded{name}.json").read_text())
         assert (report["episodes"], report["held_out"]) == (1, 1)
         assert set(report["results"]) == {"as recorded", "hue", "brightness", "distractors"}
