@@ -24,7 +24,8 @@ def read_urdf(path: Path, tip: str = "") -> Robot:
 
     tip: "": the link of a usual name for it (ENDS), else the one with most turning joints before
     it. Sliding joints after the arm's, as a gripper's fingers, are not part of it. Raises UserError
-    for a file that is no URDF, and for an arm with a joint that slides.
+    for a file that is no URDF, for one with several such links, and for an arm with a joint that
+    slides.
     """
     if not path.is_file():
         raise UserError(f"There is no URDF file {path}.")
@@ -39,14 +40,13 @@ def read_urdf(path: Path, tip: str = "") -> Robot:
         raise UserError(f"{path}: no joint moves the link {frame.name}: give another --tip.")
 
     data = model.createData()
-    at_zero = pinocchio.neutral(model)
-    pinocchio.forwardKinematics(model, data, at_zero)
+    pinocchio.forwardKinematics(model, data, pinocchio.neutral(model))
     places = [data.oMi[joint].homogeneous for joint in joints]
     turned = []
     for joint, name, place in zip(joints, names, places):
-        axis = joint_axis(model, data, joint)
+        axis = joint_axis(model, joint)
         if axis is None:
-            raise UserError(f"{path}: joint {name} slides or stands still: give another --tip.")
+            raise UserError(f"{path}: joint {name} slides: give another --tip.")
         turned.append(place @ z_axis_to(axis))
     before = [np.eye(4), *turned[:-1]]
     links = np.stack([np.linalg.inv(last) @ pose for last, pose in zip(before, turned)])
@@ -72,26 +72,26 @@ def find_tip(path: Path, model, tip: str):
         fitting = [frame for frame in links if frame.name == end or frame.name.endswith(f"_{end}")]
         if len(fitting) == 1:
             return fitting[0]
+        if fitting:
+            names = ", ".join(frame.name for frame in fitting)
+            raise UserError(f"{path} has several arms: give --tip, one of {names}.")
     return max(links, key=lambda frame: turning_joints(model, frame))
 
 
 def turning_joints(model, frame) -> int:
     """How many joints turn between the base and a frame; -1 if one slides."""
-    count = 0
-    data = model.createData()
-    for joint in list(model.supports[frame.parentJoint])[1:]:
-        if joint_axis(model, data, joint) is None:
-            return -1
-        count += 1
-    return count
+    axes = [joint_axis(model, joint) for joint in list(model.supports[frame.parentJoint])[1:]]
+    if any(axis is None for axis in axes):
+        return -1
+    return len(axes)
 
 
-def joint_axis(model, data, joint: int) -> np.ndarray | None:
+def joint_axis(model, joint: int) -> np.ndarray | None:
     """The axis (3,) about which a joint turns, in its own frame; None for one that slides."""
     if model.nvs[joint] != 1:
         return None
-    at_zero = pinocchio.neutral(model)
-    pinocchio.computeJointJacobians(model, data, at_zero)
+    data = model.createData()
+    pinocchio.computeJointJacobians(model, data, pinocchio.neutral(model))
     jacobian = pinocchio.getJointJacobian(model, data, joint, pinocchio.ReferenceFrame.LOCAL)
     axis = jacobian.reshape(6, -1)[3:, model.idx_vs[joint]]
     return axis if np.linalg.norm(axis) > 0.5 else None

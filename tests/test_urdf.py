@@ -112,6 +112,20 @@ def test_what_cannot_be_used_is_one_sentence(urdf, tmp_path, content, tip, sente
     assert "\n" not in str(raised.value)
 
 
+def test_of_two_arms_one_has_to_be_named(urdf):
+    lines = urdf.read_text().replace("</robot>", "")
+    for side in ("left", "right"):
+        lines += LINK.format(f"{side}_arm") + LINK.format(f"{side}_tool0")
+        joint = dict(parent="base", child=f"{side}_arm", xyz="0 0 1", rpy="0 0 0", axis="1 0 0")
+        lines += JOINT.format(name=f"{side}_joint", kind="revolute", **joint)
+        joint = dict(parent=f"{side}_arm", child=f"{side}_tool0", xyz="0 0 1", rpy="0 0 0")
+        lines += JOINT.format(name=f"{side}_end", kind="fixed", axis="1 0 0", **joint)
+    urdf.write_text(lines.replace('"tool0"', '"wrist"') + "</robot>")
+    with pytest.raises(UserError, match="several arms: give --tip, one of left_tool0, right_tool0"):
+        read_urdf(urdf)
+    assert len(read_urdf(urdf, "right_tool0").links) == 1
+
+
 def test_options_that_contradict(urdf, tmp_path, sentence_of):
     for words in (["--robot", "panda", "--urdf", urdf], ["--tip", "tool0"]):
         assert "Give --robot, or --urdf" in sentence_of("import_demos", tmp_path, *words)
