@@ -16,7 +16,7 @@ import collect_demos
 from genima.episodes import CAMERAS
 from genima.files import UserError
 from sims import Simulators, make_env, rendering
-from sims.demonstrator import expert_actions
+from sims.demonstrator import expert_actions, record_demonstration
 from sims.mujoco_panda import PandaEnv
 from sims.mujoco_tasks import COLOURS, TASKS
 from sims.perturbed_panda import PERTURBATIONS, PerturbedEnv
@@ -505,3 +505,13 @@ def start_offsets(task):
         assert task == "reach_target" or not env.task.success(env)
         offsets.append(tool - env.task.focus(env))
     return np.array(offsets)
+
+
+def test_a_button_is_pressed_slowly_enough_to_be_looked_at_once_more():
+    """A policy looks every 8 steps: so one look at least is from near, on the way down."""
+    env = make_env("push_button", 0, ())
+    for seed in range(4):
+        episode = record_demonstration(env, "push_button", seed, 0, start="anywhere")
+        assert episode.success
+        height = episode.joint_poses[:, -1, 2, 3] - env.task.height  # metres over the cap
+        assert np.sum((height > 0) & (height < 0.095)) >= 7
