@@ -8,7 +8,8 @@
     python pretrain_painter.py                                make base: scenes, then training
     python pretrain_painter.py --scenes 2000 --steps 50 --out runs/try      to try it out
     python pretrain_painter.py --size small --image-size 128                on one GPU of 12 GB
-    python train_controlnet.py --base runs/base               stage 2 starts from it
+    python pretrain_painter.py --scenes 1500 --steps 0 --out runs/scenes    scenes alone
+    python train_controlnet.py --base runs/base --rehearse runs/scenes      both in stage 2
 
 GENIMA starts from SD-Turbo, a network that ties words to places in pictures, whatever the table,
 the light or the colours look like. On a laptop this small base plays that part. It has never seen
@@ -48,7 +49,7 @@ from genima.painter import PROMPT, TinyPainter
 from genima.painter_data import Augmentation, colour_jitter
 from genima.parallel import run_in_parallel, usable_cores
 from genima.plots import write_contact_sheet, write_losses
-from genima.scene_files import FORMAT, KINDS, SHARD, check_shards, find_shards
+from genima.scene_files import FORMAT, KINDS, SHARD, RandomScenes, check_shards, find_shards
 from genima.training import (
     StopSignal,
     agree,
@@ -92,7 +93,7 @@ class Settings:
     scenes: int = 22_500
     """Random scenes to draw, each with four sentences; 0.6 GB on disk."""
     steps: int = 900
-    """Gradient steps."""
+    """Gradient steps; with 0 only the scenes are drawn, to be rehearsed in stage 2."""
     batch_size: int = 64
     """Samples a step."""
     learning_rate: float | None = None
@@ -177,36 +178,23 @@ class SceneDataset(torch.utils.data.Dataset):
     """
 
     def __init__(self, shards: list[Path], batch_size: int, seed: int, how_often=HOW_OFTEN):
-        self.shards = shards
+        self.scenes = RandomScenes(shards)
         self.batch_size = batch_size
         self.seed = seed
         self.how_often = how_often  # each of VIEWS is shown
-        self.open_files = {}  # of this process
 
     def __getitem__(self, step: int) -> dict:
         rng = np.random.default_rng([self.seed, step])
-        pictures = []
-        prompts = []
-        kinds = []
-        for _ in range(self.batch_size):
-            picture, sentence = self.read_sample(rng)
-            pictures.append(picture)
-            prompts.append(PROMPT.format(sentence))
-            kinds.append(kind_of(sentence))
+        drawn = [self.scenes.draw(rng) for _ in range(self.batch_size)]
         views = VIEWS[rng.choice(len(VIEWS), p=self.how_often)]
-        pictures = torch.from_numpy(np.stack(pictures)[:, views])  # (B, V, h, w, 7) uint8
-        return {"step": step, "pictures": pictures, "prompts": prompts, "kinds": kinds}
-
-    def read_sample(self, rng) -> tuple[np.ndarray, str]:
-        """A random scene and layer, (V, h, w, 3 + 4) uint8, with the sentence that asks for it."""
-        path = self.shards[rng.integers(len(self.shards))]
-        if path not in self.open_files:
-            self.open_files[path] = h5py.File(path, "r")
-        root = self.open_files[path]
-        scene = rng.integers(len(root["images"]))
-        which = rng.integers(len(KINDS))
-        picture = np.concatenate([root["images"][scene], root["layers"][scene, which]], axis=-1)
-        return picture, root["sentences"].asstr()[scene, which]
+        pictures = np.stack([scene.read() for scene in drawn])[:, views]  # (B, V, h, w, 7) uint8
+        sentences = [scene.instructions[0] for scene in drawn]
+        return {
+            "step": step,
+            "pictures": torch.from_numpy(pictures),
+            "prompts": [PROMPT.format(sentence) for sentence in sentences],
+            "kinds": [kind_of(sentence) for sentence in sentences],
+        }
 
 
 def prepare(batch: dict, device, augment: bool = True) -> dict:
@@ -278,13 +266,17 @@ def fill_in_defaults(settings: Settings):
 def main():
     settings = tyro.cli(Settings, description=__doc__)
     fill_in_defaults(settings)
-    check_numbers(settings)
+    if settings.steps:
+        check_numbers(settings)
     check_number("--scenes", settings.scenes, 1, MAX_SCENES)
     check_number("--image-size", settings.image_size, 8, 256)
     if settings.image_size % 8:
         raise UserError(f"--image-size must be a multiple of 8, not {settings.image_size}.")
     check_number("--workers", settings.workers, 1, 1024)
     shards = draw_scenes(settings)
+    if settings.steps == 0:
+        print(f"{settings.out}: {settings.scenes} scenes.")
+        return
     torch.set_num_threads(settings.workers)
     held_out = shards[-1:]
     training = shards[:-1] if len(shards) > 1 else shards

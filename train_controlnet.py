@@ -3,10 +3,10 @@
     In:   <run>/episodes (pictures, instructions) and <run>/spheres (the targets, render_spheres.py)
     Out:  <run>/controlnet (or --out), in diffusers' layout: controlnet/, for tiny and small also
           unet/ text_encoder/ tokenizer/ scheduler/ (safetensors); painter.json, README.md (a card),
-          validation.png (observation, truth, painted; scenes held out), losses.csv, losses.png,
-          training.pt
+          validation.png (scenes held out), losses.csv, losses.png, training.pt
 
     python train_controlnet.py                                       tiny, from the shipped base
+    python train_controlnet.py --rehearse runs/scenes                with random scenes (make demo)
     python train_controlnet.py --base none --run runs/scratch        tiny, from random weights
     python train_controlnet.py --size small --run runs/small         ten times tiny, on one GPU
     python train_controlnet.py --size sd-turbo --run runs/turbo      SD-Turbo, on one GPU
@@ -20,17 +20,16 @@ ControlNet that reads the current views, tiled 2x2, and steers it (genima/painte
 layers in <run>/spheres: to predict something else, put other layers there. Two objectives:
 
   noise_loss (the paper's): add noise of a random strength to the target picture and predict it.
-      Painting starts from noise and takes N Euler steps (5 in the published quick start, 10 in the
-      paper): N times as slow, and each step sees what the one before has painted.
+      Painting starts from noise and takes N Euler steps (published quick start 5, paper 10): N
+      times as slow, and each step sees what the one before has painted.
   one_step_loss: from pure noise to the picture in one pass, as SD-Turbo itself was trained, and
       compare with the target (pix2pix-turbo, arXiv 2403.12036). Painting takes one pass, so 10 Hz
       holds, and the loss can say which pixels matter.
 
 tiny_noise_loss and tiny_one_step_loss are the same for tiny and small, which predict an RGBA layer
 over the observation: they need not learn to copy. With the layer the picture is known, and with the
-picture its noise. (Predicted as noise, an error is 15 times as large in the picture at t = 999;
-tiny's paintings were noise after 1,500 steps.) For one step, they start from the observation, as
-pix2pix-turbo does, in place of noise, in which there is nothing to read.
+picture its noise. (Predicted as noise, an error is 15 times as large in the picture.) For one step,
+they start from the observation, as pix2pix-turbo does: noise would have nothing to read in it.
 """
 
 from dataclasses import dataclass
@@ -53,6 +52,7 @@ from genima.micro_batch import resolve_micro_batch
 from genima.painter import PROMPT, TIMESTEP, TinyPainter, TurboPainter
 from genima.painter_data import Augmentation, PainterDataset, find_frames, read_batch
 from genima.plots import write_grid, write_losses
+from genima.scene_files import find_scenes
 from genima.scenes import measured_in
 from genima.training import (
     StopSignal,
@@ -92,6 +92,9 @@ class Settings:
     """Where training starts. sd-turbo: its folder or name on the Hub (stabilityai/sd-turbo); the
     others: a folder of pretrain_painter.py (for tiny checkpoints/base, for small runs/base-small),
     or none for random weights."""
+    rehearse: Path | None = None
+    """Folder of random scenes (pretrain_painter.py --steps 0): they are three samples in eight, so
+    that training does not forget what else the base has seen."""
     resolution: int | None = None
     """Height of the tiled views, pixels; by default 512 for sd-turbo. Else small square views stay
     as recorded, and others become as large as the base's."""
@@ -220,6 +223,7 @@ def make_batches(settings, data, accelerator, start):
         settings.seed,
         accelerator.process_index,
         accelerator.num_processes,
+        data.rehearsed,
     )
     on_cpu = accelerator.device.type == "cpu"  # whose cores loading would take away
     num_workers = 0 if on_cpu else 8
@@ -280,6 +284,7 @@ def main():
     accelerator = Accelerator(mixed_precision="bf16" if settings.precision == "bf16" else "no")
     is_main_process = accelerator.is_main_process  # the one that writes and prints
     data = find_frames(settings.run, settings.failed)
+    data.rehearsed = find_scenes(settings.rehearse, data.cameras, data.image_size)
     setup.fill_in_defaults(settings, data)
     setup.check_settings(settings, accelerator.num_processes, data.cameras)
     folder = settings.out
@@ -334,10 +339,9 @@ def main():
 
     if is_main_process:
         already = "trained already; " if start == settings.steps else ""
-        print(
-            f"{folder}: {already}overlap (IoU) of painted and true spheres at the first frames of "
-            f"{measured_in(data.scenes_held_out)} {log[-1][2]:.3f}."
-        )
+        where = measured_in(data.scenes_held_out)
+        overlap = f"overlap (IoU) of painted and true spheres at the first frames of {where}"
+        print(f"{folder}: {already}{overlap} {log[-1][2]:.3f}.")
         if settings.push_to_hub:
             push(folder, [*painter.saved_parts, *PUSHED_FILES], settings.push_to_hub)
 

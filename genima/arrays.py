@@ -98,3 +98,14 @@ def read_dataset(root: h5py.Group, name: str):
     if data.nbytes > MAX_ARRAY:
         raise ValueError(f"{data.name} has shape {data.shape}: it is too large")
     return data[()]
+
+
+def check_pictures(data: h5py.Dataset, frames: int, channels: int):
+    """Raise a ValueError unless a dataset has so many frames (T, h, w, channels) of uint8."""
+    check_stored(data)
+    is_right = data.ndim == 4 and data.dtype == np.uint8 and data.size > 0
+    if not is_right or data.shape[0] != frames or data.shape[3] != channels:
+        raise ValueError(
+            f"{data.name} has shape {data.shape} of {data.dtype}, "
+            f"not ({frames}, height, width, {channels}) of uint8"
+        )

@@ -20,15 +20,18 @@ import h5py
 import numpy as np
 import torch
 
-from genima.arrays import check_stored
+from genima.arrays import check_pictures
 from genima.episodes import ATTRIBUTES, CAMERAS, find_episodes, read_attribute
 from genima.episodes import FORMAT as EPISODE_FORMAT
 from genima.files import UserError, read_hdf5
 from genima.painter import PROMPT
 from genima.painter_augmentation import Augmentation, colour_jitter, random_crop
+from genima.scene_files import RandomScenes, Scene
 from genima.scenes import check_successful, held_out_scenes, name_of, scene_of
 from genima.spheres import FORMAT as SPHERES_FORMAT
 from genima.views import TILED, fit, is_uniform, resize, tile_any
+
+REHEARSED = 3  # of 8 samples, where there are random scenes among the demonstrations
 
 
 # ------------------------------------------------------------------------------------------ frames
@@ -39,6 +42,20 @@ class Frame(NamedTuple):
     spheres: str
     t: int
     instructions: list[str]
+
+    @property
+    def key(self) -> str:
+        return f"{self.episode} {self.t}"
+
+    def read_views(self, cameras: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The views (h, w, 3), with the layers (h, w, 4) to paint on them; uint8."""
+        views = []
+        with h5py.File(self.episode, "r") as episode, h5py.File(self.spheres, "r") as spheres:
+            for camera in cameras:
+                image = episode["observations/images"][camera][self.t]
+                layer = spheres["layers"][camera][self.t]
+                views.append((image, layer))
+        return views
 
 
 @dataclass
@@ -55,6 +72,7 @@ class PainterData:
     scenes: int
     scenes_held_out: int
     failed: int  # demonstrations
+    rehearsed: RandomScenes | None = None  # samples beside the frames
 
     @property
     def image_size(self) -> int | None:
@@ -115,7 +133,7 @@ def find_frames(run: Path, use_failed: bool = False) -> PainterData:
             images = root["observations/images"]
             sizes = {}
             for name in order_cameras(images):
-                check_views(images[name], length, 3)
+                check_pictures(images[name], length, 3)
                 sizes[name] = images[name].shape[1:3]
         if first_sizes is None:
             first_sizes = sizes
@@ -127,7 +145,7 @@ def find_frames(run: Path, use_failed: bool = False) -> PainterData:
         with read_hdf5(spheres, SPHERES_FORMAT) as root:
             horizons.add(int(root.attrs["horizon"]))
             for name in sizes:
-                check_views(root["layers"][name], length, 4)
+                check_pictures(root["layers"][name], length, 4)
         if not facts["success"]:
             failed += 1
             if not use_failed:
@@ -165,17 +183,6 @@ def find_frames(run: Path, use_failed: bool = False) -> PainterData:
     )
 
 
-def check_views(data: h5py.Dataset, frames: int, channels: int):
-    """Raise a ValueError unless a dataset has so many frames (T, h, w, channels) of uint8."""
-    check_stored(data)
-    is_right = data.ndim == 4 and data.dtype == np.uint8 and data.size > 0
-    if not is_right or data.shape[0] != frames or data.shape[3] != channels:
-        raise ValueError(
-            f"{data.name} has shape {data.shape} of {data.dtype}, "
-            f"not ({frames}, height, width, {channels}) of uint8"
-        )
-
-
 def order_cameras(cameras) -> list[str]:
     """The paper's four in the paper's order, then others as in the file."""
     names = list(cameras)  # HDF5 says that a broken link is not in it
@@ -189,7 +196,7 @@ class PainterDataset(torch.utils.data.Dataset):
     """Item `step` is this process's share of that step's batch; there is one for every step.
 
     Sample i of a step is a function of (seed, step, i) alone: a resumed training, or one shared
-    among other processes, gets the same samples.
+    among other processes, gets the same samples. scenes: some samples are of these instead.
     """
 
     def __init__(
@@ -202,6 +209,7 @@ class PainterDataset(torch.utils.data.Dataset):
         seed: int = 0,
         process: int = 0,
         num_processes: int = 1,
+        scenes: RandomScenes | None = None,
     ):
         self.cameras = cameras
         self.resolution = resolution
@@ -209,6 +217,7 @@ class PainterDataset(torch.utils.data.Dataset):
         self.seed = seed
         share = batch_size // num_processes
         self.samples = range(process * share, (process + 1) * share)
+        self.scenes = scenes
         episodes = {}
         for frame in frames:
             episodes.setdefault(frame.episode, []).append(frame)
@@ -216,7 +225,10 @@ class PainterDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, step: int) -> dict:
         rngs = [np.random.default_rng([self.seed, step, i]) for i in self.samples]
-        frames = [self.draw_frame(rng) for rng in rngs]
+        frames = []
+        for i, rng in zip(self.samples, rngs):
+            rehearsed = self.scenes is not None and i * REHEARSED % 8 < REHEARSED
+            frames.append(self.scenes.draw(rng) if rehearsed else self.draw_frame(rng))
         return read_batch(frames, self.cameras, self.resolution, rngs, self.augmentation)
 
     def draw_frame(self, rng: np.random.Generator) -> Frame:
@@ -230,7 +242,7 @@ class PainterDataset(torch.utils.data.Dataset):
 
 
 def read_batch(
-    frames: list[Frame],
+    frames: list[Frame | Scene],
     cameras: list[str],
     resolution: int,
     rngs: list[np.random.Generator],
@@ -254,7 +266,7 @@ def read_batch(
         instruction = frame.instructions[rng.integers(len(frame.instructions))]
         prompts.append(PROMPT.format(instruction))
         seeds.append(int(rng.integers(2**31)))
-        keys.append(f"{frame.episode} {frame.t} {resolution}")
+        keys.append(f"{frame.key} {resolution}")
     if cropped:
         keys = [None] * len(frames)
     return {
@@ -267,12 +279,12 @@ def read_batch(
     }
 
 
-def read_pictures(frames: list[Frame], cameras: list[str], resolution: int) -> torch.Tensor:
+def read_pictures(frames: list[Frame | Scene], cameras: list[str], resolution: int) -> torch.Tensor:
     """(B, 7, H, W): the tiled views, the layer's colour times its alpha, and its alpha.
 
     The colour of a transparent pixel means nothing; times alpha, it stays out of the resizing.
     """
-    read = [read_views(frame, cameras) for frame in frames]
+    read = [frame.read_views(cameras) for frame in frames]
     views = [as_floats([view[i] for view in read]) for i in range(len(cameras))]
     return resize(tile_any(views, resolution), resolution)
 
@@ -286,14 +298,3 @@ def as_floats(pairs: list[tuple[np.ndarray, np.ndarray]]) -> torch.Tensor:
     layers[:, :3] *= layers[:, 3:]
     layers = fit(layers, *images.shape[2:])  # render_spheres.py --size draws others
     return torch.cat([images, layers], dim=1)
-
-
-def read_views(frame: Frame, cameras: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The views (h, w, 3) of one frame, with the layers (h, w, 4) to paint on them; uint8."""
-    views = []
-    with h5py.File(frame.episode, "r") as episode, h5py.File(frame.spheres, "r") as spheres:
-        for camera in cameras:
-            image = episode["observations/images"][camera][frame.t]
-            layer = spheres["layers"][camera][frame.t]
-            views.append((image, layer))
-    return views

@@ -1,5 +1,7 @@
 """What stage 2 needs to train and is not its lesson: checks, precision, memory, optimisers."""
 
+from pathlib import Path
+
 import torch
 from diffusers.models.attention_processor import AttnProcessor
 from transformers.optimization import Adafactor
@@ -94,6 +96,8 @@ def identity_of(settings, data: PainterData) -> dict:
     identity |= {"cameras": data.cameras, "frames": len(data.training)}
     if data.image_size is None:
         identity["image_sizes"] = {name: list(size) for name, size in data.image_sizes.items()}
+    if data.rehearsed is not None:
+        identity["rehearsed"] = [Path(file).name for file in data.rehearsed.files]
     if settings.size in LAYOUTS:  # its base is a folder
         identity["base"] = fingerprint(settings.base)
     return identity
@@ -178,8 +182,11 @@ def describe_training(painter, accelerator, data: PainterData, use_failed: bool)
     trained = sum(parameter.numel() for parameter in trained_parameters(painter).values())
     used = data.failed if use_failed else 0
     split = describe_split(data.scenes, data.scenes_held_out, data.failed - used, used)
+    rehearsed = ""
+    if data.rehearsed is not None:
+        rehearsed = f"{len(data.rehearsed)} random scenes among them.\n"
     words = (
-        f"{len(data.training)} frames to train on; {split}\n"
+        f"{len(data.training)} frames to train on; {split}\n{rehearsed}"
         f"{trained / 1e6:.1f} M parameters to train, on {accelerator.num_processes} processes "
         f"({accelerator.device.type})."
     )

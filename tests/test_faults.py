@@ -86,7 +86,7 @@ OTHERS = [
     ("import_demos", [".", "--mapping", "/dev/zero"], "/dev/zero"),
     ("import_demos", ["--to-act", "/nowhere", "out"], "/nowhere"),
     ("import_demos", ["--to-lerobot", "/nowhere", "out"], "/nowhere"),
-    ("pretrain_painter", ["--steps", 0], "--steps must be"),
+    ("pretrain_painter", ["--steps", -1], "--steps must be"),
     ("pretrain_painter", ["--scenes", 0], "--scenes must be"),
     ("pretrain_painter", ["--scenes", 10**18], "--scenes must be"),
     ("pretrain_painter", ["--image-size", 12], "--image-size must be a multiple of 8"),

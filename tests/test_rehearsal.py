@@ -1,0 +1,140 @@
+"""Stage 2 with random scenes among the demonstrations: which samples they are, and bad folders."""
+
+import signal
+import sys
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+import pretrain_painter
+import train_controlnet
+from genima import scene_files
+from genima.episodes import CAMERAS
+from genima.files import UserError, run_stage
+from genima.painter_data import PainterDataset, find_frames
+from genima.scene_files import find_scenes
+
+SIZE = 16  # pixels a view, as the recorded run's
+SENTENCE = "scene {}, sentence {}"
+
+
+@pytest.fixture(autouse=True)
+def few_scenes_a_file(monkeypatch):
+    monkeypatch.setattr(scene_files, "SHARD", 2)
+    monkeypatch.setattr(pretrain_painter, "SHARD", 2)
+
+
+def make_scenes(folder, first=0, size=SIZE):
+    """A file as pretrain_painter.py draws them; every number in a picture says whose it is."""
+    images = np.zeros((2, 4, size, size, 3), np.uint8)
+    layers = np.zeros((2, 4, 4, size, size, 4), np.uint8)
+    sentences = []
+    for scene in range(2):
+        for view in range(4):
+            images[scene, view] = 100 + 10 * scene + view
+        for which in range(4):
+            layers[scene, which] = 200 + 10 * scene + which
+            sentences.append(SENTENCE.format(first + scene, which))
+    path = folder / f"scenes/{first:07d}.hdf5"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with h5py.File(path, "w") as root:
+        root.attrs["format"] = scene_files.FORMAT
+        root["images"] = images
+        root["layers"] = layers
+        root["sentences"] = np.array(sentences, dtype=h5py.string_dtype()).reshape(2, 4)
+    return folder
+
+
+def make_dataset(run, scenes, **share):
+    data = find_frames(run)
+    return PainterDataset(data.training, data.cameras, 2 * SIZE, None, scenes=scenes, **share)
+
+
+def test_three_samples_in_eight_are_scenes(recorded, tmp_path):
+    """Each with the sentence, the views in their places, and the layer, that belong together."""
+    make_scenes(tmp_path, 0)
+    scenes = find_scenes(make_scenes(tmp_path, 2), list(CAMERAS), SIZE)
+    assert len(scenes) == 4
+    dataset = make_dataset(recorded, scenes)
+    seen = set()
+    for step in range(20):
+        batch = dataset[step]
+        rehearsed = [i for i, prompt in enumerate(batch["prompts"]) if "sentence" in prompt]
+        assert rehearsed == [0, 3, 6]
+        for i in rehearsed:
+            words = batch["prompts"][i].split("'")[1]
+            scene, which = (int(part.split()[-1]) for part in words.split(","))
+            seen.add((scene, which))
+            picture = 255 * batch["observation"][i]  # (3, 32, 32): the views in two rows
+            corners = picture[0, ::SIZE, ::SIZE].flatten()
+            expected = 100 + 10 * (scene % 2) + torch.arange(4)
+            torch.testing.assert_close(corners, expected.float(), atol=0.01, rtol=0)
+            alpha = 255 * batch["layer"][i, 3]
+            assert alpha.sub(200 + 10 * (scene % 2) + which).abs().max() < 0.01
+    assert len(seen) == 16
+
+
+def test_of_other_cameras_only_those_are_read(tmp_path):
+    scenes = find_scenes(make_scenes(tmp_path), ["front", "wrist"], SIZE)
+    scene = scenes.draw(np.random.default_rng(0))
+    views = scene.read_views(["front", "wrist"])
+    numbers = [100 + 10 * scene.index + CAMERAS.index(name) for name in ("front", "wrist")]
+    assert [int(image[0, 0, 0]) for image, _ in views] == numbers
+
+
+def test_two_processes_draw_what_one_does(recorded, tmp_path):
+    scenes = find_scenes(make_scenes(tmp_path), list(CAMERAS), SIZE)
+    whole = make_dataset(recorded, scenes)[3]
+    halves = []
+    for process in range(2):
+        dataset = make_dataset(recorded, scenes, process=process, num_processes=2)
+        halves.append(dataset[3])
+    assert halves[0]["prompts"] + halves[1]["prompts"] == whole["prompts"]
+    joined = torch.cat([half["observation"] for half in halves])
+    torch.testing.assert_close(joined, whole["observation"])
+
+
+def test_scenes_that_do_not_fit_are_refused(tmp_path):
+    with pytest.raises(UserError, match="no scenes to rehearse.*--steps 0"):
+        find_scenes(tmp_path, list(CAMERAS), SIZE)
+    folder = make_scenes(tmp_path / "scenes")
+    with pytest.raises(UserError, match="16 pixels, this run's 64.*--image-size 64"):
+        find_scenes(folder, list(CAMERAS), 64)
+    for cameras, size in ((["ego"], SIZE), (["wrist"], None)):
+        with pytest.raises(UserError, match="this run has others"):
+            find_scenes(folder, cameras, size)
+    assert find_scenes(None, ["ego"], None) is None
+
+
+def call(stage, *words):
+    """Run a stage in this process; the exit code."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        sys.argv = [f"{stage.__name__}.py", *map(str, words)]
+        run_stage(stage.main)
+        return 0
+    except SystemExit as ended:
+        return ended.code
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_scenes_alone_then_stage_2(recorded, tmp_path, capsys):
+    """`--steps 0` draws scenes and trains nothing; a training goes on with the same scenes only."""
+    scenes = tmp_path / "scenes"
+    words = ["--steps", 0, "--scenes", 2, "--image-size", SIZE, "--out", scenes, "--workers", 1]
+    assert call(pretrain_painter, *words) == 0
+    assert sorted(path.name for path in scenes.iterdir()) == ["scenes", "scenes.png"]
+
+    out = tmp_path / "painter"
+    words = ["--run", recorded, "--out", out, "--steps", 2, "--batch-size", 3]
+    words += ["--precision", "fp32", "--rehearse"]
+    assert call(train_controlnet, *words, scenes) == 0
+    assert "2 random scenes among them" in capsys.readouterr().out
+    assert call(train_controlnet, *words, scenes) == 0  # it is trained already
+    make_scenes(tmp_path / "others", 4)
+    assert call(train_controlnet, *words, tmp_path / "others") == 2
+    assert "rehearsed" in capsys.readouterr().err
