@@ -72,7 +72,7 @@ class Settings:
     keep: int = 0
     """How many of the last checkpoints to keep in act/step-<N>/ (the paper evaluates three)."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 for tiny on a CPU with avx512_bf16 or amx_bf16, fp32 elsewhere."""
+    """auto: bf16 for tiny on a CPU that is faster with it, fp32 elsewhere."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """Where to train; auto takes a GPU if there is one."""
 

@@ -111,7 +111,7 @@ class Settings:
     optimizer: Literal["adamw", "adafactor"] = "adamw"
     """adafactor keeps fewer numbers for a weight than adamw: 2.3 GB less for sd-turbo."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 for small and sd-turbo on a GPU, for tiny and small on a CPU that has it."""
+    """auto: bf16 for small and sd-turbo on a GPU, for tiny and small on a CPU with fast bf16."""
     compile: bool = False
     """Compile the networks for this GPU: takes minutes, then each step is faster."""
     crop: int = 2

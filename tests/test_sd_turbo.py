@@ -296,6 +296,8 @@ def test_bad_settings_are_one_sentence(recorded, words, sentence, monkeypatch):
     [
         ({"avx512_bf16": True}, "tiny", "auto", "bf16"),
         ({"amx_bf16": True}, "tiny", "auto", "bf16"),
+        ({"avx512_bf16": True, "cpu_name": "Intel Xeon"}, "tiny", "auto", "fp32"),
+        ({"avx512_bf16": True, "amx_bf16": True, "cpu_name": "Intel Xeon"}, "tiny", "auto", "bf16"),
         ({}, "tiny", "auto", "fp32"),
         ({"avx512_bf16": True}, "sd-turbo", "auto", "fp32"),
         ({"avx512_bf16": True}, "tiny", "fp32", "fp32"),
