@@ -33,7 +33,7 @@ from tqdm import tqdm
 from genima import training
 from genima.act import ACT, SIZES, make_bag_of_words, save_controller
 from genima.act_training import check_settings, fill_in_defaults, validate
-from genima.base import load_controller_base
+from genima.base import load_controller_base, start_from
 from genima.demonstrations import describe, describe_held_out, read_demonstrations, split_scenes
 from genima.files import run_stage
 from genima.motions import Motion, Motions, misplace_camera
@@ -277,7 +277,7 @@ def main():
     torch.manual_seed(settings.seed)
     network = ACT(config).to(device)
     if base is not None:
-        network.load_state_dict(base.model.state_dict())
+        start_from(network, config["cameras"], base)
     parameters = network.parameters()
     optimizer = AdamW(parameters, settings.learning_rate, weight_decay=WEIGHT_DECAY, fused=True)
     start, log = training.resume(folder, network, optimizer, identity)

@@ -8,7 +8,7 @@ things, but no task. The controller was trained by train_act.py on random motion
 import hashlib
 from pathlib import Path
 
-from genima.act import Controller
+from genima.act import ACT, Controller
 from genima.files import UserError
 from genima.painter import TinyPainter, load_painter
 
@@ -21,7 +21,8 @@ BASES = {  # by default; small's is not shipped
 }
 HOW_TO_MAKE = {"tiny": "make base", "small": "python pretrain_painter.py --size small"}
 # What a controller and its base have in common.
-SHARED = ("size", "observation", "cameras", "image_size", "horizon", "joints", "robot", "style")
+SHARED = ("size", "observation", "image_size", "horizon", "joints", "robot", "style")
+VIEWS = "image_encoder.to_tokens.pool."  # a controller's weights that belong to one view
 FROM_SCRATCH = "none"  # in place of a folder: random weights
 OWN = "make a base of its own (pretrain_painter.py), or start from random weights (--base none)"
 
@@ -92,7 +93,29 @@ def load_controller_base(base: str | None, config: dict) -> tuple[Controller | N
             print(f"{words}: this training starts from random weights.")
             return None, None
         raise UserError(f"{words}: give another --base, or --base none.")
+    new = [camera for camera in config["cameras"] if camera not in controller.config["cameras"]]
+    if new:
+        print(f"Note: {folder} has not seen with {', '.join(new)}: there it starts at random.")
     return controller, fingerprint(str(folder))
+
+
+def start_from(network: ACT, cameras: list[str], base: Controller):
+    """Copy the base's weights into a network of these cameras.
+
+    All views share their weights but for the last layer (PooledTokens): that is taken from the
+    base's camera of the same name, and stays as it is where the base has no such camera.
+    """
+    weights = {}
+    for name, values in base.model.state_dict().items():
+        if not name.startswith(VIEWS):
+            weights[name] = values
+            continue
+        view, parameter = name.removeprefix(VIEWS).split(".")
+        camera = base.config["cameras"][int(view)]
+        if camera in cameras:
+            weights[f"{VIEWS}{cameras.index(camera)}.{parameter}"] = values
+    own = {name: values for name, values in network.state_dict().items() if name.startswith(VIEWS)}
+    network.load_state_dict(own | weights)
 
 
 def fingerprint(base: str) -> str | None:

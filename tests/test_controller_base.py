@@ -8,7 +8,7 @@ import torch
 from test_train_act import CAMERAS, HORIZON, train, write_targets
 
 from genima.act import ACT, Controller, save_controller
-from genima.base import FOLLOWER, load_controller_base
+from genima.base import FOLLOWER, load_controller_base, start_from
 from genima.files import UserError
 from sims import make_env
 from sims.demonstrator import record_demonstration
@@ -73,19 +73,39 @@ def test_the_shipped_controller_is_left_where_it_does_not_fit(capsys):
     config = Controller.load(FOLLOWER).config
     assert load_controller_base(None, config)[0] is not None
     assert load_controller_base("none", config) == (None, None)
-    others = {"cameras": ["wrist"], "joints": 6, "image_size": [48, 64], "horizon": 20}
+    others = {"joints": 6, "image_size": [48, 64], "horizon": 20}
     for name, value in others.items():
         assert load_controller_base(None, config | {name: value}) == (None, None)
         assert f"is for {name} " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "changes", [{"horizon": 9}, {"cameras": ["front"]}, {"image_size": [32, 32]}]
-)
+@pytest.mark.parametrize("changes", [{"horizon": 9}, {"image_size": [32, 32]}])
 def test_a_base_that_does_not_fit_is_one_sentence(tmp_path, changes):
     base = make_base(tmp_path / "base", **changes)
     with pytest.raises(UserError, match=f"is for {next(iter(changes))} .* or --base none"):
         load_controller_base(str(base), CONFIG)
+
+
+def test_of_other_cameras_the_shared_weights_and_those_of_the_same_name(tmp_path, capsys):
+    """A network of the base's second camera and a new one: what the second sees, it sees alike."""
+    config = CONFIG | {"cameras": ["wrist", "front"]}
+    torch.manual_seed(5)
+    save_controller(tmp_path, ACT(config), config)
+    cameras = ["front", "ego"]
+    base, _ = load_controller_base(str(tmp_path), CONFIG | {"cameras": cameras})
+    assert "has not seen with ego:" in capsys.readouterr().out
+    network = ACT(CONFIG | {"cameras": cameras})
+    fresh = network.image_encoder.to_tokens.pool[1].weight.clone()
+    start_from(network, cameras, base)
+
+    images = torch.randint(0, 256, (1, 2, 3, 32, 40), dtype=torch.uint8)
+    no_words = torch.zeros(1, 0)
+    tokens = network.image_encoder(images, no_words)
+    as_base = base.model.image_encoder(images.flip(1), no_words)  # front is its second view
+    per_view = tokens.shape[1] // 2
+    torch.testing.assert_close(tokens[:, :per_view], as_base[:, per_view:])
+    torch.testing.assert_close(network.image_encoder.to_tokens.pool[1].weight, fresh)
+    torch.testing.assert_close(network.queries, base.model.queries)
 
 
 def test_a_copy_without_checkpoints_starts_from_random_weights(monkeypatch, tmp_path, capsys):
