@@ -31,8 +31,6 @@ from genima.scenes import check_successful, held_out_scenes, name_of, scene_of
 from genima.spheres import FORMAT as SPHERES_FORMAT
 from genima.views import TILED, fit, is_uniform, resize, tile_any
 
-REHEARSED = 3  # of 8 samples, where there are random scenes among the demonstrations
-
 
 # ------------------------------------------------------------------------------------------ frames
 class Frame(NamedTuple):
@@ -196,7 +194,7 @@ class PainterDataset(torch.utils.data.Dataset):
     """Item `step` is this process's share of that step's batch; there is one for every step.
 
     Sample i of a step is a function of (seed, step, i) alone: a resumed training, or one shared
-    among other processes, gets the same samples. scenes: some samples are of these instead.
+    among other processes, gets the same samples. scenes: every other sample is of these instead.
     """
 
     def __init__(
@@ -227,7 +225,7 @@ class PainterDataset(torch.utils.data.Dataset):
         rngs = [np.random.default_rng([self.seed, step, i]) for i in self.samples]
         frames = []
         for i, rng in zip(self.samples, rngs):
-            rehearsed = self.scenes is not None and i * REHEARSED % 8 < REHEARSED
+            rehearsed = self.scenes is not None and i % 2 == 1
             frames.append(self.scenes.draw(rng) if rehearsed else self.draw_frame(rng))
         return read_batch(frames, self.cameras, self.resolution, rngs, self.augmentation)
 
