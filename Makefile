@@ -62,7 +62,8 @@ try: setup
 demo: setup
 	$(PY) collect_demos.py --run $(RUN) --demos $(DEMOS)
 	$(PY) render_spheres.py --run $(RUN) --preview
-	$(PY) train_controlnet.py --run $(RUN)
+	$(PY) pretrain_painter.py --out runs/scenes --scenes 1500 --steps 0
+	$(PY) train_controlnet.py --run $(RUN) --rehearse runs/scenes
 	$(PY) train_act.py --run $(RUN)
 	$(PY) evaluate.py --run $(RUN)
 

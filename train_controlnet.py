@@ -93,7 +93,7 @@ class Settings:
     others: a folder of pretrain_painter.py (for tiny checkpoints/base, for small runs/base-small),
     or none for random weights."""
     rehearse: Path | None = None
-    """Folder of random scenes (pretrain_painter.py --steps 0): they are every other sample, so
+    """Folder of random scenes (pretrain_painter.py --steps 0): they are every fourth sample, so
     that training does not forget what else the base has seen."""
     resolution: int | None = None
     """Height of the tiled views, pixels; by default 512 for sd-turbo. Else small square views stay

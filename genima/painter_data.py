@@ -194,7 +194,7 @@ class PainterDataset(torch.utils.data.Dataset):
     """Item `step` is this process's share of that step's batch; there is one for every step.
 
     Sample i of a step is a function of (seed, step, i) alone: a resumed training, or one shared
-    among other processes, gets the same samples. scenes: every other sample is of these instead.
+    among other processes, gets the same samples. scenes: every fourth sample is of these instead.
     """
 
     def __init__(
@@ -225,7 +225,7 @@ class PainterDataset(torch.utils.data.Dataset):
         rngs = [np.random.default_rng([self.seed, step, i]) for i in self.samples]
         frames = []
         for i, rng in zip(self.samples, rngs):
-            rehearsed = self.scenes is not None and i % 2 == 1
+            rehearsed = self.scenes is not None and i % 4 == 3
             frames.append(self.scenes.draw(rng) if rehearsed else self.draw_frame(rng))
         return read_batch(frames, self.cameras, self.resolution, rngs, self.augmentation)
 

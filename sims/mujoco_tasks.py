@@ -228,18 +228,9 @@ class PushButton(Task):
         "press the button with the {} color",
         "press the {} button",
     )
-    lowest_start = 0.025
+    lowest_start = 0.025  # a press that missed is tried again
     height = 0.03  # metres, of the button's top above the table
     travel = 0.010  # metres that it goes down
-
-    def draw_offset(self, rng):
-        """Over it, or, one time in three, low beside it: a press that missed is tried again."""
-        if rng.random() < 2 / 3:
-            return super().draw_offset(rng)
-        angle = rng.uniform(0, 2 * np.pi)
-        distance = rng.uniform(0.04, 0.07)
-        height = rng.uniform(0, 0.02)
-        return np.array([distance * np.cos(angle), distance * np.sin(angle), height])
 
     def build(self, world):
         for i in range(self.candidates):
@@ -272,11 +263,8 @@ class PushButton(Task):
 
     def plan(self, env):
         top = self.focus(env)
-        # From low beside it goes up, then sideways: over a button the hand always moves down. That
-        # it does slowly: a policy that looks every 0.8 s looks once more on the way.
-        here = env.tool_pose()[:3, 3]
-        if here[2] < top[2] + 0.02:
-            yield Move(np.append(here[:2], top[2] + 0.04), gripper=0)
+        # From low down it goes sideways, not up: over a button the hand always moves down. And it
+        # moves down slowly: a policy that looks every 0.8 s looks once more on the way.
         yield Move(above(env, top, top[2] + 0.02, top[2] + 0.10), gripper=0)
         yield Move(top - (0, 0, self.travel + 0.015), gripper=0, dwell=4, speed=0.12)
 
