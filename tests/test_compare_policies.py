@@ -55,7 +55,7 @@ def test_the_commands_are_those_of_the_stages(name, tmp_path):
     policy = table.POLICIES[name]
     commands = [*policy.training, f"evaluate.py {policy.options}"]
     for command in commands:
-        script, *options = command.format(seed=tmp_path).split()
+        script, *options = command.format(seed=tmp_path, scenes=tmp_path).split()
         module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
         settings = tyro.cli(module.Settings, args=[*options, "--run", "data", "--seed", "3"])
         assert settings.run == Path("data") and settings.seed == 3

@@ -35,7 +35,10 @@ CONDITIONS = ("unchanged", *PERTURBATIONS)
 
 @dataclass
 class Policy:
-    """How a policy is trained, and what evaluate.py is told. {seed}: the training seed's folder."""
+    """How a policy is trained, and what evaluate.py is told.
+
+    {seed}: the training seed's folder; {scenes}: random scenes, to be rehearsed.
+    """
 
     training: tuple[str, ...]
     options: str
@@ -44,7 +47,10 @@ class Policy:
 ACT = "train_act.py --observation rgb --out {seed}/act_rgb"
 POLICIES = {
     "genima": Policy(
-        ("train_controlnet.py --out {seed}/controlnet", "train_act.py --out {seed}/act"),
+        (
+            "train_controlnet.py --out {seed}/controlnet --rehearse {scenes}",
+            "train_act.py --out {seed}/act",
+        ),
         "--painter {seed}/controlnet --controller {seed}/act",
     ),
     "genima-from-nothing": Policy(
@@ -173,6 +179,8 @@ def main():
     settings.out = settings.out.resolve()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     cells = {}
+    scenes = settings.out / "scenes"
+    run("pretrain_painter.py --scenes 1500 --steps 0", "--out", scenes)
     for demos in settings.demos:
         data = settings.out / str(demos)
         record(data, demos)
@@ -181,7 +189,7 @@ def main():
             for name in settings.policies:
                 policy = POLICIES[name]
                 for command in policy.training:
-                    run(command.format(seed=seed), "--run", data, "--seed", number)
+                    run(command.format(seed=seed, scenes=scenes), "--run", data, "--seed", number)
                 for condition in settings.conditions:
                     out = seed / "results" / name / condition
                     results = evaluate(policy, seed, out, condition, settings.episodes)
