@@ -203,7 +203,8 @@ def write_grid(path: Path, columns: dict, captions: list[str]):
             picture = pictures[row].permute(1, 2, 0).numpy()  # (H, W, 3)
             cell.imshow(picture, interpolation="nearest")
             cell.axis("off")
-            cell.set_title(title if column else captions[row], fontsize=9)
+            caption = title if column else "\n".join(wrap(captions[row], 36))
+            cell.set_title(caption, fontsize=9)
     save_figure(figure, path, dpi=70)
 
 

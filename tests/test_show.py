@@ -3,18 +3,21 @@
 import imageio.v2 as imageio
 import numpy as np
 import pytest
+import torch
 
 import collect_demos
 import evaluate
+import genima.plots
 import sims.show
 from genima.checkpoints import note_unseen_tasks
 from genima.episodes import CAMERAS
 from genima.files import UserError
-from genima.plots import GREEN, HEADING_HEIGHT, RED, people_frame
+from genima.plots import GREEN, HEADING_HEIGHT, RED, people_frame, write_grid
 from genima.previews import contact_sheet, enlarge, labelled_views
 from sims import make_env
 from sims.arms import find_arm
 from sims.demonstrator import record_demonstration
+from sims.mujoco_tasks import TASKS
 from sims.show import (
     FPS,
     SECONDS_AT_END,
@@ -257,3 +260,17 @@ def test_an_arm_of_six_joints_is_filmed_as_it_is(tmp_path):
     path = tmp_path / "film.mp4"
     write_people_film(path, "push_button", "mujoco", [({"success": True}, recording.moments)])
     assert len(imageio.mimread(path, memtest=False)) > FPS / 10
+
+
+def test_no_caption_is_cut_off(monkeypatch, tmp_path):
+    """The longest instruction stands above its picture, within the figure."""
+    sentences = [text.format("middle") for task in TASKS.values() for text in task.templates]
+    drawn = []
+    monkeypatch.setattr(genima.plots, "save_figure", lambda figure, path, dpi: drawn.append(figure))
+    pictures = torch.zeros(1, 3, 8, 8)
+    columns = dict.fromkeys(("observation", "truth", "painted"), pictures)
+    write_grid(tmp_path / "grid.png", columns, [max(sentences, key=len)])
+    figure = drawn[0]
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        assert axes.title.get_window_extent().x0 > 0
