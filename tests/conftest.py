@@ -178,7 +178,7 @@ def little_memory():
 
 # These start workers that draw, by forking this process. A fork of a process that has drawn itself,
 # as many tests do, waits forever for threads of the drawing library that it does not have.
-FORKING = ("test_environments", "test_faults", "test_full_disks", "test_hostile")
+FORKING = ("test_environments", "test_faults", "test_full_disks", "test_hostile", "test_rehearsal")
 
 
 def pytest_collection_modifyitems(items):
