@@ -111,11 +111,11 @@ def above(env, point, low, high=np.inf):
 
 
 def grasp(start, point, rotation=None):
-    """Waypoints: from a start nearby to the point, and close the fingers."""
+    """Waypoints: from a start nearby slowly to the point, and close the fingers."""
     yield Move(start, rotation=rotation)
     # The pauses around the closing add up to the horizon (8 steps): a target that many steps ahead
     # never skips the contact.
-    yield Move(point, rotation=rotation, dwell=4, speed=0.25)
+    yield Move(point, rotation=rotation, dwell=4, speed=0.12)
     yield Move(point, rotation=rotation, gripper=0, dwell=5)
 
 
@@ -348,7 +348,7 @@ class SlideBlockToTarget(Task):
         behind = block - (self.half[0] + 0.04) * direction
         end = target - (self.half[0] + 0.008) * direction
         yield Move(above(env, behind, 0.09, 0.14), rotation=turned)
-        yield Move(behind, dwell=2, rotation=turned, speed=0.25)
+        yield Move(behind, dwell=2, rotation=turned, speed=0.12)
         yield Move(end, dwell=4, rotation=turned, speed=0.15)
 
     def success(self, env):
@@ -567,27 +567,29 @@ class StackBlocks(Task):
             add_block(world, f"block{i}", [self.half] * 3, position, mass=0.05, **GRIPPED)
 
     def place(self, env, rng):
-        points = self.draw(env, rng, (0.38, -0.22), (0.60, 0.22), apart=0.11, each=2, more=1)
-        *blocks, square = points
+        # Of each colour one block lies nearer to the robot, and is taken first: a picture has to
+        # show which of two equal blocks the expert takes, or a painter paints both.
+        while True:
+            points = self.draw(env, rng, (0.38, -0.22), (0.60, 0.22), apart=0.11, each=2, more=1)
+            *blocks, square = points
+            rows = np.array(blocks)[:, 0].reshape(2, 2)  # colour, which block: x
+            if rows[:, 0].max() < 0.47 and rows[:, 1].min() > 0.51:
+                break
         lay(env, "target", square)
         for i, point in enumerate(blocks):
             lay(env, f"block{i}", point, rng.uniform(-0.3, 0.3))
 
     def blocks(self, env):
-        """The two named blocks' centres, the one nearest to the square first."""
+        """The two named blocks' centres, the near one first."""
         first = 2 * env.variation
-        pair = [env.data.body(f"block{first + i}").xpos.copy() for i in range(2)]
-        return sorted(pair, key=lambda block: self.from_square(env, block))
-
-    def from_square(self, env, block):
-        """Distance (m) of a block's centre from the square's, in the table plane."""
-        return np.linalg.norm((block - env.model.body("target").pos)[:2])
+        return [env.data.body(f"block{first + i}").xpos.copy() for i in range(2)]
 
     def focus(self, env):
-        nearest, other = self.blocks(env)
-        if self.from_square(env, nearest) < 0.02:  # it stands there already
-            return other
-        return nearest
+        near, far = self.blocks(env)
+        from_square = (near - env.model.body("target").pos)[:2]
+        if np.linalg.norm(from_square) < 0.02:  # it stands there already
+            return far
+        return near
 
     def plan(self, env):
         for layer in range(2):

@@ -3,6 +3,7 @@
 import importlib
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from genima.episodes import Episode, write_episode
+from genima.files import run_stage
 
 
 def random_pose(random, shift=0.3):
@@ -101,6 +103,29 @@ def make_episode(seed=0, joints=7, frames=6, size=(32, 40), task="pick_and_lift"
     return episode, np.array(links), tool, mount
 
 
+def call(stage, *words):
+    """Run a stage in this process as its command line does; the exit code."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        sys.argv = [f"{stage.__name__}.py", *map(str, words)]
+        run_stage(stage.main)
+        return 0
+    except SystemExit as ended:
+        return ended.code
+    finally:
+        reset_the_accelerator()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def reset_the_accelerator():
+    """The next training in this process may choose another precision than the last."""
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.fixture
 def run(tmp_path):
     """A run's folder with two episodes of one task."""
@@ -132,12 +157,8 @@ def recorded(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def forget_the_accelerator():
-    """A training that a test runs in this process may choose another precision than the last."""
     yield
-    if "accelerate" in sys.modules:
-        from accelerate.state import AcceleratorState
-
-        AcceleratorState._reset_state(reset_partial_state=True)
+    reset_the_accelerator()
 
 
 @pytest.fixture

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import signal
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,11 +9,12 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from conftest import call
 
 import train_controlnet
 from genima.base import fingerprint, load_base
 from genima.episodes import CAMERAS
-from genima.files import UserError, run_stage
+from genima.files import UserError
 from genima.painter import TinyPainter, load_painter
 from genima.painter_training import fill_in_defaults
 from genima.tokenizer import unknown_words
@@ -57,19 +56,8 @@ def run(recorded, tmp_path):
 
 
 def train(run, base, *options, steps=2):
-    """Run the stage in this process; the exit code."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     words = ["--run", run, "--base", base, "--steps", steps, "--batch-size", 2]
-    words += ["--precision", "fp32", *options]  # one precision for all runs in this process
-    try:
-        sys.argv = ["train_controlnet.py", *map(str, words)]
-        run_stage(train_controlnet.main)
-        return 0
-    except SystemExit as ended:
-        return ended.code
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    return call(train_controlnet, *words, "--precision", "fp32", *options)
 
 
 def test_a_painter_starts_from_its_base(base, run, capsys):

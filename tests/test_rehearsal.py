@@ -1,18 +1,16 @@
 """Stage 2 with random scenes among the demonstrations: which samples they are, and bad folders."""
 
-import signal
-import sys
-
 import h5py
 import numpy as np
 import pytest
 import torch
+from conftest import call
 
 import pretrain_painter
 import train_controlnet
 from genima import scene_files
 from genima.episodes import CAMERAS
-from genima.files import UserError, run_stage
+from genima.files import UserError
 from genima.painter_data import PainterDataset, find_frames
 from genima.scene_files import find_scenes
 
@@ -106,20 +104,6 @@ def test_scenes_that_do_not_fit_are_refused(tmp_path):
         with pytest.raises(UserError, match="this run has others"):
             find_scenes(folder, cameras, size)
     assert find_scenes(None, ["ego"], None) is None
-
-
-def call(stage, *words):
-    """Run a stage in this process; the exit code."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        sys.argv = [f"{stage.__name__}.py", *map(str, words)]
-        run_stage(stage.main)
-        return 0
-    except SystemExit as ended:
-        return ended.code
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def test_scenes_alone_then_stage_2(recorded, tmp_path, capsys):

@@ -6,14 +6,12 @@ Its true size is built once. All trainings here are of the same layout with fewe
 import csv
 import json
 import shutil
-import signal
-import sys
 
 import h5py
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
+from conftest import call
 from test_evaluate import untrained
 
 import evaluate
@@ -23,7 +21,7 @@ from genima import painter_training, scene_files
 from genima.base import fingerprint
 from genima.checkpoints import load_policy
 from genima.episodes import CAMERAS
-from genima.files import UserError, run_stage
+from genima.files import UserError
 from genima.painter import PROMPT, TinyPainter, load_painter
 from genima.painter_training import check_settings, choose_precision, fill_in_defaults
 from genima.tiny import LAYOUTS, pixel_unit
@@ -47,21 +45,6 @@ def run(recorded, tmp_path):
     for name in ("episodes", "spheres"):
         (folder / name).symlink_to(recorded / name)
     return folder
-
-
-def call(module, *words):
-    """Run a stage in this process; the exit code."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        sys.argv = [f"{module.__name__}.py", *map(str, words)]
-        run_stage(module.main)
-        return 0
-    except SystemExit as ended:
-        return ended.code
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)  # the next may be more precise
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def train(run, *options):
