@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -47,15 +48,26 @@ class ChosenImages:
         self.chosen = chosen
         self.shape = (len(chosen), *shape)
         self.maps = maps
+        self.reader = ThreadPoolExecutor(1)
+        self.reading = {}  # frame -> what the reader will have decoded
 
     def __len__(self) -> int:
         return len(self.chosen)
 
     def __getitem__(self, t: int) -> np.ndarray:
+        if self.maps is None:
+            return self.decode(t)
+        # While this picture is straightened, a thread decodes the next.
+        decoded = self.reading.pop(t, None) or self.reader.submit(self.decode, t)
+        if t + 1 < len(self):
+            self.reading = {t + 1: self.reader.submit(self.decode, t + 1)}
+        return undistort(decoded.result(), self.maps)
+
+    def decode(self, t: int) -> np.ndarray:
         picture = self.stored[int(self.chosen[t])]
         if picture.shape != self.shape[1:]:
             raise UserError(f"A picture has shape {picture.shape}, the first one {self.shape[1:]}.")
-        return undistort(picture, self.maps)
+        return picture
 
 
 def task_name(instruction: str) -> str:
