@@ -10,11 +10,11 @@ stay in the file until they are asked for.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import cv2
 import h5py
 import numpy as np
 
@@ -105,7 +105,10 @@ class StoredImages:
         self.where = f"{dataset.file.filename}: {dataset.name}"
         self.raw = dataset.ndim == 4
         self.order = mapping.color if self.raw else mapping.compressed_color
-        if self.raw and (dataset.shape[3] != 3 or dataset.dtype != np.uint8):
+        shape = dataset.shape[1:]
+        self.channels_first = self.raw and shape[0] == 3 and shape[2] > 4  # as PyTorch has them
+        channels = shape[0 if self.channels_first else -1] if self.raw else 3
+        if channels not in (3, 4) or (self.raw and dataset.dtype != np.uint8):
             raise UserError(
                 f"{self.where} has shape {dataset.shape} of {dataset.dtype}, "
                 "where (frames, height, width, 3) of uint8 is needed: leave it out with --cameras."
@@ -122,7 +125,10 @@ class StoredImages:
     def __getitem__(self, t: int) -> np.ndarray:
         stored = self.dataset[t]
         if self.raw:
-            return cv2.cvtColor(stored, cv2.COLOR_BGR2RGB) if self.order == "bgr" else stored
+            if self.channels_first:
+                stored = stored.transpose(1, 2, 0)
+            colours = stored[..., :3]  # a fourth channel is transparency
+            return np.ascontiguousarray(colours[..., ::-1] if self.order == "bgr" else colours)
         # A JPEG or PNG, perhaps with zeros after its end.
         picture = decode_picture(bytes(stored), swap=self.order == "bgr")
         if picture is None:
@@ -132,7 +138,7 @@ class StoredImages:
 
 def is_giant(dataset: h5py.Dataset) -> bool:
     """Whether a picture of (T, H, W, 3) is larger than any camera's."""
-    return dataset.shape[1] * dataset.shape[2] > MOST_PIXELS
+    return math.prod(dataset.shape[1:]) > 3 * MOST_PIXELS
 
 
 # ----------------------------------------------------------------------- a whole recording

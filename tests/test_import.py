@@ -461,6 +461,25 @@ def test_a_depth_picture_among_the_cameras_can_be_left_out(tmp_path, command, ca
     assert list(episode.images) == ["wrist"]
 
 
+def with_alpha(images):
+    return np.concatenate([images, np.full_like(images[..., :1], 255)], axis=-1)
+
+
+@pytest.mark.parametrize(
+    "layout", [lambda images: images.transpose(0, 3, 1, 2), with_alpha], ids=["3HW", "RGBA"]
+)
+def test_pictures_in_other_layouts(tmp_path, command, cams, layout):
+    path = tmp_path / "take.hdf5"
+    write_vendor(path, frames=30, fps=10, cameras={"wrist": (48, 64)})
+    with h5py.File(path, "r+") as root:
+        pictures = root["rgb/wrist"][()]
+        del root["rgb/wrist"]
+        root["rgb/wrist"] = layout(pictures)
+    assert command(path, "--run", tmp_path / "run", "--calibration", cams)[0] == 0
+    (episode,) = imported(tmp_path / "run")
+    np.testing.assert_array_equal(episode.images["wrist"], pictures)
+
+
 def test_a_constant_gripper_and_a_tool_elsewhere_are_said(tmp_path, command, cams):
     path = tmp_path / "take.hdf5"
     write_vendor(path, frames=30, cameras={"wrist": (48, 64)})
