@@ -525,3 +525,32 @@ def test_a_button_is_pressed_slowly_enough_to_be_looked_at_once_more():
         assert episode.success
         height = episode.joint_poses[:, -1, 2, 3] - env.task.height  # metres over the cap
         assert np.sum((height > 0) & (height < 0.095)) >= 7
+
+
+@pytest.mark.parametrize("task", ["pick_and_lift", "take_lid_off_saucepan", "stack_blocks"])
+def test_a_grasp_is_slow_enough_to_be_looked_at_once_more(task):
+    env = make_env(task, 0, ())
+    for seed in range(3):
+        env.reset(seed=seed)
+        point = env.task.focus(env)
+        heights = []
+        for action in expert_actions(env):
+            if action[7] == 0:  # the fingers close
+                break
+            env.step(action)
+            heights.append(env.tool_pose()[2, 3] - point[2])
+        assert np.sum((0.005 < np.array(heights)) & (np.array(heights) < 0.1)) >= 4
+
+
+def test_of_two_equal_blocks_the_near_one_goes_first():
+    """Whichever the expert takes, its place in the picture has to say so."""
+    env = blind("stack_blocks")
+    for seed in range(10):
+        env.reset(seed=seed)
+        along = [env.data.body(f"block{i}").xpos[0] for i in range(4)]  # metres from the robot
+        assert max(along[::2]) + 0.04 < min(along[1::2])
+        near, far = env.task.blocks(env)
+        np.testing.assert_array_equal(env.task.focus(env), near)
+        env.data.joint(f"block{2 * env.variation}").qpos[:2] = env.model.body("target").pos[:2]
+        mujoco.mj_forward(env.model, env.data)
+        np.testing.assert_array_equal(env.task.focus(env), far)
