@@ -57,7 +57,7 @@ class Settings:
     """A controller to start from, or none: random weights. By default for spheres the shipped one,
     which has followed random motions, where its cameras and joints are those of the data."""
     steps: int | None = None
-    """Gradient steps, 600 from a base, else 2400; the learning rate falls to zero over them."""
+    """Gradient steps, 400 from a base, else 2400; the learning rate falls to zero over them."""
     batch_size: int = 32
     """Samples per step, shared among all processes."""
     learning_rate: float | None = None

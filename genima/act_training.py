@@ -12,7 +12,7 @@ def fill_in_defaults(settings, base: Controller | None):
     """Fill in what depends on the size, and on whether there is a base."""
     defaults = {"steps": 2400, "learning_rate": SIZES[settings.size]["learning_rate"]}
     if base is not None:
-        defaults = {"steps": 600, "learning_rate": 3e-4}
+        defaults = {"steps": 400, "learning_rate": 3e-4}
     for name, value in defaults.items():
         if getattr(settings, name) is None:
             setattr(settings, name, value)
