@@ -105,10 +105,10 @@ class StoredImages:
         self.where = f"{dataset.file.filename}: {dataset.name}"
         self.raw = dataset.ndim == 4
         self.order = mapping.color if self.raw else mapping.compressed_color
-        shape = dataset.shape[1:]
-        self.channels_first = self.raw and shape[0] == 3 and shape[2] > 4  # as PyTorch has them
-        channels = shape[0 if self.channels_first else -1] if self.raw else 3
-        if channels not in (3, 4) or (self.raw and dataset.dtype != np.uint8):
+        shape = dataset.shape
+        self.channels_first = self.raw and shape[1] == 3 and shape[3] > 4  # as PyTorch has them
+        has_colours = self.channels_first or shape[-1] in (3, 4)
+        if self.raw and not (has_colours and dataset.dtype == np.uint8):
             raise UserError(
                 f"{self.where} has shape {dataset.shape} of {dataset.dtype}, "
                 "where (frames, height, width, 3) of uint8 is needed: leave it out with --cameras."
