@@ -107,8 +107,8 @@ class StoredImages:
         self.order = mapping.color if self.raw else mapping.compressed_color
         shape = dataset.shape
         self.channels_first = self.raw and shape[1] == 3 and shape[3] > 4  # as PyTorch has them
-        has_colours = self.channels_first or shape[-1] in (3, 4)
-        if self.raw and not (has_colours and dataset.dtype == np.uint8):
+        in_colour = self.raw and (self.channels_first or shape[3] in (3, 4))
+        if self.raw and not (in_colour and dataset.dtype == np.uint8):
             raise UserError(
                 f"{self.where} has shape {dataset.shape} of {dataset.dtype}, "
                 "where (frames, height, width, 3) of uint8 is needed: leave it out with --cameras."

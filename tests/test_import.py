@@ -359,6 +359,8 @@ def cut(path):
         (change("rgb/wrist", lambda images: images[:-1]), [], "29 pictures for 30 frames"),
         (change("rgb/wrist", lambda images: images.astype(np.float32)), [], "uint8"),
         (change("rgb/wrist", lambda images: images[:, 0, :, 0]), [], "no JPEG or PNG"),
+        (change("rgb/wrist", lambda images: images[..., :2]), [], "uint8"),
+        (change("rgb/wrist", lambda images: 7), [], "no pictures of a camera"),
         (change("rgb/wrist", None), ["--mapping", "vendor"], "no pictures at rgb/{camera}"),
         (None, ["--fps", 60], "give --fps 31 or less"),
         (None, ["--robot", "kuka"], "'kuka'"),
