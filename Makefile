@@ -69,11 +69,13 @@ demo: setup
 
 # the base, from nothing: a painter of random scenes, and a controller of random motions
 base: setup
-	$(PY) pretrain_painter.py --out runs/base-begun
-	$(PY) pretrain_painter.py --base runs/base-begun --out runs/base-half --seed 1 \
+	$(PY) pretrain_painter.py --out runs/base-1
+	$(PY) pretrain_painter.py --base runs/base-1 --out runs/base-2 --seed 1 \
 		--first-scene 100000 --scenes 16000 --steps 1000 --learning-rate 5e-4
-	$(PY) pretrain_painter.py --base runs/base-half --out runs/base --seed 2 \
+	$(PY) pretrain_painter.py --base runs/base-2 --out runs/base-3 --seed 2 \
 		--first-scene 200000 --scenes 16000 --steps 1200 --learning-rate 5e-4
+	$(PY) pretrain_painter.py --base runs/base-3 --out runs/base --seed 3 \
+		--first-scene 300000 --scenes 60000 --steps 2007 --batch-size 256
 	$(PY) collect_demos.py --run runs/motions --tasks move_around --demos 800
 	$(PY) render_spheres.py --run runs/motions
 	$(PY) train_act.py --run runs/motions --base none --steps 4000 --batch-size 64

@@ -99,14 +99,14 @@ class Settings:
     """Height of the tiled views, pixels; by default 512 for sd-turbo. Else small square views stay
     as recorded, and others become as large as the base's."""
     steps: int | None = None
-    """Gradient steps; by default 10,000 for sd-turbo (documents: up to 50,000), else 1,600 from a
+    """Gradient steps; by default 10,000 for sd-turbo (documents: up to 50,000), else 1,200 from a
     base and 4,800 from random weights."""
     batch_size: int = 8
     """Samples a step, in all processes together (documents: 8 to 16)."""
     micro_batch_size: int | Literal["auto"] = "auto"
     """Samples computed at once; gradients add up. auto: all for tiny, else what fits."""
     learning_rate: float | None = None
-    """By default 1e-5, constant, for sd-turbo (published); for tiny (small) 3e-4 (1e-4) from a base
+    """By default 1e-5, constant, for sd-turbo (published); for tiny (small) 2e-4 (7e-5) from a base
     and 8e-4 (3e-4) from random weights, falling as a cosine."""
     optimizer: Literal["adamw", "adafactor"] = "adamw"
     """adafactor keeps fewer numbers for a weight than adamw: 2.3 GB less for sd-turbo."""

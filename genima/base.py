@@ -95,7 +95,10 @@ def load_controller_base(base: str | None, config: dict) -> tuple[Controller | N
         raise UserError(f"{words}: give another --base, or --base none.")
     new = [camera for camera in config["cameras"] if camera not in controller.config["cameras"]]
     if new:
-        print(f"Note: {folder} has not seen with {', '.join(new)}: there it starts at random.")
+        print(
+            f"Note: the controller {folder} was trained without the cameras {', '.join(new)}: what "
+            "it needs for them starts from random weights."
+        )
     return controller, fingerprint(str(folder))
 
 

@@ -22,7 +22,7 @@ MAX_RESOLUTION = 4096  # pixels
 TRAINED_STEPS = 1000  # of noise, in a training; painting can take no more
 # Steps and learning rate by default: from the base, and from random weights. Those of small are
 # tiny's, with a learning rate in proportion to 1 / width, and were never tuned.
-FROM_BASE = {"tiny": (1600, 3e-4), "small": (1600, 1e-4), "sd-turbo": (10_000, 1e-5)}
+FROM_BASE = {"tiny": (1200, 2e-4), "small": (1200, 7e-5), "sd-turbo": (10_000, 1e-5)}
 FROM_RANDOM = {"tiny": (4800, 8e-4), "small": (4800, 3e-4)}
 
 

@@ -89,7 +89,7 @@ def test_a_painter_starts_from_its_base(base, run, capsys):
 
 def test_the_base_decides_the_defaults(base, run):
     data = train_controlnet.find_frames(run)
-    expected = {str(base): (1600, 3e-4), "none": (4800, 8e-4)}
+    expected = {str(base): (1200, 2e-4), "none": (4800, 8e-4)}
     for name, defaults in expected.items():
         settings = train_controlnet.Settings(run=run, base=name)
         fill_in_defaults(settings, data)
@@ -97,7 +97,7 @@ def test_the_base_decides_the_defaults(base, run):
         assert settings.out == run / "controlnet"
     settings = train_controlnet.Settings(run=run)
     fill_in_defaults(settings, data)
-    assert settings.base.endswith("checkpoints/base") and settings.steps == 1600
+    assert settings.base.endswith("checkpoints/base") and settings.steps == 1200
     settings = train_controlnet.Settings(run=run, size="sd-turbo")
     fill_in_defaults(settings, data)
     assert (settings.base, settings.steps) == ("stabilityai/sd-turbo", 10_000)

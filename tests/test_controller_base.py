@@ -93,7 +93,7 @@ def test_of_other_cameras_the_shared_weights_and_those_of_the_same_name(tmp_path
     save_controller(tmp_path, ACT(config), config)
     cameras = ["front", "ego"]
     base, _ = load_controller_base(str(tmp_path), CONFIG | {"cameras": cameras})
-    assert "has not seen with ego:" in capsys.readouterr().out
+    assert "without the cameras ego: what" in capsys.readouterr().out
     network = ACT(CONFIG | {"cameras": cameras})
     fresh = network.image_encoder.to_tokens.pool[1].weight.clone()
     start_from(network, cameras, base)

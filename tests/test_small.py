@@ -89,7 +89,7 @@ def test_the_true_size():
 
 def test_its_defaults(recorded):
     data = train_controlnet.find_frames(recorded)
-    expected = {None: (1600, 1e-4), "none": (4800, 3e-4)}
+    expected = {None: (1200, 7e-5), "none": (4800, 3e-4)}
     for base, defaults in expected.items():
         settings = Settings(run=recorded, size="small", base=base)
         fill_in_defaults(settings, data)
@@ -180,7 +180,7 @@ def test_from_the_base_to_an_episode(narrow, run, tmp_path, monkeypatch, capsys)
     assert len(losses(run / "controlnet")) == 1
     assert train(run, "--base", base) == 0
     assert losses(run / "controlnet") == losses(run / "whole")
-    assert train(run, "--base", "none", "--learning-rate", 1e-4) == 2
+    assert train(run, "--base", "none", "--learning-rate", 7e-5) == 2
     assert "was trained with base" in capsys.readouterr().err
     card = (run / "controlnet/README.md").read_text()
     assert "license: mit" in card and "(small, one-step)" in card
