@@ -4,7 +4,7 @@
     Out:  docs/demo.gif     the first scene in which the arm obeys the second sentence
           docs/tasks.png    with --tasks: each task before and after the scripted expert
 
-    python tools/make_gif.py
+    python tools/make_gif.py --scene 8     what the README shows
     python tools/make_gif.py --tasks
 
 Run the first one again when checkpoints/demo is another one.
