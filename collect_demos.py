@@ -118,7 +118,7 @@ def record_one(
     env = simulators.get(task, size, cameras, images=True, robot=robot)
     env.render()  # a machine that cannot draw says so here, instead of failing in every attempt
     try:
-        episode = record_demonstration(env, task, *attempt_of(seed, variation))
+        episode = record_demonstration(env, *attempt_of(task, seed, variation))
     except UserError as error:  # a waypoint out of reach: a failed attempt, not a broken program
         return [str(error)]
     if not episode.success:
@@ -127,9 +127,10 @@ def record_one(
     return [None]
 
 
-def attempt_of(seed: int, variation: int) -> tuple[int, int, str]:
-    """Seed, variation and start of an attempt: every other one begins near the object."""
-    return seed, variation, STARTS[(seed + variation) % 2]
+def attempt_of(task: str, seed: int, variation: int) -> tuple[str, int, int, str]:
+    """Task, seed, variation and start: half of each variation's begin near the object."""
+    rounds, turn = divmod(seed, find_task(task).candidates)
+    return task, seed, variation, STARTS[(rounds + turn + variation) % 2]
 
 
 def record_rlbench(
@@ -326,7 +327,7 @@ def collect(settings: Settings):
     for reason, count in faults.most_common(MAX_REASONS):
         print(f"{count} times: {reason}")
     if settings.film:
-        tried = [(job[1].name, *attempt_of(*job[2:4]), job in failed) for job in jobs]
+        tried = [(*attempt_of(job[1].name, *job[2:4]), job in failed) for job in jobs]
         film_demonstrations(settings.run / "films", tried, settings.film, settings.workers, robot)
 
 

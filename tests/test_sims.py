@@ -4,6 +4,7 @@ import hashlib
 import os
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import mujoco
@@ -492,6 +493,21 @@ def test_near_starts_are_on_any_side_or_on_the_way():
     assert np.sum(np.linalg.norm(offsets, axis=1) > 0.19) > 3  # metres: still on the way
     sideways = np.linalg.norm(offsets[:, :2], axis=1)
     assert np.sum((offsets[:, 2] < 0.05) & (sideways > 0.02)) > 3  # a press that missed
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_second_demonstration_of_each_object_begins_near_it(task):
+    for count in range(1, 4):  # scenes a variation
+        starts = defaultdict(list)
+        candidates = TASKS[task].candidates
+        for seed in range(1_000_000, 1_000_000 + 4 * count * candidates):
+            _, _, variation, start = collect_demos.attempt_of(task, seed, seed % candidates)
+            starts[variation].append(start)
+        assert len(starts) == candidates
+        for several in starts.values():
+            assert several.count("near") == several.count("anywhere") == 2 * count
+    starts = {collect_demos.attempt_of(task, 7, variation)[3] for variation in range(candidates)}
+    assert len(starts) == min(candidates, 2)  # --scenes: of one scene, too
 
 
 def start_offsets(task):
