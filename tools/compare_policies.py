@@ -62,11 +62,11 @@ POLICIES = {
     ),
     "act": Policy((ACT,), "--policy act --controller {seed}/act_rgb"),
     "diffusion-policy": Policy(
-        ("variations/train_diffusion_policy.py --out {seed}/diffusion_policy",),
+        ("variations/train_diffusion_policy.py --steps 2000 --out {seed}/diffusion_policy",),
         "--policy variations/train_diffusion_policy.py:policy",
     ),
     "action-tokens": Policy(
-        ("variations/train_action_tokens.py --out {seed}/action_tokens",),
+        ("variations/train_action_tokens.py --steps 2000 --out {seed}/action_tokens",),
         "--policy variations/train_action_tokens.py:policy",
     ),
 }
