@@ -18,7 +18,7 @@ them out. Stopped in the middle, the same command continues where it was.
 
 import os
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process for each core does the work
@@ -168,10 +168,11 @@ def import_one(source: Source, settings: Settings) -> Outcome:
         if source.mapping.name == "rlbench":
             return import_rlbench(source, settings)
         if source.row is None:
+            mapping = source.mapping
+            if settings.instruction:
+                mapping = replace(mapping, instruction=None)  # whatever the file says
             with open_recording(source.path) as root:
-                recording = read_recording(
-                    root, source.mapping, settings.source_fps, settings.cameras
-                )
+                recording = read_recording(root, mapping, settings.source_fps, settings.cameras)
                 return write_recording(recording, source, settings)
         from genima.import_lerobot import read_lerobot
 

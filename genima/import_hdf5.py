@@ -27,6 +27,7 @@ from genima.mapping import (
     find_cameras,
     flag,
     is_there,
+    sentence,
     text,
 )
 from genima.recordings import MOST_PIXELS, Recording, decode_picture
@@ -215,7 +216,7 @@ def read_recording(
         tool_poses=read_tool_poses(root, mapping, frames),
         intrinsics=read_cameras(root, mapping.intrinsics, images),
         extrinsics=read_cameras(root, mapping.extrinsics, images),
-        instruction=text(find(root, mapping.instruction)),
+        instruction=sentence(root, mapping.instruction),
         success=success,
         sim=bool(flag(find(root, mapping.sim))),
         robot=read_robot(root, mapping),

@@ -17,7 +17,7 @@ import numpy as np
 
 from genima.arrays import MAX_ARRAY
 from genima.documents import read_yaml
-from genima.files import UserError
+from genima.files import UserError, shorten
 
 FOLDER = Path(__file__).resolve().parent.parent / "mappings"
 HELP = "see docs/your-data.md"
@@ -122,13 +122,18 @@ def split_columns(name: str) -> tuple[str, slice | int | None]:
 
 # --------------------------------------------------------- what it names in an HDF5 file
 def find(root: h5py.File, name: str | None):
-    """A dataset (of some columns), an attribute's value, or None where the file has none."""
+    """A dataset (of some columns), an attribute's value, or None where the file has none.
+
+    An attribute that is not there may be a dataset of the same name: writers differ.
+    """
     if name is None:
         return None
     if name.startswith("@"):
-        group, _, attribute = name[1:].rpartition("/")
+        name = name[1:]
+        group, _, attribute = name.rpartition("/")
         holder = root if not group else root.get(group)
-        return None if holder is None else holder.attrs.get(attribute)
+        if holder is not None and attribute in holder.attrs:
+            return holder.attrs[attribute]
     dataset, columns = split_columns(name)
     node = get(root, dataset)
     if not isinstance(node, h5py.Dataset):
@@ -215,8 +220,33 @@ def text(value) -> str:
     return "" if value is None else str(value)
 
 
+def sentence(root: h5py.File, name: str | None) -> str:
+    """An instruction, which may be repeated in each frame. Raises UserError where it changes."""
+    value = find(root, name)
+    if value is None:
+        return ""
+    if isinstance(value, h5py.Dataset):
+        value = value[()]
+    sentences = [text(one) for one in np.ravel(value)]
+    for frame, other in enumerate(sentences):
+        if other != sentences[0]:
+            change = f"'{shorten(sentences[0])}' becomes '{shorten(other)}' at frame {frame}"
+            raise UserError(
+                f"{root.filename}: {name}: {change}: cut it into one file for each, or give "
+                "--instruction for all of it."
+            )
+    return text(value)
+
+
 def flag(value) -> bool | None:
-    """True or False from an attribute or dataset, None where there is none."""
+    """True or False from an attribute or dataset, None where there is none.
+
+    Of a label in each frame the last counts: how it ended.
+    """
     if value is None:
         return None
+    if isinstance(value, h5py.Dataset):
+        value = value[()]
+    if np.size(value) > 1:
+        value = np.ravel(value)[-1]
     return text(value).strip().lower() in ("true", "1", "1.0", "yes", "success")

@@ -482,6 +482,38 @@ def test_pictures_in_other_layouts(tmp_path, command, cams, layout):
     np.testing.assert_array_equal(episode.images["wrist"], pictures)
 
 
+@pytest.mark.parametrize("success", [False, "False", [1] * 19 + [0], [0] * 19 + [1], True])
+def test_labels_in_datasets_instead_of_attributes(tmp_path, command, cams, success):
+    """Once for the episode, or once for each of its frames."""
+    path = tmp_path / "take.hdf5"
+    write_vendor(path, frames=20, fps=10.0, cameras={"wrist": (48, 64)})
+    with h5py.File(path, "r+") as root:
+        sentences = [root.attrs.pop("language_instruction")] * 20
+        del root.attrs["success"]
+        root["language_instruction"] = np.array(sentences, h5py.string_dtype())
+        root["success"] = success
+    run = tmp_path / "run"
+    assert command(path, "--run", run, "--calibration", cams)[0] == 0
+    (episode,) = imported(run)
+    assert episode.instruction == INSTRUCTION
+    assert episode.success == (np.ravel(success)[-1] in (1, True))
+
+
+def test_an_instruction_that_changes_on_the_way(tmp_path, command, cams):
+    path = tmp_path / "take.hdf5"
+    write_vendor(path, frames=20, fps=10.0, cameras={"wrist": (48, 64)})
+    with h5py.File(path, "r+") as root:
+        del root.attrs["language_instruction"]
+        sentences = np.array(["open it"] * 12 + ["close it"] * 8, h5py.string_dtype())
+        root["language_instruction"] = sentences
+    arguments = (path, "--run", tmp_path / "run", "--calibration", cams)
+    code, _, err = command(*arguments)
+    assert code == 2 and "'open it' becomes 'close it' at frame 12" in err
+    assert command(*arguments, "--instruction", INSTRUCTION)[0] == 0
+    (episode,) = imported(tmp_path / "run")
+    assert episode.instruction == INSTRUCTION
+
+
 def test_a_constant_gripper_and_a_tool_elsewhere_are_said(tmp_path, command, cams):
     path = tmp_path / "take.hdf5"
     write_vendor(path, frames=30, cameras={"wrist": (48, 64)})
