@@ -178,8 +178,8 @@ class PandaEnv(ArmEnv):
     """One task on the table. Same seed, same episode, bit for bit.
 
     reset(options=...): "variation" is which candidate the instruction names, drawn if absent;
-    "start" is where the tool begins: "anywhere" over the table, or "near" the object, as half of
-    the demonstrations do.
+    "start" is where the tool begins: "anywhere" over the table, or "near" the object, perhaps in
+    the middle of the task, as half of the demonstrations do.
     """
 
     def __init__(
@@ -232,7 +232,11 @@ class PandaEnv(ArmEnv):
         self.instruction = self.instructions[phrase]
         mujoco.mj_forward(self.model, self.data)
 
-        tool, opening = self.draw_start(options.get("start"))
+        start = options.get("start")
+        if start == "near":
+            self.task.place_half_done(self, np.random.default_rng([self.seed, 3, variation]))
+            mujoco.mj_forward(self.model, self.data)
+        tool, opening = self.draw_start(start)
         joints = self.ik(tool, TOOL_DOWN)
         finger = self.arm.finger_travel * opening
         self.data.qpos[: self.joints + 2] = *joints, finger, finger

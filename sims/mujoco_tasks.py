@@ -140,6 +140,9 @@ class Task:
         """The point above which the tool begins when it begins near."""
         return self.focus(env)
 
+    def place_half_done(self, env, rng):
+        """Lay things as they may lie in mid-task, for a demonstration that begins near."""
+
     def draw_offset(self, rng):
         """How far from that point (3,) it begins, metres."""
         sideways = rng.normal(0, 0.03, 2)
@@ -555,7 +558,7 @@ class StackBlocks(Task):
         "arrange 2 {} blocks in a vertical stack on the table top",
         "set 2 {} cubes on top of each other",
     )
-    max_steps = 250
+    max_steps = 300
     posture = ELBOW_UP
     half = 0.02  # metres, half the block's edge
 
@@ -579,29 +582,42 @@ class StackBlocks(Task):
         for i, point in enumerate(blocks):
             lay(env, f"block{i}", point, rng.uniform(-0.3, 0.3))
 
+    def place_half_done(self, env, rng):
+        if rng.random() < 0.5:  # the near block stands on the square
+            point = env.model.body("target").pos[:2] + rng.uniform(-0.015, 0.015, 2)
+            lay(env, f"block{2 * env.variation}", point, rng.uniform(-0.3, 0.3))
+
     def blocks(self, env):
         """The two named blocks' centres, the near one first."""
         first = 2 * env.variation
         return [env.data.body(f"block{first + i}").xpos.copy() for i in range(2)]
 
+    def first_stands(self, env):
+        """Whether the near block stands on the square already."""
+        from_square = self.blocks(env)[0] - env.model.body("target").pos
+        return np.linalg.norm(from_square[:2]) < 0.025
+
     def focus(self, env):
         near, far = self.blocks(env)
-        from_square = (near - env.model.body("target").pos)[:2]
-        if np.linalg.norm(from_square) < 0.02:  # it stands there already
-            return far
-        return near
+        return far if self.first_stands(env) else near
+
+    def near(self, env):
+        return self.blocks(env)[0]  # in mid-task the hand has just let it go
 
     def plan(self, env):
-        for layer in range(2):
+        for layer in range(int(self.first_stands(env)), 2):
             block = self.focus(env)
+            place = env.model.body("target").pos[:2]
+            if layer == 1:
+                place = self.blocks(env)[0][:2]  # on the first block, wherever it stands
             height = self.half * (1 + 2 * layer) + 0.002
-            target = env.model.body("target").pos + (0, 0, height)
+            carried = 0.12 + 0.06 * layer  # the second one higher: the arm shows which it is
             yield from grasp(above(env, block, 0.10, 0.16), block)
-            yield Move(np.append(block[:2], 0.14), gripper=0)
-            yield Move(np.append(target[:2], 0.14), gripper=0)
-            yield Move(target, gripper=0, dwell=4, speed=0.25)
-            yield Move(target, dwell=5)
-            yield Move(np.append(target[:2], 0.16))
+            yield Move(np.append(block[:2], carried), gripper=0, speed=0.2)
+            yield Move(np.append(place, carried), gripper=0, speed=0.2)
+            yield Move(np.append(place, height), gripper=0, dwell=4, speed=0.12)
+            yield Move(np.append(place, height), dwell=5)
+            yield Move(np.append(place, 0.16), speed=0.2)
 
     def success(self, env):
         upwards = np.array(sorted(self.blocks(env), key=lambda block: block[2]))

@@ -510,6 +510,16 @@ def test_every_second_demonstration_of_each_object_begins_near_it(task):
     assert len(starts) == min(candidates, 2)  # --scenes: of one scene, too
 
 
+def test_half_of_the_stacks_that_begin_near_are_half_done():
+    env = blind("stack_blocks")
+    half_done = {"anywhere": 0, "near": 0}
+    for start in half_done:
+        for seed in range(20):
+            env.reset(seed=seed, options={"start": start})
+            half_done[start] += env.task.first_stands(env)
+    assert half_done["anywhere"] == 0 and 5 <= half_done["near"] <= 15
+
+
 def start_offsets(task):
     """Where the tool is from the object when an episode begins near it: (60, 3) metres."""
     env = make_env(task, 0, ())
