@@ -15,8 +15,8 @@ Against train_act.py --observation rgb (the same episodes, views, words, ResNet 
 3. The loss is the squared error of the clean chunk, from a random level of noise.
 4. To act, the policy starts from noise and removes it in ten steps (DDIM).
 
-What it gave, `--steps 2000` on the 150 demonstrations of make demo: 4, 3 and 5 of 50 in
-reach_target, push_button and pick_and_lift. In held-out scenes its joints are 0.028 rad off, which
+What it gave, `--steps 2000` on the 150 demonstrations of make demo: 7, 2 and 4 of 50 in
+reach_target, push_button and pick_and_lift. In held-out scenes its joints are 0.025 rad off, which
 no longer falls. And with an earlier revision, `--steps 3000` on 2,700 demonstrations: 12, 6 and 24
 (ACT: 48, 49, 49 after 1,800 steps). On held-out scenes its chunks ended 0.02 rad off in the median,
 as ACT's do, but one in ten was 0.1 rad off. That revision had faults, mended here since:
