@@ -235,7 +235,6 @@ class PandaEnv(ArmEnv):
         start = options.get("start")
         if start == "near":
             self.task.place_half_done(self, np.random.default_rng([self.seed, 3, variation]))
-            mujoco.mj_forward(self.model, self.data)
         tool, opening = self.draw_start(start)
         joints = self.ik(tool, TOOL_DOWN)
         finger = self.arm.finger_travel * opening

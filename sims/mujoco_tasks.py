@@ -586,6 +586,7 @@ class StackBlocks(Task):
         if rng.random() < 0.5:  # the near block stands on the square
             point = env.model.body("target").pos[:2] + rng.uniform(-0.015, 0.015, 2)
             lay(env, f"block{2 * env.variation}", point, rng.uniform(-0.3, 0.3))
+            mujoco.mj_forward(env.model, env.data)
 
     def blocks(self, env):
         """The two named blocks' centres, the near one first."""
