@@ -25,8 +25,9 @@ Departures from RT-2: it predicts one step at a time and sees no joint positions
 bins share the target here (NEIGHBOURS): RT-2's network has read numbers before.
 
 What it gave, `--steps 2000` on the 150 demonstrations of make demo: 7, 1 and 4 of 50 in
-reach_target, push_button and pick_and_lift. In held-out scenes its joints are 0.023 rad off, and the
-loss is flat from step 1,200 on: it does not learn from 150 sentences which thing a word means.
+reach_target, push_button and pick_and_lift. In held-out scenes its joints are 0.023 rad off, and
+its loss is flat from step 1,200 on: it does not learn from 150 sentences which thing a word means.
+From 900 demonstrations of reach_target alone: 42 of 50, and 0.020 rad.
 """
 
 import json
