@@ -129,7 +129,7 @@ def record_one(
 
 def attempt_of(task: str, seed: int, variation: int) -> tuple[str, int, int, str]:
     """Task, seed, variation and start: half of each variation's begin near the object."""
-    rounds, turn = divmod(seed, find_task(task).candidates)
+    rounds, turn = divmod(seed, find_task(task).candidates)  # --demos names object `turn`
     return task, seed, variation, STARTS[(rounds + turn + variation) % 2]
 
 

@@ -133,10 +133,11 @@ def find(root: h5py.File, name: str | None):
         group, _, attribute = name.rpartition("/")
         holder = root if not group else root.get(group)
         if holder is not None and attribute in holder.attrs:
-            return holder.attrs[attribute]
+            value = holder.attrs[attribute]
+            return None if isinstance(value, h5py.Empty) else value
     dataset, columns = split_columns(name)
     node = get(root, dataset)
-    if not isinstance(node, h5py.Dataset):
+    if not isinstance(node, h5py.Dataset) or node.shape is None:
         return None
     check_there(node)
     if node.nbytes > MAX_ARRAY:
@@ -241,12 +242,11 @@ def sentence(root: h5py.File, name: str | None) -> str:
 def flag(value) -> bool | None:
     """True or False from an attribute or dataset, None where there is none.
 
-    Of a label in each frame the last counts: how it ended.
+    Of a label in each frame one that is true is enough, as in a LeRobot dataset.
     """
     if value is None:
         return None
     if isinstance(value, h5py.Dataset):
         value = value[()]
-    if np.size(value) > 1:
-        value = np.ravel(value)[-1]
-    return text(value).strip().lower() in ("true", "1", "1.0", "yes", "success")
+    labels = [text(one).strip().lower() for one in np.ravel(value)]
+    return any(label in ("true", "1", "1.0", "yes", "success") for label in labels)

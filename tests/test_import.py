@@ -482,8 +482,19 @@ def test_pictures_in_other_layouts(tmp_path, command, cams, layout):
     np.testing.assert_array_equal(episode.images["wrist"], pictures)
 
 
-@pytest.mark.parametrize("success", [False, "False", [1] * 19 + [0], [0] * 19 + [1], True])
-def test_labels_in_datasets_instead_of_attributes(tmp_path, command, cams, success):
+@pytest.mark.parametrize(
+    ("label", "success"),
+    [
+        (False, False),
+        ("False", False),
+        (True, True),
+        ([0] * 20, False),
+        ([0] * 19 + [1], True),
+        ([0] * 12 + [1] * 7 + [0], True),
+        (h5py.Empty("f"), True),  # no label: it counts as successful, and this is said
+    ],
+)
+def test_labels_in_datasets_instead_of_attributes(tmp_path, command, cams, label, success):
     """Once for the episode, or once for each of its frames."""
     path = tmp_path / "take.hdf5"
     write_vendor(path, frames=20, fps=10.0, cameras={"wrist": (48, 64)})
@@ -491,12 +502,22 @@ def test_labels_in_datasets_instead_of_attributes(tmp_path, command, cams, succe
         sentences = [root.attrs.pop("language_instruction")] * 20
         del root.attrs["success"]
         root["language_instruction"] = np.array(sentences, h5py.string_dtype())
-        root["success"] = success
+        root["success"] = label
     run = tmp_path / "run"
-    assert command(path, "--run", run, "--calibration", cams)[0] == 0
+    code, out, _ = command(path, "--run", run, "--calibration", cams)
+    assert code == 0 and ("no label of success" in out) == isinstance(label, h5py.Empty)
     (episode,) = imported(run)
     assert episode.instruction == INSTRUCTION
-    assert episode.success == (np.ravel(success)[-1] in (1, True))
+    assert episode.success == success
+
+
+def test_an_empty_attribute_is_none(tmp_path, command, cams):
+    path = tmp_path / "take.hdf5"
+    write_vendor(path, frames=20, fps=10.0, cameras={"wrist": (48, 64)})
+    with h5py.File(path, "r+") as root:
+        root.attrs["language_instruction"] = h5py.Empty("S9")
+    code, _, err = command(path, "--run", tmp_path / "run", "--calibration", cams)
+    assert code == 2 and "has no instruction" in err
 
 
 def test_an_instruction_that_changes_on_the_way(tmp_path, command, cams):

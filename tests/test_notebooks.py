@@ -4,6 +4,7 @@ outputs that belong to the present code.
 
 import ast
 import base64
+import io
 import re
 import shutil
 
@@ -11,6 +12,7 @@ import nbformat
 import numpy as np
 import pytest
 from conftest import ROOT
+from PIL import Image
 
 from genima.files import UserError
 from tools.run_notebooks import (
@@ -21,6 +23,7 @@ from tools.run_notebooks import (
     imported_files,
     notebook_code,
     stamp,
+    store_smaller,
     without_comments,
     write_address,
 )
@@ -216,6 +219,24 @@ def test_some_are_chosen_by_the_beginning_of_their_names():
     assert [path.stem for path in find_notebooks(["03", "00"])] == [NAMES[0], NAMES[3]]
     with pytest.raises(UserError, match="whose name begins with 07 or x"):
         find_notebooks(["07", "x"])
+
+
+def test_a_stored_picture_keeps_cyan_and_green_apart():
+    """Of 256 colours, however little of a picture a sphere covers."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(90, 190, (500, 500, 3)).astype(np.uint8)  # too many colours to keep
+    spheres = {"cyan": (0, 255, 255), "green": (0, 255, 0), "red": (255, 0, 0)}
+    for i, colour in enumerate(spheres.values()):
+        pixels[:12, 20 * i : 20 * i + 12] = colour
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    output = {"data": {"image/png": base64.b64encode(file.getvalue()).decode()}}
+    store_smaller(output)
+    stored = Image.open(io.BytesIO(base64.b64decode(output["data"]["image/png"])))
+    assert stored.mode == "P"
+    kept = np.asarray(stored.convert("RGB")).astype(int)
+    for i, colour in enumerate(spheres.values()):
+        assert np.abs(kept[:12, 20 * i : 20 * i + 12] - colour).max() < 30
 
 
 def test_imported_files_are_followed(tmp_path):

@@ -520,6 +520,26 @@ def test_half_of_the_stacks_that_begin_near_are_half_done():
     assert half_done["anywhere"] == 0 and 5 <= half_done["near"] <= 15
 
 
+def test_a_half_done_stack_is_finished_on_the_first_block():
+    env = blind("stack_blocks")
+    finished = 0
+    for seed in range(10):
+        _, info = env.reset(seed=seed, options={"start": "near"})
+        if not env.task.first_stands(env):
+            continue
+        assert not info["success"]
+        grippers = []
+        for action in expert_actions(env):
+            _, _, _, _, info = env.step(action)
+            grippers.append(action[-1])
+        first, second = env.task.blocks(env)
+        assert info["success"]
+        assert np.sum(np.diff(grippers) < 0) == 1  # it takes one block alone
+        assert np.linalg.norm((second - first)[:2]) < 0.006  # metres
+        finished += 1
+    assert finished >= 3
+
+
 def start_offsets(task):
     """Where the tool is from the object when an episode begins near it: (60, 3) metres."""
     env = make_env(task, 0, ())
