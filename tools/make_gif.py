@@ -92,11 +92,14 @@ def write_gif(playground: Playground, path: Path):
 
 
 def choose_palette(frames: list[Image.Image]) -> Image.Image:
-    """256 colours. Vivid pixels count more, so that small objects keep theirs."""
+    """256 colours. Vivid pixels count more, so that small objects keep theirs.
+
+    kmeans: without it, what is black becomes purple.
+    """
     pixels = np.concatenate([np.asarray(frame).reshape(-1, 3) for frame in frames])
     vivid = pixels[np.ptp(pixels, axis=1) > 120]
     repeated = np.resize(vivid, (len(pixels) // 2, 3))
-    return Image.fromarray(np.concatenate([pixels, repeated])[None]).quantize(256)
+    return Image.fromarray(np.concatenate([pixels, repeated])[None]).quantize(256, kmeans=1)
 
 
 def draw_tasks() -> Image.Image:
