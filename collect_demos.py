@@ -229,14 +229,16 @@ def dataset_jobs(settings: Settings, folder: Path) -> list[tuple]:
 
 def chosen_tasks(settings: Settings) -> list[str]:
     """The tasks by name, each once."""
-    if not settings.tasks:
-        return list(DEFAULT_TASKS)
-    return list(dict.fromkeys(settings.tasks))
+    return list(dict.fromkeys(settings.tasks or DEFAULT_TASKS))
 
 
 def check_settings(settings: Settings):
     """Fill in what depends on the simulator. Raises UserError for what cannot be recorded."""
-    embedded = False
+    embedded = settings.from_rlbench is None and settings.sim == "mujoco"
+    if settings.demos is not None and settings.scenes is not None:
+        raise UserError("Give --demos or --scenes, not both.")
+    if settings.demos is not None and settings.from_rlbench is not None:
+        raise UserError("--from-rlbench takes --scenes, for each variation, in place of --demos.")
     if len(settings.image_size) == 1:
         settings.image_size *= 2
     if settings.from_rlbench is not None:
@@ -246,7 +248,6 @@ def check_settings(settings: Settings):
         if settings.demos is None:
             settings.demos = settings.scenes  # here a scene has one demonstration anyway
     else:
-        embedded = True
         refuse_options(settings, (*ONLY_RLBENCH, "variations"))
         settings.image_size = settings.image_size or (64, 64)
         if not set(settings.cameras) <= set(CAMERAS):
@@ -256,12 +257,9 @@ def check_settings(settings: Settings):
     check_number("--film", settings.film, 0, 100)
     if settings.film and not embedded:
         raise UserError("--film is for the embedded simulator.")
-    if embedded and settings.demos is not None and settings.scenes is not None:
-        raise UserError("Give --demos or --scenes, not both.")
-    if settings.demos is not None:
-        check_number("--demos", settings.demos, 1, MAX_SCENES)
-    if settings.scenes is not None:
-        check_number("--scenes", settings.scenes, 1, MAX_SCENES)
+    for name, count in (("--demos", settings.demos), ("--scenes", settings.scenes)):
+        if count is not None:
+            check_number(name, count, 1, MAX_SCENES)
     if len(settings.image_size) > 2 or not settings.cameras:
         raise UserError("--image-size takes one or two numbers, --cameras at least one name.")
     for pixels in settings.image_size:
@@ -313,8 +311,10 @@ def collect(settings: Settings):
     )
     failed = []
     for job, result in results:
-        attempts[job[1]] += [CRASH] if result is None else result
-        failed += [job] if result is None or any(result) else []
+        outcomes = [CRASH] if result is None else result
+        attempts[job[1]] += outcomes
+        if any(outcomes):
+            failed.append(job)
 
     faults = Counter()
     for task_folder, outcomes in attempts.items():

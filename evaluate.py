@@ -309,7 +309,7 @@ def run_jobs(checkpoints, finished: FinishedJobs) -> tuple[dict, list]:
         function, _, task, seed = job
         result = finished.result(job)
         if function is run_language_check:
-            language += [] if result is None else result
+            language += result or []
         elif result is None:
             outcome, log = before_episode(seed)
             outcome["error"] = "the simulator crashed"

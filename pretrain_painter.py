@@ -5,7 +5,7 @@
           <out>/scenes.png            a contact sheet: look at it before you train for an hour
           <out>/                      the painter in diffusers' layout, losses.csv, losses.png
 
-    python pretrain_painter.py                                make base: scenes, then training
+    python pretrain_painter.py                                scenes, then training
     python pretrain_painter.py --scenes 2000 --steps 50 --out runs/try      to try it out
     python pretrain_painter.py --size small --image-size 128                on one GPU of 12 GB
     python pretrain_painter.py --scenes 1500 --steps 0 --out runs/scenes    scenes alone
@@ -70,6 +70,10 @@ from sims.rendering import choose_renderer
 from sims.scene_sentences import all_sentences, draw_sentence, kind_of
 
 SHOWN = 8  # scenes in scenes.png
+COLUMNS = ("step", "loss", "iou_A", "iou_B", "iou_C")  # of losses.csv
+# The settings that a training must share with the one that it resumes.
+IDENTITY = ("size", "first_scene", "scenes", "steps", "batch_size", "learning_rate", "image_size")
+IDENTITY += ("seed",)
 # What a batch shows of its scenes: mostly all four views, as CAMERAS has them; sometimes wrist and
 # front alone, or one view, so that the base fits data of one or two cameras, too.
 VIEWS = [(0, 1, 2, 3), (0, 1), (0,), (1,)]
@@ -91,7 +95,7 @@ class Settings:
     first_scene: int = 0
     """The first scene's number: a base that is trained further wants new scenes."""
     scenes: int = 22_500
-    """Random scenes to draw, each with four sentences; 0.6 GB on disk."""
+    """Random scenes to draw, in whole files of 500, each with four sentences; 0.6 GB on disk."""
     steps: int = 900
     """Gradient steps; with 0 only the scenes are drawn, to be rehearsed in stage 2."""
     batch_size: int = 64
@@ -234,21 +238,18 @@ def validate(painter, dataset: SceneDataset, count: int = 6) -> list[float]:
     intersection = dict.fromkeys("ABC", 0)
     union = dict.fromkeys("ABC", 0)
     for i in range(count):
-        kinds = dataset[i]["kinds"]
-        batch = prepare(dataset[i], painter.unet.device, augment=False)
+        drawn = dataset[i]
+        batch = prepare(drawn, painter.unet.device, augment=False)
         observation = batch["observation"]
         painted = painter.paint_tiled(observation, batch["prompts"])
         truth = composite(batch["layer"], observation)
         is_painted = (painted - observation).abs().amax(1) > 0.2  # (B, H, W)
         is_sphere = (truth - observation).abs().amax(1) > 0.2
-        for sample, kind in enumerate(kinds):
+        for sample, kind in enumerate(drawn["kinds"]):
             intersection[kind] += (is_painted[sample] & is_sphere[sample]).sum().item()
             union[kind] += (is_painted[sample] | is_sphere[sample]).sum().item()
     painter.train()
     return [intersection[kind] / max(union[kind], 1) for kind in "ABC"]
-
-
-COLUMNS = ("step", "loss", "iou_A", "iou_B", "iou_C")
 
 
 def fill_in_defaults(settings: Settings):
@@ -275,11 +276,12 @@ def main():
     check_number("--workers", settings.workers, 1, 1024)
     shards = draw_scenes(settings)
     if settings.steps == 0:
-        print(f"{settings.out}: {settings.scenes} scenes.")
+        print(f"{settings.out}: {len(shards) * SHARD} scenes.")
         return
     torch.set_num_threads(settings.workers)
     held_out = shards[-1:]
     training = shards[:-1] if len(shards) > 1 else shards
+    # Unlike stage 2's batches of 8, these are large enough for bf16 to pay on a GPU.
     bf16 = setup.choose_precision(settings.size, "auto") == "bf16" or torch.cuda.is_available()
     accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no")
     config = {
@@ -332,10 +334,6 @@ def main():
         if stop and step < settings.steps:
             stop_training(step, say=True)
     print(f"{settings.out}: overlap (IoU) in scenes held out, A, B and C: {log[-1][2:]}")
-
-
-IDENTITY = ("size", "first_scene", "scenes", "steps", "batch_size", "learning_rate", "image_size")
-IDENTITY += ("seed",)
 
 
 if __name__ == "__main__":

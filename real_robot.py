@@ -117,7 +117,7 @@ class Replay:
 @dataclass
 class Calibrate:
     arm: Annotated[Literal["fr3", "panda", "ur5e"], tyro.conf.arg(aliases=["--robot"])] = "fr3"
-    """Which arm it is: its kinematics. --robot means the same here."""
+    """Which arm it is: its kinematics. Here --robot is another name for --arm."""
     images: Path = Path("pictures")
     """Folder with <camera>/000.png, ... and joints.csv; or an episode file."""
     camera: str = "front"
@@ -134,8 +134,11 @@ class Calibrate:
 
 # ------------------------------------------------------------------------------- the control loop
 def control_loop(robot, observer, follower, safety, log, dry_run, steps, is_over, lateness):
-    """Ten times a second: read, check, plan, check, send, log. Returns when `is_over()` or after
-    `steps` commands; appends to `lateness` how late each command was, s."""
+    """Ten times a second: read and check, plan and send, observe and log, ask for the next chunk.
+
+    Returns when `is_over()` or after `steps` commands; appends to `lateness` how late each command
+    was, s.
+    """
     start = time.monotonic() + 1 / CONTROL_HZ
     tick = 0
     while len(lateness) < steps and not is_over():

@@ -10,8 +10,8 @@
     accelerate launch train_act.py --size sd-turbo  the paper's network, on any number of GPUs
 
 Paper, section 3.2: the controller sees images with spheres and the current joints, and predicts the
-next K joint positions. It is trained on spheres over random backgrounds, never over their own
-scene, so all that it can learn is to follow spheres. `Samples` makes its data: a motion
+next K joint positions. It is trained on spheres over random backgrounds: textures, or the views
+of any scene, so all that it can learn is to follow spheres. `Samples` makes its data: a motion
 (genima/motions.py), the target's spheres, and what is behind them (genima/textures.py).
 """
 
@@ -105,7 +105,7 @@ class Samples(Dataset):
     """
 
     def __init__(self, motions, scenes, config, settings, process=0, processes=1):
-        """scenes: {camera: images (1, H, W, 3)}; config: the network's."""
+        """scenes: a list of {camera: images (1, H, W, 3)}; config: the network's."""
         self.motions = motions
         self.scenes = scenes
         self.config = config

@@ -263,7 +263,7 @@ def validate(painter, data, settings, folder):
         "truth": composite(batch["layer"], observation),
         "painted": torch.cat(painted),
     }
-    captions = [prompt.split("'")[1] for prompt in batch["prompts"][:6]]
+    captions = [prompt.split("'", 1)[1][:-1] for prompt in batch["prompts"][:6]]
     write_grid(folder / "validation.png", pictures, captions)
     return setup.sphere_overlap(pictures["painted"], pictures["truth"], observation)
 

@@ -1,6 +1,6 @@
 """The controller: ACT, Action Chunking with Transformers (arXiv 2304.13705).
 
-    latent of the CVAE, one token --------------------- (B, 1, E) --+
+    latent of the CVAE, one token (not in tiny) ------- (B, 1, E) --+
     joints and gripper, or "not given", one token ----- (B, 1, E) --+
     images of V views --> ImageEncoder --> N tokens --- (B, N, E) --+
                                                                     |
@@ -125,7 +125,7 @@ class ACT(nn.Module):
             latent_token = self.vae.project_latent(latent)[:, None]  # (B, 1, E)
             tokens = [latent_token, *tokens]
 
-        encoded = self.encoder(torch.cat(tokens, 1))  # (B, 2+N, E)
+        encoded = self.encoder(torch.cat(tokens, 1))  # (B, 2+N, E); tiny: 1+N
         queries = self.queries.expand(batch_size, -1, -1)  # (B, K, E)
         # This is the decoder's last layer. (ACT's first release read its first layer by mistake,
         # as LeRobot documents.)

@@ -49,7 +49,7 @@ class Episode:
     task: str
     variation: int  # which object the instruction names
     instruction: str
-    instructions: list[str]  # the same in other words
+    instructions: list[str]  # ways to say it, `instruction` among them
     success: bool
     fps: float
     robot: str

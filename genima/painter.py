@@ -63,8 +63,8 @@ class Painter(torch.nn.Module):
         tiled = tile_any(views, self.config["resolution"])  # (B, 3, rows h, columns w)
         condition = resize(tiled, self.config["resolution"])  # (B, 3, H, W)
         prompts = [PROMPT.format(instruction) for instruction in instructions]
-        painted = resize(self.paint_tiled(condition, prompts), tiled.shape[2])
-        cells = untile_views(painted, len(sizes))  # (B, V, 3, h, w)
+        tiled_painting = resize(self.paint_tiled(condition, prompts), tiled.shape[2])
+        cells = untile_views(tiled_painting, len(sizes))  # (B, V, 3, h, w)
         painted = {}
         for i, (camera, size) in enumerate(sizes.items()):
             view = fit(cells[:, i], *size).permute(0, 2, 3, 1)  # (B, h, w, 3)

@@ -64,6 +64,10 @@ REFUSED = {
     "checkpoints": None,
     "perturb": None,
     "trace": False,
+    "episodes": 50,
+    "seed": 0,
+    "language": 50,
+    "videos": 1,
 }
 
 
@@ -154,7 +158,8 @@ def measure_spheres(painted, truth, image, cell: int | None) -> dict:
     change = np.abs(pictures[:2].astype(int) - pictures[2]).max(axis=-1) > DIFFERENT  # (2, h, w)
     there = gripper_centre(pictures[1], pictures[2])
     here = gripper_centre(pictures[0], pictures[2])
-    scale = np.array([width, height]) / change.shape[:0:-1]
+    rows, columns = change.shape[1:]
+    scale = np.array([width / columns, height / rows])  # of x and y
     visible = bool(np.isfinite(there).all())
     found = bool(np.isfinite(here).all())
     error = None

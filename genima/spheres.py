@@ -204,6 +204,7 @@ def stripes(x, y, depth, axes, centre):
 def lay_over(layer, colour, brightness, coverage):
     """Lay a sphere over a part of an RGBA layer (h, w, 4), in place.
 
+    colour (3,) 0 to 255; brightness and coverage (h, w) 0 to 1.
     Colours are not premultiplied, so both are weighted by their share of the alpha.
     """
     below = (1 - coverage) * (layer[..., 3] * np.float32(1 / 255))  # alpha that still shows

@@ -18,7 +18,7 @@ JITTER = np.array([0.2, 0.2, 0.1, 0.05])  # brightness, contrast, saturation, hu
 def random_background(rng: Generator, scenes: list[dict], config: dict) -> np.ndarray:
     """The views of any scene, or random textures: (V, H, W, 3).
 
-    scenes: {camera: images (1, H, W, 3)}
+    scenes: a list of {camera: images (1, H, W, 3)}
     config: the controller's; its cameras and image_size are used.
     """
     cameras = config["cameras"]

@@ -4,7 +4,7 @@ A training script uses it like this; everything else of the loop stands in the s
 
     start, log = resume(folder, network, optimizer, identity)  # 0 and [] the first time
     stopping = StopSignal()
-    for step, batch in enumerate(batches(samples, start, steps), start + 1):
+    for step, batch in enumerate(batches(samples, start, steps, 2), start + 1):
         set_learning_rate(optimizer, peak * warmup(step) * half_cosine(step, steps))
         ...
         loss, stop = agree(accelerator, loss, stopping.requested)

@@ -16,7 +16,6 @@ from pathlib import Path
 from genima.files import UserError
 
 ADVICE = "see requirements-rlbench.txt"
-RENDERERS = ("opengl3", "opengl")
 
 
 @dataclass(frozen=True)

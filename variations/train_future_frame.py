@@ -156,7 +156,7 @@ def show_futures(painter, batch: dict, path: Path):
     painted = painter.paint_tiled(now.to(painter.unet.device), batch["prompts"]).cpu()
     future = composite(batch["layer"], now)
     columns = {"now": now, "true future": future, "painted future": painted}
-    write_grid(path, columns, [prompt.split("'")[1] for prompt in batch["prompts"]])
+    write_grid(path, columns, [prompt.split("'", 1)[1][:-1] for prompt in batch["prompts"]])
 
 
 # ---------------------------------------------------------------------------- stage 3: the goals
