@@ -35,7 +35,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from genima.episodes import CAMERAS, read_episode
+from genima.episodes import read_episode
 from genima.files import UserError, run_stage
 from robot.arm import CONTROL_HZ, Fault
 from robot.chunks import ChunkFollower
@@ -67,7 +67,8 @@ class Settings:
     cameras: tuple[str, ...] = ()
     """Cameras as name=serial (RealSense), name=opencv:0, name=opencv:/dev/video2, or
     name=opencv:0:left and name=opencv:0:right (two views in one picture); names as in the
-    calibration file. In the simulator: which to record, all four if none is named."""
+    calibration file. In the simulator: which of its four to use, also under the policy's names
+    (hand_cam=wrist room=front); all if none is named."""
     seed: int = 0
     """In the simulator: the first scene."""
     yes: bool = False
@@ -289,8 +290,7 @@ def record(settings):
     options = {"size": size} if size else {"size": (480, 640), "fps": CONTROL_HZ}
     safety = Safety(settings.arm, stale=CAMERA_PAUSE)  # nothing is sent: a camera may pause
     path = settings.run / "episodes" / settings.task / f"real_{time.strftime(TIME_FORMAT)}.hdf5"
-    cameras = settings.cameras or CAMERAS
-    with closing(open_workcell(settings, cameras=cameras, **options)) as workcell:
+    with closing(open_workcell(settings, **options)) as workcell:
         names = list(workcell.calibration)
         with session(settings, workcell, safety, path, names, size) as (robot, log, _):
             workcell.start_demonstration(settings)

@@ -39,7 +39,8 @@ def session(settings, workcell, safety, path, cameras, size):
     for camera in cameras:
         if camera not in images:
             raise UserError(
-                f"The policy was trained with camera '{camera}', which --cameras does not name."
+                f"The policy was trained with camera '{camera}', which --cameras does not name: "
+                f"add {camera}=<which>, in a rehearsal one of the simulator's ({camera}=front)."
             )
         entry = workcell.calibration[camera]
         intrinsics = resize_and_crop(images[camera], size, entry["intrinsics"])[1]

@@ -110,7 +110,11 @@ def open_workcell(settings, **options):
         )
     from sims.franky_panda import SimulatedWorkcell  # MuJoCo, which a real robot does not need
 
-    return SimulatedWorkcell(settings.task, settings.seed, **options)
+    views = {}  # {a name: which of the simulated cameras has it}
+    for entry in settings.cameras:
+        name, _, view = entry.partition("=")
+        views[name] = view or name
+    return SimulatedWorkcell(settings.task, settings.seed, views=views, **options)
 
 
 # ----------------------------------------------------------------------------------- observations

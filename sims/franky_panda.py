@@ -163,36 +163,39 @@ class SimulatedWorkcell:
     simulated = True
 
     def __init__(
-        self, task, seed=0, variation=None, size=(64, 64), cameras=CAMERAS, fps=20, prepare=None
+        self, task, seed=0, variation=None, size=(64, 64), views=None, fps=20, prepare=None
     ):
         """Starts both processes and waits until the arm listens.
 
-        size: (height, width) of the pictures; fps: rounds of pictures a second; prepare: called
-        first in the arm's process (tests break things there).
+        size: (height, width) of the pictures; views: {a name: the simulated camera that goes by
+        it}, by default each by its own; fps: rounds of pictures a second; prepare: called first in
+        the arm's process (tests break things there).
         """
-        unknown = set(cameras) - set(CAMERAS)
+        views = views or dict(zip(CAMERAS, CAMERAS))
+        unknown = set(views.values()) - set(CAMERAS)
         if unknown:
             raise UserError(
                 f"There is no simulated camera '{unknown.pop()}', only {', '.join(CAMERAS)}; "
-                "a robot's need --robot too."
+                "a robot's need --robot too. Other names: --cameras hand_cam=wrist room=front."
             )
         self.task = task
         self.seed = seed
         self.variation = variation
         self.size = size
-        self.cameras = cameras
+        self.names = tuple(views)
+        self.cameras = tuple(views.values())
         self.demonstrating = False
         env = self.make_scene()
         self.variation = env.variation
         self.instruction = env.instruction
         self.max_steps = env.task.max_steps
         self.load_demonstrator = partial(load_demonstrator, task, seed, env.variation)
-        self.calibration = calibration_of(env)
+        self.calibration = dict(zip(self.names, calibration_of(env)))
         context = multiprocessing.get_context("spawn")
         self.state = context.RawValue(SharedState)
         self.qpos = context.RawArray(ctypes.c_double, env.data.qpos.tolist())
         self.stamps = context.RawArray(ctypes.c_double, ROUNDS)
-        bytes_of_round = len(cameras) * size[0] * size[1] * 3
+        bytes_of_round = len(views) * size[0] * size[1] * 3
         self.pixels = context.RawArray(ctypes.c_uint8, ROUNDS * bytes_of_round)
         pipe, child_pipe = context.Pipe()
         self.processes = []
@@ -233,8 +236,8 @@ class SimulatedWorkcell:
         first)}, {camera: (H, W, 3) uint8}."""
         stamps, pixels = self.shared_rounds()
         newest = int(stamps.argmax())
-        images = dict(zip(self.cameras, pixels[newest].copy()))
-        return dict.fromkeys(self.cameras, float(stamps[newest])), images
+        images = dict(zip(self.names, pixels[newest].copy()))
+        return dict.fromkeys(self.names, float(stamps[newest])), images
 
     def get(self, name):
         """A field of SharedState."""
@@ -262,8 +265,8 @@ class SimulatedWorkcell:
 
 
 def calibration_of(env):
-    """Where the cameras are, as a calibration file says it."""
-    calibration = {}
+    """Where each of the cameras is, as its entry in a calibration file says it."""
+    entries = []
     for camera in env.cameras:
         intrinsics, pose = env.camera_parameters(camera)
         entry = {"intrinsics": intrinsics}
@@ -271,8 +274,8 @@ def calibration_of(env):
             entry["last_joint_from_camera"] = np.linalg.inv(env.joint_poses()[-2]) @ pose
         else:
             entry["world_from_camera"] = pose
-        calibration[camera] = entry
-    return calibration
+        entries.append(entry)
+    return entries
 
 
 def load_demonstrator(task, seed, variation, size=64, horizon=8):

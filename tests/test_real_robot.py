@@ -35,7 +35,7 @@ from robot.policy_process import Answer, PolicyProcess
 from robot.recording import Recording, recover
 from robot.safety import FRANKA_VELOCITY, Safety
 from robot.session import stop_on_signals
-from robot.workcell import Workcell
+from robot.workcell import Workcell, open_workcell
 
 HOME = np.array([0.0, -0.3, 0.0, -2.2, 0.0, 1.9, 0.7853])
 CAMERA = {
@@ -980,6 +980,24 @@ def test_hold_waits_for_a_lost_connection():
     with contextlib.suppress(Exception):
         robot.robot.join_motion()
     assert held
+
+
+def test_a_rehearsal_takes_the_cameras_under_the_policys_names():
+    """Data of a lab has cameras of its own names; the simulator has four."""
+    settings = Run(task="reach_target", seed=500_000, cameras=("hand_cam=wrist", "room 2=front"))
+    with contextlib.closing(open_workcell(settings)) as workcell:
+        assert list(workcell.calibration) == ["hand_cam", "room 2"]
+        assert "last_joint_from_camera" in workcell.calibration["hand_cam"]
+        assert "world_from_camera" in workcell.calibration["room 2"]
+        end = time.monotonic() + 30
+        while min(workcell.read_frames()[0].values()) == 0 and time.monotonic() < end:
+            time.sleep(0.01)
+        images = workcell.read_frames()[1]
+        env = workcell.make_scene()
+        for name, view in (("hand_cam", "wrist"), ("room 2", "front")):  # the arm sags a little
+            difference = images[name].astype(int) - env.render_camera(view, 64, 64)
+            assert np.abs(difference).mean() < 4
+        assert np.abs(images["hand_cam"].astype(int) - images["room 2"]).mean() > 10
 
 
 def test_the_arm_follows_a_chunk_at_a_low_speed():

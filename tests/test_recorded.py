@@ -296,3 +296,10 @@ def test_any_policy_is_measured_by_its_chunk_alone(drawn, monkeypatch, capsys):
 def test_what_cannot_be_measured_is_one_sentence(tmp_path, changes, sentence):
     with pytest.raises(UserError, match=sentence):
         recorded.evaluate_recorded(settings_of(tmp_path, **changes))
+
+
+def test_options_of_a_simulator_are_refused(tmp_path):
+    for option in ({"episodes": 10}, {"seed": 7}, {"language": 0}, {"videos": 0}):
+        name = next(iter(option))
+        with pytest.raises(UserError, match=f"--{name} is for a simulator"):
+            recorded.evaluate_recorded(evaluate.Settings(run=tmp_path, recorded=True, **option))

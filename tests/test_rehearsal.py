@@ -112,6 +112,8 @@ def test_scenes_alone_then_stage_2(recorded, tmp_path, capsys):
     words = ["--steps", 0, "--scenes", 2, "--image-size", SIZE, "--out", scenes, "--workers", 1]
     assert call(pretrain_painter, *words) == 0
     assert sorted(path.name for path in scenes.iterdir()) == ["scenes", "scenes.png"]
+    files = len(list((scenes / "scenes").iterdir()))
+    assert f"{files * pretrain_painter.SHARD} scenes." in capsys.readouterr().out
 
     out = tmp_path / "painter"
     words = ["--run", recorded, "--out", out, "--steps", 2, "--batch-size", 4]

@@ -197,6 +197,16 @@ def test_only_filmed_episodes_get_a_film(tmp_path, monkeypatch):
     assert job[2:] == ("push_button", "light", [({"success": True}, [1, 2])], "what ACT sees")
 
 
+def test_collect_drops_no_option_silently(tmp_path):
+    for simulator in ({}, {"sim": "rlbench"}):
+        settings = collect_demos.Settings(demos=5, scenes=9, **simulator)
+        with pytest.raises(UserError, match="--demos or --scenes, not both"):
+            collect_demos.check_settings(settings)
+    settings = collect_demos.Settings(demos=5, from_rlbench=tmp_path)
+    with pytest.raises(UserError, match="takes --scenes"):
+        collect_demos.check_settings(settings)
+
+
 def test_collect_refuses_to_film_what_it_cannot(tmp_path):
     for changes in ({"sim": "rlbench"}, {"from_rlbench": tmp_path}):
         with pytest.raises(UserError, match="--film is for the embedded simulator"):
