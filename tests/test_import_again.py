@@ -1,0 +1,133 @@
+"""import_demos.py, once more: names, what is there already, units, cameras, and its sentences."""
+
+import json
+
+import h5py
+import pytest
+import yaml
+from conftest import ROOT
+from make_recordings import UR5E_HOME, room_cameras, write_vendor
+
+import import_demos
+from genima.episodes import read_episode
+from genima.files import UserError
+from genima.import_sources import name_places
+
+FRONT = {"front": (96, 128)}
+FRAMES = 20
+
+
+def vendor(path, cameras=FRONT, **options):
+    """A vendor's file of 20 frames at 10 Hz."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_vendor(path, frames=FRAMES, fps=10.0, cameras=cameras, **options)
+    return path
+
+
+def edit(path, **datasets):
+    """Replace datasets of a file; a__b is a/b."""
+    with h5py.File(path, "r+") as root:
+        for name, values in datasets.items():
+            name = name.replace("__", "/")
+            if name in root:
+                del root[name]
+            root[name] = values
+
+
+@pytest.fixture
+def run(tmp_path):
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def bring(tmp_path, run, capsys):
+    """Import with the front camera's calibration -> (what is printed, the errors' sentences)."""
+    calibration = tmp_path / "cams.json"
+    calibration.write_text(json.dumps(room_cameras(FRONT)))
+
+    def import_all(*sources, **options):
+        options = {"calibration": (str(calibration),), "workers": 1} | options
+        error = ""
+        try:
+            import_demos.import_all(import_demos.Settings(sources, run, **options))
+        except UserError as raised:
+            error = str(raised)
+        return capsys.readouterr().out, error
+
+    return import_all
+
+
+def mapping(tmp_path, base="vendor", **lines):
+    """The path of a ready mapping with some lines changed."""
+    content = yaml.safe_load((ROOT / f"mappings/{base}.yaml").read_text()) | lines
+    path = tmp_path / f"mine_{len(list(tmp_path.glob('*.yaml')))}.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return str(path)
+
+
+def episodes(run):
+    return [read_episode(path) for path in sorted(run.glob("episodes/*/*.hdf5"))]
+
+
+# ------------------------------------------------------------------------- what is there already
+def test_files_of_the_same_name_stay_apart(tmp_path, run, bring):
+    for seed, day in enumerate(("mon", "tue")):
+        vendor(tmp_path / f"in/{day}/raw/e0.hdf5", seed=seed)
+    out, error = bring(tmp_path / "in", workers=2)
+    assert error == "" and "2 demonstrations imported" in out
+    names = [path.name for path in sorted(run.glob("episodes/*/*.hdf5"))]
+    assert names == ["mon_raw_e0.hdf5", "tue_raw_e0.hdf5"]
+    out, error = bring(tmp_path / "in")
+    assert error == "" and "2 were there already" in out
+
+
+def test_another_recording_is_not_there_already(tmp_path, run, bring):
+    for seed, day in enumerate(("mon", "tue")):
+        vendor(tmp_path / f"in/{day}/raw/e0.hdf5", seed=seed)
+    assert bring(tmp_path / "in/mon")[1] == ""
+    before = (run / "episodes/pick_up_the_cup/e0.hdf5").read_bytes()
+    _, error = bring(tmp_path / "in/tue")
+    assert "another recording than" in error and "tue/raw/e0.hdf5" in error
+    assert str(run / "episodes/pick_up_the_cup/e0.hdf5") in error
+    assert (run / "episodes/pick_up_the_cup/e0.hdf5").read_bytes() == before
+
+
+def test_names_of_places(tmp_path):
+    places = []
+    for name in ("a/x/e.hdf5", "b/x/e.hdf5", "b/y/e.hdf5", "b/y/f.hdf5"):
+        places.append(tmp_path / name)
+    names = name_places(places)
+    assert names == ["a_x_e", "b_x_e", "y_e", "f"]
+    with pytest.raises(UserError, match="rename one of them"):
+        name_places([tmp_path / "a/e.hdf5", tmp_path / "a/e.h5"])
+
+
+def test_other_settings_are_not_there_already(tmp_path, run, bring):
+    path = vendor(tmp_path / "a.hdf5")
+    assert bring(path)[1] == ""
+    assert "1 were there already" in bring(path)[0]
+    moved = room_cameras(FRONT)
+    moved["front"]["world_from_camera"][0][3] += 0.01
+    calibration = tmp_path / "moved.json"
+    calibration.write_text(json.dumps(moved))
+    for options, word in [
+        ({"mapping": mapping(tmp_path, gripper_range=[0, 0.1])}, "qpos"),
+        ({"calibration": (str(calibration),)}, "extrinsics of front"),
+        ({"gripper_length": 0.2}, "joint_poses"),
+        ({"robot": "fr3"}, "7 joints of fr3"),
+        ({"mapping": mapping(tmp_path, color="bgr")}, "pictures of front"),
+        ({"instruction": "take the cup", "task": "pick_up_the_cup"}, "instruction"),
+    ]:
+        out, error = bring(path, **options)
+        assert word in error and "there already" not in out, options
+    assert len(episodes(run)) == 1
+
+
+def test_one_run_is_of_one_robot_and_its_cameras(tmp_path, run, bring):
+    vendor(tmp_path / "in/a.hdf5")
+    vendor(tmp_path / "in/b.hdf5", home=UR5E_HOME)
+    vendor(tmp_path / "in/c.hdf5", cameras={"front": (90, 120)})
+    _, error = bring(tmp_path / "in", workers=3)
+    assert "6 joints of ur5e" in error and "in/b.hdf5" in error
+    assert "(90, 120)" in error and "2 demonstrations not imported" in error
+    assert len(episodes(run)) == 1
