@@ -31,14 +31,7 @@ from genima.episodes import CAMERAS, find_episodes, read_episode
 from genima.export_act import export_act
 from genima.files import UserError, check_number, run_stage
 from genima.import_hdf5 import detect_mapping, open_recording, read_recording
-from genima.import_sources import (
-    Source,
-    check_names,
-    find_lerobot,
-    find_places,
-    keep,
-    name_places,
-)
+from genima.import_sources import Source, find_lerobot, find_places, keep, name_places, prepare
 from genima.mapping import Mapping, read_mapping, ready_mappings
 from genima.parallel import run_in_parallel, usable_cores
 from genima.recordings import Conversion, Recording
@@ -128,9 +121,7 @@ def find_sources(settings: Settings) -> tuple[list[Source], list[str]]:
                 sources.append(Source(path, name, chosen or detect_mapping(path, ready)))
         except UserError as error:
             errors.append(str(error))
-    check_names(sources)
-    for number, source in enumerate(sources):
-        source.number = number
+    prepare(sources)
     return sources, errors
 
 
@@ -185,6 +176,8 @@ def write_recording(recording: Recording, source: Source, settings: Settings) ->
         if camera not in recording.images:
             names = ", ".join(recording.images)
             raise UserError(f"{recording.source} has no camera '{camera}', but {names}.")
+    recording.extremes = source.extremes
+    recording.gripper_command_range = source.mapping.gripper_command_range
     if settings.cameras:
         recording.images = {camera: recording.images[camera] for camera in settings.cameras}
     conversion = Conversion(

@@ -185,10 +185,9 @@ def extras_of(recording: Recording, index: np.ndarray) -> dict[str, np.ndarray]:
 
 def normalise_gripper(recording: Recording, robot: Robot, notes: list[str]) -> np.ndarray:
     """The gripper's opening (T,), 0..1; the recorded command becomes 0 or 1 in place."""
-    where = recording.source
     span = recording.gripper_range
     if span is None:
-        span = find_gripper_range(recording.gripper, robot, where)
+        span = guess_range(recording, "gripper", robot)
         if span[1] < 1 and recording.gripper.max() > 0:
             notes.append(
                 f"the gripper is a width in metres: divided by {span[1]:g} m; set gripper_range "
@@ -203,11 +202,46 @@ def normalise_gripper(recording: Recording, robot: Robot, notes: list[str]) -> n
     if np.ptp(opening) < MOVES:
         notes.append(f"the gripper never moves: its opening is always {opening.mean():.2f}.")
     if recording.gripper_command is not None:
-        command = recording.gripper_command
-        if recording.gripper_range is None or np.ptp(command) > 1.5 * abs(span[1] - span[0]):
-            span = find_gripper_range(command, robot, where)
-        recording.gripper_command = halved(opening_of(command, span))
+        recording.gripper_command = normalise_command(recording, span, opening, robot)
     return opening
+
+
+def guess_range(recording: Recording, name: str, robot: Robot) -> tuple[float, float]:
+    """What closed and open are in the unit of `gripper` or `gripper_command`. Raises UserError.
+
+    The whole delivery's values count, where they are known: it has one scale.
+    """
+    values = getattr(recording, name)
+    where = recording.source
+    extremes = recording.extremes.get(name, (values.min(), values.max()))
+    if extremes != (values.min(), values.max()):
+        where = f"{where} and the other recordings"
+    return find_gripper_range(np.array(extremes), robot, where, name)
+
+
+def normalise_command(
+    recording: Recording, span: tuple[float, float], opening: np.ndarray, robot: Robot
+) -> np.ndarray:
+    """The gripper's command (T,) as 0 or 1. span: closed and open in the unit of the gripper."""
+    command = recording.gripper_command
+    if not np.isfinite(command).all():
+        frame = int(np.isfinite(command).argmin())
+        raise UserError(
+            f"{recording.source}: gripper_command is NaN or infinite in frame {frame}: "
+            "set gripper_command: null in the mapping, and it is found from the gripper's motion."
+        )
+    if recording.gripper_command_range is not None:
+        span = recording.gripper_command_range
+    elif recording.gripper_range is None or np.ptp(command) > 1.5 * abs(span[1] - span[0]):
+        span = guess_range(recording, "gripper_command", robot)
+    commands = halved(opening_of(command, span))
+    if np.ptp(opening) > 0.1 and np.ptp(command) > 0 and np.ptp(commands) == 0:
+        raise UserError(
+            f"{recording.source}: gripper_command goes from {command.min():.3g} to "
+            f"{command.max():.3g}, which would be one command all along, but the gripper moves: "
+            "set gripper_command_range: [closed, open] in the mapping."
+        )
+    return commands
 
 
 def check_tool(

@@ -7,14 +7,16 @@ names = name_places(places)         of their episodes, no two alike
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from genima.episodes import FORMAT, Episode, check_episode, layout_of, read_episode, write_episode
 from genima.files import UserError, read_hdf5
-from genima.mapping import Mapping
+from genima.import_hdf5 import column, open_recording
+from genima.mapping import Mapping, split_columns
 
 ENDINGS = (".hdf5", ".h5")  # also in capitals
 LITTLE = 3  # of 255: what decoding a video on another machine may change
@@ -29,6 +31,7 @@ class Source:
     mapping: Mapping
     row: dict | None = None  # of a LeRobot dataset: what it says of the episode
     number: int = 0
+    extremes: dict[str, tuple[float, float]] = field(default_factory=dict)  # see find_extremes
 
 
 # ------------------------------------------------------------------------------- what is there
@@ -75,16 +78,60 @@ def find_lerobot(folder: Path, name: str, mapping: Mapping) -> list[Source]:
     return sources
 
 
-def check_names(sources: list[Source]):
-    """Raise a UserError for two demonstrations that would become the same file."""
+def prepare(sources: list[Source]):
+    """Number the demonstrations and fill in their `extremes`.
+
+    Raises UserError for two that would become the same file.
+    """
     paths: dict[str, Path] = {}
-    for source in sources:
+    for number, source in enumerate(sources):
+        source.number = number
         if source.name in paths:
             raise UserError(
                 f"{paths[source.name]} and {source.path} would both become {source.name}.hdf5: "
                 "import one of them into another --run."
             )
         paths[source.name] = source.path
+    find_extremes(sources)
+
+
+# ---------------------------------------------------------------------- the gripper's one scale
+def find_extremes(sources: list[Source]):
+    """Fill in `extremes`: of all demonstrations of a mapping that does not give the range.
+
+    A file of a gripper that stays half open says little about its unit; all together do.
+    """
+    places = {source.path: source.mapping for source in sources}
+    for name in ("gripper", "gripper_command"):
+        found: dict[str, list[float]] = {}  # by mapping
+        for path, mapping in places.items():
+            if getattr(mapping, name) and not getattr(mapping, f"{name}_range"):
+                with suppress(UserError, ValueError):  # importing it says so
+                    values = read_numbers(path, getattr(mapping, name))
+                    finite = values[np.isfinite(values)]
+                    found.setdefault(mapping.source, []).extend([finite.min(), finite.max()])
+        for source in sources:
+            values = found.get(source.mapping.source)
+            if values:
+                source.extremes[name] = (float(min(values)), float(max(values)))
+
+
+def read_numbers(path: Path, name: str) -> np.ndarray:
+    """The last of the numbers of each frame that a mapping names: in a file, or in a dataset."""
+    if not path.is_dir():
+        with open_recording(path) as root:
+            values = column(root, name, name, None, needed=True)
+            return values.reshape(len(values), -1)[:, -1]
+    from genima.import_lerobot import column as column_of  # pyarrow and PyAV: only here
+    from genima.import_lerobot import read_table
+
+    parts = []
+    for table in sorted((path / "data").glob("*/*.parquet")):
+        values = column_of(
+            read_table(table, columns=[split_columns(name)[0]]), name, str(table), True
+        )
+        parts.append(values.reshape(len(values), -1)[:, -1])
+    return np.concatenate(parts)
 
 
 # -------------------------------------------------------------------------------- the episodes

@@ -43,6 +43,7 @@ class Mapping:
     gripper_range: list | None = None  # [closed, open] in the file's unit
     action: str | None = None  # (T, D) joint positions
     gripper_command: str | None = None  # (T,)
+    gripper_command_range: list | None = None  # [closed, open] where it has another unit
     images: str | None = None  # raw (T, H, W, 3), or a compressed picture a row
     color: str = "rgb"  # order of the channels of raw pictures
     compressed_color: str = "bgr"  # order in which OpenCV decodes the compressed ones
@@ -94,10 +95,10 @@ def ready_mappings() -> list[Mapping]:
 
 def check_line(path: Path, key: str, value):
     """Raise a UserError for a line of a mapping whose value cannot be meant."""
-    if key == "gripper_range" and value is not None:
+    if key in ("gripper_range", "gripper_command_range") and value is not None:
         is_range = isinstance(value, list) and len(value) == 2 and value[0] != value[1]
         if not is_range or not all(isinstance(end, int | float) for end in value):
-            raise UserError(f"{path}: gripper_range has to be [closed, open], not {value!r}.")
+            raise UserError(f"{path}: {key} has to be [closed, open], not {value!r}.")
     elif key == "rate" and isinstance(value, int | float):
         if not 0 < value < math.inf:
             raise UserError(f"{path}: rate is {value}, not a rate in Hz: {HELP}.")

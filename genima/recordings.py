@@ -40,6 +40,9 @@ class Recording:
     gripper_range: tuple[float, float] | None = None  # its closed and open values; None: find them
     action: np.ndarray | None = None  # (T, D) commanded joint positions, radians
     gripper_command: np.ndarray | None = None  # (T,) in the unit of `gripper`, or 0..1
+    gripper_command_range: tuple[float, float] | None = None  # where that is in another unit
+    # {"gripper" or "gripper_command": the smallest and largest value in the whole delivery}
+    extremes: dict[str, tuple[float, float]] = field(default_factory=dict)
     image_seconds: dict[str, np.ndarray] = field(default_factory=dict)  # {camera: (T',)}
     timed: bool = True  # False: `seconds` follow from a rate, because no times were recorded
     tool_poses: np.ndarray | None = None  # (T, 4, 4) as the robot reported them
@@ -144,27 +147,29 @@ def resampled_times(recording: Recording, fps: float) -> np.ndarray:
 
 
 # --------------------------------------------------------------------------------- gripper
-def find_gripper_range(values: np.ndarray, robot: Robot, where: str) -> tuple[float, float]:
+def find_gripper_range(
+    values: np.ndarray, robot: Robot, where: str, name: str = "gripper"
+) -> tuple[float, float]:
     """The values of a closed and of an open gripper, by the numbers that were recorded.
 
     0..1 is an opening already, a few centimetres are a width in metres. Raises UserError else.
+    name: the field's in a mapping, gripper or gripper_command.
     """
     low = float(values.min())
     high = float(values.max())
+    found = f"{where}: {name} goes from {low:.3g} to {high:.3g}"
+    advice = f"set {name}_range: [closed, open] in the mapping."
     if robot.gripper_width is None and low >= -0.005 and high <= WIDEST:
         raise UserError(
-            f"{where}: the gripper goes up to {high:.3g}, metres perhaps, and how far that of a "
-            f"{robot.name} opens is not known: set gripper_range: [closed, open] in the mapping."
+            f"{found}, metres perhaps, and how far that of a {robot.name} opens is not known: "
+            f"{advice}"
         )
     for width in (robot.gripper_width or WIDEST, WIDEST):
         if low >= -0.005 and high <= 1.1 * width:
             return 0.0, width
     if low >= -0.05 and high <= 1.05:
         return 0.0, 1.0
-    raise UserError(
-        f"{where}: the gripper goes from {low:.3g} to {high:.3g}, which is neither 0..1 nor "
-        "metres: set gripper_range: [closed, open] in the mapping."
-    )
+    raise UserError(f"{found}, which is neither 0..1 nor metres: {advice}")
 
 
 def opening_of(values: np.ndarray, gripper_range: tuple[float, float]) -> np.ndarray:

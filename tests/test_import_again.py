@@ -3,10 +3,11 @@
 import json
 
 import h5py
+import numpy as np
 import pytest
 import yaml
 from conftest import ROOT
-from make_recordings import UR5E_HOME, room_cameras, write_vendor
+from make_recordings import PANDA_HOME, UR5E_HOME, motion, room_cameras, write_vendor
 
 import import_demos
 from genima.episodes import read_episode
@@ -131,3 +132,57 @@ def test_one_run_is_of_one_robot_and_its_cameras(tmp_path, run, bring):
     assert "6 joints of ur5e" in error and "in/b.hdf5" in error
     assert "(90, 120)" in error and "2 demonstrations not imported" in error
     assert len(episodes(run)) == 1
+
+
+# ------------------------------------------------------------------------------- the gripper's unit
+GRIPPER = motion(PANDA_HOME, FRAMES)[1]  # from 1 to 0.4
+OPEN = GRIPPER > 0.7
+
+
+@pytest.mark.parametrize(
+    ("state", "unit", "command", "command_unit"),
+    [
+        (100 * GRIPPER, [0, 100], OPEN * 1.0, [0, 1]),
+        (255 * (1 - GRIPPER), [255, 0], ~OPEN * 1.0, [1, 0]),
+        (0.08 * GRIPPER, None, np.where(OPEN, -1.0, 1.0), [1, -1]),
+    ],
+)
+def test_a_command_in_a_unit_of_its_own(tmp_path, run, bring, state, unit, command, command_unit):
+    path = vendor(tmp_path / "a.hdf5")
+    edit(path, gripper_width=state, command=command)
+    lines = {"gripper_range": unit, "gripper_command": "command"}
+    _, error = bring(path, mapping=mapping(tmp_path, **lines))
+    assert "gripper_command goes from" in error
+    assert "set gripper_command_range: [closed, open]" in error
+    lines["gripper_command_range"] = command_unit
+    assert bring(path, mapping=mapping(tmp_path, **lines))[1] == ""
+    (episode,) = episodes(run)
+    np.testing.assert_allclose(episode.qpos[:, -1], GRIPPER, atol=1e-6)
+    np.testing.assert_array_equal(episode.action[:, -1], OPEN)
+
+
+def test_a_command_that_is_no_number(tmp_path, bring):
+    path = vendor(tmp_path / "a.hdf5")
+    command = OPEN * 1.0
+    command[3] = np.nan
+    edit(path, command=command)
+    _, error = bring(path, mapping=mapping(tmp_path, gripper_command="command"))
+    assert "gripper_command is NaN or infinite in frame 3" in error and "nan to" not in error
+
+
+def test_one_delivery_has_one_scale(tmp_path, run, bring):
+    for seed, width in enumerate((0.14, 0.08)):
+        path = vendor(tmp_path / f"in/{seed}.hdf5", home=UR5E_HOME, seed=seed)
+        edit(path, gripper_width=np.linspace(width, 0.04, FRAMES))
+    out, error = bring(tmp_path / "in")
+    assert error == "" and "divided by 0.14 m" in out
+    for episode in episodes(run):
+        assert episode.qpos[-1, -1] == pytest.approx(0.04 / 0.14)
+
+
+def test_one_scale_also_where_one_file_is_in_another_unit(tmp_path, run, bring):
+    vendor(tmp_path / "in/a.hdf5")
+    edit(vendor(tmp_path / "in/b.hdf5", seed=1), gripper_width=255 * GRIPPER)
+    _, error = bring(tmp_path / "in")
+    assert "a.hdf5 and the other recordings: gripper goes from" in error
+    assert "set gripper_range: [closed, open]" in error and not episodes(run)
