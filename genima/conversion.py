@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from genima.calibration import check_view, fit_size, read_calibration, undistort, undistortion
-from genima.calibration_files import Camera
+from genima.calibration import check_view, fit_size, undistort, undistortion
 from genima.episodes import Episode
 from genima.files import UserError
+from genima.import_cameras import cameras_of, recorded_camera
 from genima.recordings import (
     MOVES,
     NEAR,
@@ -138,16 +138,14 @@ def convert(recording: Recording, conversion: Conversion) -> tuple[Episode, list
         if name in cameras:
             camera = cameras[name]
             note = check_view(camera, name, size, joint_poses)
-            if note:
-                blind.append(note)
-            intrinsics[name] = fit_size(camera, name, size)
-            carrier = joint_poses[:, -2] if camera.frame == "last_joint" else np.eye(4)
-            extrinsics[name] = np.broadcast_to(carrier @ camera.pose, (len(index), 4, 4))
-            maps = undistortion(camera, intrinsics[name], size)
         else:
-            intrinsics[name] = recording.intrinsics[name]
-            extrinsics[name] = recording.extrinsics[name][index]
-            maps = None
+            camera, note = recorded_camera(recording, name, index, chosen, size, joint_poses)
+        if note:
+            blind.append(note)
+        intrinsics[name] = fit_size(camera, name, size)
+        carrier = joint_poses[:, -2] if camera.frame == "last_joint" else np.eye(4)
+        extrinsics[name] = np.broadcast_to(carrier @ camera.pose, (len(index), 4, 4))
+        maps = undistortion(camera, intrinsics[name], size)
         images[name] = ChosenImages(stored, chosen, first.shape, maps)
     notes += blind
 
@@ -263,25 +261,3 @@ def check_tool(
             f"the recorded tool pose is up to {100 * error:.1f} cm from forward kinematics "
             f"(nearest: the {frame}): check --robot and --gripper-length."
         )
-
-
-def cameras_of(
-    recording: Recording, robot: Robot, conversion: Conversion, notes: list[str]
-) -> dict[str, Camera]:
-    """The cameras of the calibration files; those of the recording itself need none."""
-    names = list(recording.images)
-    known = [name for name in names if name in recording.intrinsics]
-    known = [name for name in known if name in recording.extrinsics]
-    if conversion.calibration:
-        cameras, words = read_calibration(
-            conversion.calibration, names, robot, conversion.gripper_length, known
-        )
-        notes += words
-        return cameras
-    for name in names:
-        if name not in known:
-            raise UserError(
-                f"{recording.source} does not say where camera '{name}' is: "
-                "give --calibration; see docs/your-data.md."
-            )
-    return {}

@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 import yaml
 from conftest import ROOT
-from make_recordings import PANDA_HOME, UR5E_HOME, motion, room_cameras, write_vendor
+from make_recordings import (
+    PANDA_HOME,
+    UR5E_HOME,
+    look_from,
+    motion,
+    pictures,
+    room_cameras,
+    write_vendor,
+)
 
 import import_demos
 from genima.episodes import read_episode
@@ -186,3 +194,45 @@ def test_one_scale_also_where_one_file_is_in_another_unit(tmp_path, run, bring):
     _, error = bring(tmp_path / "in")
     assert "a.hdf5 and the other recordings: gripper goes from" in error
     assert "set gripper_range: [closed, open]" in error and not episodes(run)
+
+
+# ------------------------------------------------------ cameras that the file itself describes
+MATRIX = [[128.0, 0, 64], [0, 128.0, 48], [0, 0, 1]]
+POSE = look_from([1.3, 0.5, 0.7], [0.0, 0.0, 0.4])
+IN_FILE = {"intrinsics": "cam/{camera}/K", "extrinsics": "cam/{camera}/T"}
+
+
+def test_poses_recorded_at_the_cameras_rate(tmp_path, run, bring):
+    path = vendor(tmp_path / "a.hdf5")
+    poses = np.tile(POSE, (60, 1, 1))
+    poses[:, 0, 3] += np.arange(60) / 100
+    many = np.repeat(pictures(FRAMES, 96, 128), 3, axis=0)
+    edit(path, rgb__front=many, times__front=1000 + np.arange(60) / 30)
+    edit(path, cam__front__K=MATRIX, cam__front__T=poses)
+    lines = IN_FILE | {"image_timestamps": "times/{camera}"}
+    assert bring(path, mapping=mapping(tmp_path, **lines), calibration=())[1] == ""
+    (episode,) = episodes(run)
+    np.testing.assert_allclose(episode.extrinsics["front"], poses[::3])
+
+
+@pytest.mark.parametrize(
+    ("matrix", "poses", "words"),
+    [
+        (MATRIX, POSE, ""),
+        (
+            MATRIX,
+            np.tile(np.linalg.inv(POSE), (FRAMES, 1, 1)),
+            "pose of camera 'front' is inverted",
+        ),
+        ([[607.0, 0, 320], [0, 606, 240], [0, 0, 1]], POSE, "far from the middle"),
+        (MATRIX, np.tile(POSE, (7, 1, 1)), "7 extrinsics for 20 pictures"),
+        (MATRIX, 2 * POSE, "its extrinsics holds a matrix"),
+    ],
+)
+def test_cameras_in_the_file_are_checked(tmp_path, bring, matrix, poses, words):
+    path = vendor(tmp_path / "a.hdf5")
+    edit(path, cam__front__K=matrix, cam__front__T=poses)
+    _, error = bring(path, mapping=mapping(tmp_path, **IN_FILE), calibration=())
+    assert words in error and bool(error) == bool(words)
+    if words:
+        assert "a.hdf5" in error
