@@ -227,7 +227,8 @@ def check_settings(settings: Settings):
         check_number("--source-fps", settings.source_fps, 0.1, 10_000)
     if settings.gripper_length is not None:
         check_number("--gripper-length", settings.gripper_length, 0, 1)
-    if settings.task and Path(settings.task).name != settings.task:
+    is_path = Path(settings.task).name != settings.task or not settings.task.strip(".")
+    if settings.task and is_path:
         raise UserError(f"--task {settings.task}: give a name, not a path.")
     if not settings.sources:
         raise UserError("There is nothing to import: name HDF5 files or folders; see --help.")
@@ -262,9 +263,8 @@ def import_all(settings: Settings):
         print(f"{min(names)}{others}: {note}")
     report(outcomes, settings.run / "episodes")
     if errors:
-        errors = sorted(set(errors))
-        errors.append(f"{counted(len(errors), 'demonstration')} not imported.")
-        raise UserError("\n".join(errors))
+        summary = f"{counted(len(errors), 'demonstration')} not imported."
+        raise UserError("\n".join([*sorted(set(errors)), summary]))
 
 
 def import_sources(sources: list[Source], settings: Settings) -> Iterator[tuple]:

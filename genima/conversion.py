@@ -43,11 +43,14 @@ class ChosenImages:
     dtype = np.dtype(np.uint8)
     ndim = 4
 
-    def __init__(self, stored: Sequence[np.ndarray], chosen: np.ndarray, shape: tuple, maps):
+    def __init__(
+        self, stored: Sequence[np.ndarray], chosen: np.ndarray, shape: tuple, maps, where: str
+    ):
         self.stored = stored
         self.chosen = chosen
         self.shape = (len(chosen), *shape)
         self.maps = maps
+        self.where = where
         self.reader = ThreadPoolExecutor(1)
         self.reading = {}  # frame -> what the reader will have decoded
 
@@ -66,7 +69,10 @@ class ChosenImages:
     def decode(self, t: int) -> np.ndarray:
         picture = self.stored[int(self.chosen[t])]
         if picture.shape != self.shape[1:]:
-            raise UserError(f"A picture has shape {picture.shape}, the first one {self.shape[1:]}.")
+            raise UserError(
+                f"{self.where}: frame {self.chosen[t]} has shape {picture.shape}, the first one "
+                f"{self.shape[1:]}: record it again, or leave the camera out with --cameras."
+            )
         return picture
 
 
@@ -79,8 +85,13 @@ def choose_robot(recording: Recording, conversion: Conversion, notes: list[str])
     """The arm: as asked for, as recorded, or by the number of its joints."""
     if isinstance(conversion.robot, Robot):
         return conversion.robot
-    if conversion.robot or recording.robot:
-        return find_robot(check_robot(conversion.robot or recording.robot))
+    if conversion.robot:
+        return find_robot(check_robot(conversion.robot))
+    if recording.robot:
+        try:
+            return find_robot(check_robot(recording.robot))
+        except UserError as error:
+            raise UserError(f"{recording.source}: {error}") from error
     joints = recording.joints.shape[1]
     robot = guess_robot(joints)
     if robot is None:
@@ -103,6 +114,12 @@ def convert(recording: Recording, conversion: Conversion) -> tuple[Episode, list
     instruction = conversion.instruction or recording.instruction
     if not instruction:
         raise UserError(f"{where} has no instruction: give --instruction 'pick up the cup'.")
+    task = conversion.task or task_name(instruction)
+    if not task:
+        raise UserError(
+            f"{where}: the instruction '{instruction}' has no Latin letters to name the task's "
+            "folder by: give --task."
+        )
     if not np.isfinite(recording.joints).all() or not np.isfinite(recording.gripper).all():
         raise UserError(f"{where}: joints or gripper hold NaN or infinite numbers: move it away.")
     check_time(recording.seconds, where)
@@ -146,12 +163,12 @@ def convert(recording: Recording, conversion: Conversion) -> tuple[Episode, list
         carrier = joint_poses[:, -2] if camera.frame == "last_joint" else np.eye(4)
         extrinsics[name] = np.broadcast_to(carrier @ camera.pose, (len(index), 4, 4))
         maps = undistortion(camera, intrinsics[name], size)
-        images[name] = ChosenImages(stored, chosen, first.shape, maps)
+        images[name] = ChosenImages(stored, chosen, first.shape, maps, f"{where}: camera '{name}'")
     notes += blind
 
     return Episode(
         path=Path(where),
-        task=conversion.task or task_name(instruction),
+        task=task,
         variation=0,
         instruction=instruction,
         instructions=[instruction],
@@ -256,7 +273,9 @@ def check_tool(
     frames = robot.frames(conversion.gripper_length)
     recorded = recording.tool_poses[index]
     error, frame = kinematics_error(recorded, joint_poses[:, -2], frames)
-    if error > NEAR:
+    if np.isnan(error):
+        notes.append("the recorded tool poses are all NaN: not compared with forward kinematics.")
+    elif error > NEAR:
         notes.append(
             f"the recorded tool pose is up to {100 * error:.1f} cm from forward kinematics "
             f"(nearest: the {frame}): check --robot and --gripper-length."

@@ -126,11 +126,19 @@ def resampled_times(recording: Recording, fps: float) -> np.ndarray:
     streams = [recording.seconds, *recording.image_seconds.values()]
     start = max(stream[0] for stream in streams)
     end = min(stream[-1] for stream in streams)
+    for camera, stream in recording.image_seconds.items():
+        if stream[0] > recording.seconds[-1] or stream[-1] < recording.seconds[0]:
+            raise UserError(
+                f"{recording.source}: the times of camera '{camera}' ({stream[0]:.1f} to "
+                f"{stream[-1]:.1f} s) and of the joints ({recording.seconds[0]:.1f} to "
+                f"{recording.seconds[-1]:.1f} s) do not overlap: write both by the same clock."
+            )
     slowest = min(source_rate(stream) for stream in streams)
     if fps > 1.2 * slowest:
         raise UserError(
             f"{recording.source} was recorded at {slowest:.3g} Hz: at --fps {fps:g} most frames "
-            f"would be copies; give --fps {int(slowest * 1.05)} or less."
+            f"would be copies; give --fps {int(slowest * 1.05)} or less, or --source-fps where its "
+            "timestamps only count the frames."
         )
     count = int((end - start) * fps + 1e-3) + 1
     if count < 3:
@@ -241,12 +249,14 @@ def kinematics_error(
     """Largest distance, metres, of recorded tool positions from the frame that fits them best.
 
     tool_poses (T, 4, 4) as recorded, last_joint (T, 4, 4) by forward kinematics, frames from
-    robots.robot_frames. Returns (distance, name of the frame).
+    robots.robot_frames. Returns (distance, name of the frame). Frames without a recorded position
+    are left out; where none has one, the distance is NaN.
     """
     errors = {}
     for name, last_joint_from_frame in frames.items():
         positions = (last_joint @ last_joint_from_frame)[:, :3, 3]
-        errors[name] = float(np.linalg.norm(positions - tool_poses[:, :3, 3], axis=1).max())
+        distances = np.linalg.norm(positions - tool_poses[:, :3, 3], axis=1)  # (T,)
+        errors[name] = float(np.fmax.reduce(distances))  # NaN only where all are
     best = min(errors, key=errors.get)
     return errors[best], best
 
@@ -259,10 +269,17 @@ def check_joints(joints: np.ndarray, robot: Robot, where: str) -> str | None:
             f"{where}: {joints.shape[1]} joints, but a {robot.name} has {expected}: "
             "name the columns of one arm in the mapping, such as observations/qpos[0:7]."
         )
-    if np.abs(joints).max() > 2.2 * np.pi:
+    farthest = np.abs(joints).max(axis=0)  # (D,)
+    if (farthest > 10).sum() > 1:
         raise UserError(
-            f"{where}: joints go up to {np.abs(joints).max():.3g} rad: "
+            f"{where}: joints go up to {farthest.max():.3g} rad: "
             "set joint_unit: degrees in the mapping."
+        )
+    if farthest.max() > 2.2 * np.pi:
+        raise UserError(
+            f"{where}: joint {farthest.argmax() + 1} goes up to {farthest.max():.3g} rad, beyond "
+            f"the limits of a {robot.name}: name the column of that joint in the mapping, or "
+            "record it again."
         )
     beyond = int(beyond_limits(joints, robot, 0.01).sum())
     if beyond:

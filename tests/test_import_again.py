@@ -2,6 +2,7 @@
 
 import json
 
+import cv2
 import h5py
 import numpy as np
 import pytest
@@ -20,7 +21,10 @@ from make_recordings import (
 import import_demos
 from genima.episodes import read_episode
 from genima.files import UserError
-from genima.import_sources import name_places
+from genima.import_sources import find_lerobot, name_places, prepare
+from genima.kinematics import franka_chain
+from genima.mapping import read_mapping
+from genima.quality import examine
 
 FRONT = {"front": (96, 128)}
 FRAMES = 20
@@ -236,3 +240,176 @@ def test_cameras_in_the_file_are_checked(tmp_path, bring, matrix, poses, words):
     assert words in error and bool(error) == bool(words)
     if words:
         assert "a.hdf5" in error
+
+
+# -------------------------------------------------------------------------- the right sentence
+def test_seven_radians_are_no_degrees(tmp_path, bring):
+    home = UR5E_HOME.copy()
+    home[5] = 7.2
+    path = vendor(tmp_path / "a.hdf5", home=home)
+    _, error = bring(path)
+    assert "joint 6 goes up to 7." in error and "degrees" not in error
+    edit(path, joint_positions=np.degrees(motion(UR5E_HOME, FRAMES)[0]))
+    assert "set joint_unit: degrees" in bring(path)[1]
+
+
+def test_one_nan_does_not_hide_a_tool_elsewhere(tmp_path, run, bring):
+    path = vendor(tmp_path / "a.hdf5")
+    poses = franka_chain().forward_kinematics(motion(PANDA_HOME, FRAMES)[0])[:, -1]
+    poses[:, 1, 3] += 0.2
+    poses[4] = np.nan
+    edit(path, ee_pose=poses)
+    assert "the recorded tool pose is up to 20.0 cm" in bring(path)[0]
+    (found,) = run.glob("episodes/*/*.hdf5")
+    facts, _ = examine(found, None)
+    assert facts.tool_error == pytest.approx(0.2, abs=0.01)
+    assert "recorded tool is up to 20.0 cm" in str(facts.out_of_bounds)
+
+
+def test_tool_poses_that_are_all_nan_are_said(tmp_path, run, bring):
+    path = vendor(tmp_path / "a.hdf5")
+    edit(path, ee_pose=np.full((FRAMES, 4, 4), np.nan))
+    assert "tool poses are all NaN" in bring(path)[0]
+    (found,) = run.glob("episodes/*/*.hdf5")
+    facts, _ = examine(found, None)
+    assert facts.tool_error is None and "tool poses are all NaN" in str(facts.out_of_bounds)
+
+
+def test_clocks_of_different_epochs(tmp_path, bring):
+    path = vendor(tmp_path / "a.hdf5")
+    edit(path, times__front=1.7e9 + np.arange(FRAMES) / 10)
+    _, error = bring(path, mapping=mapping(tmp_path, image_timestamps="times/{camera}"))
+    assert "camera 'front' (1700000000.0 to 1700000001.9 s)" in error and "do not overlap" in error
+
+
+def test_timestamps_that_count_frames(tmp_path, run, bring):
+    path = vendor(tmp_path / "a.hdf5")
+    edit(path, timestamps=np.arange(20.0))
+    assert "--source-fps where its timestamps only count" in bring(path)[1]
+    assert bring(path, source_fps=10.0)[1] == ""
+
+
+def test_a_picture_of_another_size_and_an_unknown_robot_are_named(tmp_path, bring):
+    path = vendor(tmp_path / "a.hdf5")
+    images = list(pictures(FRAMES, 96, 128))
+    images[7] = images[7][::2, ::2]
+    kind = h5py.vlen_dtype(np.uint8)
+    with h5py.File(path, "r+") as root:
+        del root["rgb/front"]
+        stored = root.create_dataset("rgb/front", (FRAMES,), kind)
+        for frame, image in enumerate(images):
+            stored[frame] = cv2.imencode(".png", image)[1].reshape(-1)
+    _, error = bring(path)
+    assert "a.hdf5: camera 'front': frame 7 has shape (48, 64, 3)" in error
+    _, error = bring(vendor(tmp_path / "b.hdf5"), mapping=mapping(tmp_path, robot="xArm7"))
+    assert "b.hdf5: Robot 'xArm7' is not known" in error
+
+
+def test_all_that_failed_are_counted(tmp_path, bring):
+    for number in range(3):
+        vendor(tmp_path / f"in/{number}.hdf5", cameras={"side": (96, 128)}, seed=number)
+    calibration = tmp_path / "others.json"
+    calibration.write_text(json.dumps(room_cameras({"front": (96, 128), "top": (96, 128)})))
+    _, error = bring(tmp_path / "in", calibration=(str(calibration),))
+    assert "3 demonstrations not imported" in error
+
+
+def test_a_task_needs_a_name(tmp_path, run, bring):
+    path = vendor(tmp_path / "a.hdf5")
+    _, error = bring(path, instruction="拿起杯子")
+    assert "has no Latin letters" in error and "give --task" in error
+    for name in ("..", "...", "a/b", "."):
+        with pytest.raises(UserError, match="give a name, not a path"):
+            import_demos.check_settings(import_demos.Settings((path,), run, task=name))
+    assert bring(path, instruction="拿起杯子", task="cup")[1] == ""
+    assert [path.parent.name for path in run.rglob("*.hdf5")] == ["cup"]
+
+
+def test_a_camera_in_millimetres_is_out_of_bounds(tmp_path, run, bring):
+    far = room_cameras(FRONT)
+    for row in far["front"]["world_from_camera"][:3]:
+        row[3] *= 1000
+    calibration = tmp_path / "far.json"
+    calibration.write_text(json.dumps(far))
+    bring(vendor(tmp_path / "a.hdf5"), calibration=(str(calibration),))
+    (found,) = run.glob("episodes/*/*.hdf5")
+    facts, _ = examine(found, None)
+    assert "in millimetres?" in str(facts.out_of_bounds)
+
+
+# ------------------------------------------------------------------------------- what is found
+def test_endings_in_capitals_are_found(tmp_path, run, bring):
+    vendor(tmp_path / "in/a.HDF5")
+    vendor(tmp_path / "in/b.H5", seed=1)
+    vendor(tmp_path / "in/c.hdf5", seed=2)
+    assert "3 demonstrations imported" in bring(tmp_path / "in")[0]
+
+
+def lerobot_dataset(folder, seed=0):
+    """A LeRobot dataset of one episode, its pictures as PNG files in the table."""
+    pa = pytest.importorskip("pyarrow")
+    pytest.importorskip("av")
+    from pyarrow import parquet
+
+    joints, gripper = motion(PANDA_HOME, FRAMES, seed)
+    states = np.concatenate([joints, gripper[:, None]], axis=1).tolist()
+    images = []
+    for picture in pictures(FRAMES, 96, 128, seed):
+        images.append({"bytes": cv2.imencode(".png", picture[..., ::-1])[1].tobytes(), "path": ""})
+    table = {
+        "observation.state": states,
+        "action": states,
+        "observation.images.front": images,
+        "timestamp": (np.arange(FRAMES) / 10).tolist(),
+        "frame_index": list(range(FRAMES)),
+        "episode_index": [0] * FRAMES,
+    }
+    row = {"episode_index": 0, "tasks": ["pick up the cup"], "length": FRAMES}
+    row |= {"data/chunk_index": 0, "data/file_index": 0}
+    for part in ("data", "meta/episodes"):
+        (folder / part / "chunk-000").mkdir(parents=True)
+    parquet.write_table(pa.table(table), folder / "data/chunk-000/file-000.parquet")
+    rows = pa.Table.from_pylist([row])
+    parquet.write_table(rows, folder / "meta/episodes/chunk-000/file-000.parquet")
+    info = {
+        "codebase_version": "v3.0",
+        "robot_type": "panda",
+        "fps": 10,
+        "features": {"observation.images.front": {"dtype": "image", "shape": [96, 128, 3]}},
+        "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
+    }
+    (folder / "meta/info.json").write_text(json.dumps(info))
+    return folder
+
+
+def test_datasets_beside_files_and_of_one_name(tmp_path, run, bring):
+    lerobot_dataset(tmp_path / "in/mon/set")
+    lerobot_dataset(tmp_path / "in/tue/set", seed=1)
+    vendor(tmp_path / "in/a.hdf5", seed=2)
+    out, error = bring(tmp_path / "in")
+    assert error == "" and "3 demonstrations imported" in out
+    names = [path.name for path in sorted(run.glob("episodes/*/*.hdf5"))]
+    assert names == ["a.hdf5", "mon_set_000000.hdf5", "tue_set_000000.hdf5"]
+    _, error = bring(tmp_path / "in/tue")
+    assert error == ""  # its name is set_000000 where it is alone
+
+
+def test_the_scale_of_a_lerobot_dataset(tmp_path):
+    (source,) = find_lerobot(lerobot_dataset(tmp_path / "set"), "set", read_mapping("lerobot"))
+    prepare([source])
+    assert source.extremes["gripper"] == pytest.approx((0.4, 1.0))
+
+
+def test_a_mapping_that_is_called_rlbench(tmp_path, run, bring):
+    path = tmp_path / "rlbench.yaml"
+    path.write_text((ROOT / "mappings/vendor.yaml").read_text())
+    _, error = bring(vendor(tmp_path / "a.hdf5"), mapping=str(path))
+    assert error == "" and len(episodes(run)) == 1
+
+
+@pytest.mark.parametrize("layout", ["task/all_variations/episodes", "task/episodes"])
+def test_other_layouts_of_rlbench_are_found(tmp_path, bring, layout):
+    episode = tmp_path / "in" / layout / "episode0"
+    episode.mkdir(parents=True)
+    (episode / "low_dim_obs.pkl").touch()
+    assert "is a dataset of RLBench" in bring(tmp_path / "in")[1]
