@@ -156,7 +156,9 @@ def import_one(source: Source, settings: Settings) -> Outcome:
                 return write_recording(recording, source, settings)
         from genima.import_lerobot import read_lerobot
 
-        recording = read_lerobot(source.path, source.row, source.mapping)
+        recording = read_lerobot(
+            source.path, source.row, source.mapping, source_fps=settings.source_fps
+        )
         return write_recording(recording, source, settings)
     except UserError as error:
         return Outcome(error=str(error))

@@ -153,6 +153,7 @@ def keep(episode: Episode, name: str, run: Path) -> Episode | None:
 def check_fits(episode: Episode, run: Path):
     """Raise a UserError unless an episode has the robot, rate and cameras of those in the run."""
     check_episode(episode)
+    episode.image_sizes = dict(sorted(episode.image_sizes.items()))  # as in a file
     for path in (run / "episodes").glob("*/[!.]*.hdf5"):
         ours = layout_of(episode)
         theirs = layout_of(read_episode(path, images=False))
