@@ -37,9 +37,8 @@ from genima.parallel import run_in_parallel, usable_cores
 from genima.recordings import Conversion, Recording
 from genima.robots import Robot, check_robot
 from sims.rlbench_dataset import HZ, find_demonstrations, identify, read_demonstration, read_notes
-from sims.rlbench_folders import episode_file, not_importable
+from sims.rlbench_folders import episode_file, episode_folders, not_importable
 
-RLBENCH = "**/episodes/episode*/low_dim_obs.pkl"  # in a dataset of RLBench
 RLBENCH_MAPPING = Mapping(source="rlbench")  # stands for it: no file of mappings/ is needed
 
 
@@ -104,14 +103,14 @@ def find_sources(settings: Settings) -> tuple[list[Source], list[str]]:
         if not path.exists():
             raise UserError(f"{path} does not exist.")
         found = find_places(path) if path.is_dir() else [path]
-        rlbench = path.is_dir() and any(path.glob(RLBENCH))
+        rlbench = [one for one in episode_folders(path) if (one / "low_dim_obs.pkl").exists()]
         if rlbench:
             sources += find_rlbench(path, settings)
             errors += not_importable(path)
         if not found and not rlbench:
             raise UserError(f"{path} holds neither HDF5 files nor a dataset of LeRobot or RLBench.")
         for place in found:
-            places.setdefault(place.resolve(), place)
+            places.setdefault(Path(os.path.abspath(place)), place)
     ready = ready_mappings()
     for path, name in zip(places.values(), name_places(list(places.values()))):
         try:
@@ -147,18 +146,16 @@ def import_one(source: Source, settings: Settings) -> Outcome:
     try:
         if source.mapping == RLBENCH_MAPPING:
             return import_rlbench(source, settings)
+        mapping = source.mapping
+        if settings.instruction:
+            mapping = replace(mapping, instruction="")  # whatever the recording says
         if source.row is None:
-            mapping = source.mapping
-            if settings.instruction:
-                mapping = replace(mapping, instruction=None)  # whatever the file says
             with open_recording(source.path) as root:
                 recording = read_recording(root, mapping, settings.source_fps, settings.cameras)
                 return write_recording(recording, source, settings)
         from genima.import_lerobot import read_lerobot
 
-        recording = read_lerobot(
-            source.path, source.row, source.mapping, source_fps=settings.source_fps
-        )
+        recording = read_lerobot(source.path, source.row, mapping, settings.source_fps)
         return write_recording(recording, source, settings)
     except UserError as error:
         return Outcome(error=str(error))

@@ -45,23 +45,14 @@ def recorded_camera(
     """A camera that the recording itself describes, with a pose for each frame of the episode.
 
     Its poses are recorded with its pictures, of which the episode has those in `chosen`, or with
-    the joints (`index`), or once. Returns check_view's sentence, too.
+    the joints (`index`). Returns check_view's sentence, too.
     """
     where = f"{recording.source}: camera '{name}'"
-    matrix = np.asarray(recording.intrinsics[name], np.float64)
-    poses = np.asarray(recording.extrinsics[name], np.float64)
+    matrix = recording.intrinsics[name]
+    poses = recording.extrinsics[name]
     check_array(matrix, (3, 3), np.float64, f"{where}: its intrinsics")
-    if poses.shape == (4, 4):
-        poses = np.broadcast_to(poses, (len(index), 4, 4))
-    elif len(poses) == len(recording.images[name]):
-        poses = poses[chosen]
-    elif len(poses) == len(recording.joints):
-        poses = poses[index]
-    else:
-        raise UserError(
-            f"{where} has {len(poses)} extrinsics for {len(recording.images[name])} pictures: "
-            "record it again, or give --calibration."
-        )
+    at_pictures = len(poses) == len(recording.images[name])
+    poses = poses[chosen if at_pictures else index]
     check_array(poses, (None, 4, 4), np.float64, f"{where}: its extrinsics")
     camera = Camera(recording.source, intrinsics=matrix, frame="base", pose=poses)
     try:

@@ -6,6 +6,7 @@ names = name_places(places)         of their episodes, no two alike
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ import numpy as np
 from genima.episodes import FORMAT, Episode, check_episode, layout_of, read_episode, write_episode
 from genima.files import UserError, read_hdf5
 from genima.import_hdf5 import column, open_recording
+from genima.mapped_numbers import gripper_of
 from genima.mapping import Mapping, split_columns
 
 ENDINGS = (".hdf5", ".h5")  # also in capitals
@@ -50,7 +52,7 @@ def name_places(places: list[Path]) -> list[str]:
     parts = []
     for path in places:
         last = path.name if path.is_dir() else path.stem
-        parts.append([*path.resolve().parent.parts[1:], last])
+        parts.append([*Path(os.path.abspath(path)).parent.parts[1:], last])
     used = [1] * len(places)  # how many parts of each make its name
     while True:
         names = ["_".join(part[-count:]) for part, count in zip(parts, used)]
@@ -107,7 +109,7 @@ def find_extremes(sources: list[Source]):
         for path, mapping in places.items():
             if getattr(mapping, name) and not getattr(mapping, f"{name}_range"):
                 with suppress(UserError, ValueError):  # importing it says so
-                    values = read_numbers(path, getattr(mapping, name))
+                    values = gripper_values(path, getattr(mapping, name))
                     finite = values[np.isfinite(values)]
                     found.setdefault(mapping.source, []).extend([finite.min(), finite.max()])
         for source in sources:
@@ -116,21 +118,18 @@ def find_extremes(sources: list[Source]):
                 source.extremes[name] = (float(min(values)), float(max(values)))
 
 
-def read_numbers(path: Path, name: str) -> np.ndarray:
-    """The last of the numbers of each frame that a mapping names: in a file, or in a dataset."""
+def gripper_values(path: Path, name: str) -> np.ndarray:
+    """What a mapping names as the gripper or its command: in a file, or in a whole dataset."""
     if not path.is_dir():
         with open_recording(path) as root:
-            values = column(root, name, name, None, needed=True)
-            return values.reshape(len(values), -1)[:, -1]
-    from genima.import_lerobot import column as column_of  # pyarrow and PyAV: only here
+            return gripper_of(column(root, name, name, None, needed=True), str(path))
+    from genima.import_lerobot import column as table_column  # pyarrow and PyAV: only here
     from genima.import_lerobot import read_table
 
     parts = []
-    for table in sorted((path / "data").glob("*/*.parquet")):
-        values = column_of(
-            read_table(table, columns=[split_columns(name)[0]]), name, str(table), True
-        )
-        parts.append(values.reshape(len(values), -1)[:, -1])
+    for place in sorted((path / "data").glob("*/*.parquet")):
+        table = read_table(place, columns=[split_columns(name)[0]])
+        parts.append(gripper_of(table_column(table, name, str(place), needed=True), str(place)))
     return np.concatenate(parts)
 
 

@@ -229,7 +229,7 @@ def test_poses_recorded_at_the_cameras_rate(tmp_path, run, bring):
             "pose of camera 'front' is inverted",
         ),
         ([[607.0, 0, 320], [0, 606, 240], [0, 0, 1]], POSE, "far from the middle"),
-        (MATRIX, np.tile(POSE, (7, 1, 1)), "7 extrinsics for 20 pictures"),
+        (MATRIX, np.tile(POSE, (7, 1, 1)), "has shape (7, 4, 4)"),
         (MATRIX, 2 * POSE, "its extrinsics holds a matrix"),
     ],
 )
@@ -413,3 +413,17 @@ def test_other_layouts_of_rlbench_are_found(tmp_path, bring, layout):
     episode.mkdir(parents=True)
     (episode / "low_dim_obs.pkl").touch()
     assert "is a dataset of RLBench" in bring(tmp_path / "in")[1]
+
+
+def test_a_task_of_rlbench_may_be_a_link(tmp_path, bring):
+    episode = tmp_path / "disk/task/variation0/episodes/episode0"
+    episode.mkdir(parents=True)
+    (episode / "low_dim_obs.pkl").touch()
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/task").symlink_to(tmp_path / "disk/task")
+    assert "is a dataset of RLBench" in bring(tmp_path / "in")[1]
+
+
+def test_a_file_that_is_named_twice_is_imported_once(tmp_path, bring):
+    path = vendor(tmp_path / "in/a.hdf5")
+    assert "1 demonstration imported" in bring(tmp_path / "in", path)[0]
