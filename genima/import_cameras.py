@@ -58,5 +58,5 @@ def recorded_camera(
     try:
         return camera, check_view(camera, name, size, joint_poses)
     except UserError as error:  # its advice is for a calibration file
-        problem = str(error).rpartition(": ")[0]
-        raise UserError(f"{problem}: give --calibration.") from error
+        problem = str(error).removeprefix(f"{recording.source}: ").partition(": ")[0]
+        raise UserError(f"{recording.source}: {problem}: give --calibration.") from error

@@ -213,7 +213,7 @@ def check_cameras(episode: Episode, facts: Facts):
         away = float(np.linalg.norm(poses[:, :3, 3], axis=1).max())
         if away > FARTHEST:
             facts.out_of_bounds.append(
-                f"camera '{camera}' is {away:.0f} m from the base: is its pose in millimetres?"
+                f"camera '{camera}' is {away:.0f} m from the base: its pose may be in millimetres"
             )
         seen = is_visible(episode, camera, now, style)  # (T, S)
         facts.visible[camera] = seen.mean(axis=0).round(3).tolist()

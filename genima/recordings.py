@@ -131,7 +131,8 @@ def resampled_times(recording: Recording, fps: float) -> np.ndarray:
             raise UserError(
                 f"{recording.source}: the times of camera '{camera}' ({stream[0]:.1f} to "
                 f"{stream[-1]:.1f} s) and of the joints ({recording.seconds[0]:.1f} to "
-                f"{recording.seconds[-1]:.1f} s) do not overlap: write both by the same clock."
+                f"{recording.seconds[-1]:.1f} s) do not overlap: write both by the same "
+                "clock, or set image_timestamps: null where each picture has its joints."
             )
     slowest = min(source_rate(stream) for stream in streams)
     if fps > 1.2 * slowest:
