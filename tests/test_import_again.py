@@ -427,3 +427,10 @@ def test_a_task_of_rlbench_may_be_a_link(tmp_path, bring):
 def test_a_file_that_is_named_twice_is_imported_once(tmp_path, bring):
     path = vendor(tmp_path / "in/a.hdf5")
     assert "1 demonstration imported" in bring(tmp_path / "in", path)[0]
+
+
+def test_a_rate_and_an_instruction_for_a_lerobot_dataset(tmp_path, run, bring):
+    folder = lerobot_dataset(tmp_path / "set")
+    _, error = bring(folder, source_fps=20.0, instruction="take it")
+    (episode,) = episodes(run)
+    assert error == "" and len(episode.qpos) == 10 and episode.task == "take_it"
