@@ -18,6 +18,7 @@ them out. Stopped in the middle, the same command continues where it was.
 
 import os
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -25,19 +26,20 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process for each core does th
 
 import tyro
 
-from genima.conversion import convert, task_name
-from genima.episodes import CAMERAS, find_episodes, read_episode, write_episode
+from genima.conversion import convert
+from genima.episodes import CAMERAS, find_episodes, read_episode
 from genima.export_act import export_act
 from genima.files import UserError, check_number, run_stage
 from genima.import_hdf5 import detect_mapping, open_recording, read_recording
+from genima.import_sources import Source, find_lerobot, find_places, keep, name_places, prepare
 from genima.mapping import Mapping, read_mapping, ready_mappings
 from genima.parallel import run_in_parallel, usable_cores
 from genima.recordings import Conversion, Recording
 from genima.robots import Robot, check_robot
 from sims.rlbench_dataset import HZ, find_demonstrations, identify, read_demonstration, read_notes
-from sims.rlbench_folders import episode_file, not_importable
+from sims.rlbench_folders import episode_file, episode_folders, not_importable
 
-RLBENCH = "*/variation*/episodes/*/low_dim_obs.pkl"  # in a dataset of RLBench
+RLBENCH_MAPPING = Mapping(source="rlbench")  # stands for it: no file of mappings/ is needed
 
 
 @dataclass
@@ -80,17 +82,6 @@ class Settings:
 
 
 @dataclass
-class Source:
-    """One demonstration to import."""
-
-    path: Path  # an HDF5 file, or the folder of a LeRobot dataset
-    name: str  # of the episode's file
-    mapping: Mapping
-    row: dict | None = None  # of a LeRobot dataset: what it says of the episode
-    number: int = 0
-
-
-@dataclass
 class Outcome:
     """What became of a source."""
 
@@ -105,47 +96,32 @@ class Outcome:
 def find_sources(settings: Settings) -> tuple[list[Source], list[str]]:
     """The demonstrations in the files and folders, and a sentence on each file that is none."""
     chosen = read_mapping(settings.mapping) if settings.mapping else None
-    files: list[Path] = []
+    places: dict[Path, Path] = {}  # absolute -> as given, each once
     sources: list[Source] = []
     errors: list[str] = []
     for path in settings.sources:
         if not path.exists():
             raise UserError(f"{path} does not exist.")
-        if (path / "meta" / "info.json").exists():
-            sources += find_lerobot(path, chosen or read_mapping("lerobot"))
-        elif any(path.glob(RLBENCH)):
+        found = find_places(path) if path.is_dir() else [path]
+        rlbench = [one for one in episode_folders(path) if (one / "low_dim_obs.pkl").exists()]
+        if rlbench:
             sources += find_rlbench(path, settings)
             errors += not_importable(path)
-        elif path.is_dir():
-            found = [*path.rglob("*.hdf5"), *path.rglob("*.h5")]
-            if not found:
-                raise UserError(f"{path} holds neither HDF5 files nor a dataset of LeRobot.")
-            files += sorted(found)
-        else:
-            files.append(path)
-    stems = Counter(path.stem for path in files)
+        if not found and not rlbench:
+            raise UserError(f"{path} holds neither HDF5 files nor a dataset of LeRobot or RLBench.")
+        for place in found:
+            places.setdefault(Path(os.path.abspath(place)), place)
     ready = ready_mappings()
-    for path in files:
-        name = path.stem if stems[path.stem] == 1 else f"{path.parent.name}_{path.stem}"
+    for path, name in zip(places.values(), name_places(list(places.values()))):
         try:
-            sources.append(Source(path, name, chosen or detect_mapping(path, ready)))
+            if path.is_dir():
+                sources += find_lerobot(path, name, chosen or read_mapping("lerobot"))
+            else:
+                sources.append(Source(path, name, chosen or detect_mapping(path, ready)))
         except UserError as error:
             errors.append(str(error))
-    for number, source in enumerate(sources):
-        source.number = number
+    prepare(sources)
     return sources, errors
-
-
-def find_lerobot(folder: Path, mapping: Mapping) -> list[Source]:
-    """The episodes of a LeRobot dataset."""
-    from genima.import_lerobot import read_episode_rows, read_info  # pyarrow and PyAV: only here
-
-    read_info(folder)
-    sources = []
-    for row in read_episode_rows(folder):
-        name = f"{folder.resolve().name}_{row['episode_index']:06d}"
-        sources.append(Source(folder, name, mapping, row))
-    return sources
 
 
 def find_rlbench(folder: Path, settings: Settings) -> list[Source]:
@@ -157,26 +133,29 @@ def find_rlbench(folder: Path, settings: Settings) -> list[Source]:
     folders = find_demonstrations(folder)
     for note in read_notes(folders):
         print(f"Note: {note}")
-    mapping = Mapping(source="rlbench")
-    return [Source(path, episode_file(path).removesuffix(".hdf5"), mapping) for path in folders]
+    sources = []
+    for path in folders:
+        name = f"{identify(path)[0]}/{episode_file(path).removesuffix('.hdf5')}"
+        sources.append(Source(path, name, RLBENCH_MAPPING))
+    return sources
 
 
 # -------------------------------------------------------------------------------- one episode
 def import_one(source: Source, settings: Settings) -> Outcome:
     """Import one demonstration, unless that was done. Runs in a process of its own."""
     try:
-        if source.mapping.name == "rlbench":
+        if source.mapping == RLBENCH_MAPPING:
             return import_rlbench(source, settings)
+        mapping = source.mapping
+        if settings.instruction:
+            mapping = replace(mapping, instruction="")  # whatever the recording says
         if source.row is None:
-            mapping = source.mapping
-            if settings.instruction:
-                mapping = replace(mapping, instruction=None)  # whatever the file says
             with open_recording(source.path) as root:
                 recording = read_recording(root, mapping, settings.source_fps, settings.cameras)
                 return write_recording(recording, source, settings)
         from genima.import_lerobot import read_lerobot
 
-        recording = read_lerobot(source.path, source.row, source.mapping)
+        recording = read_lerobot(source.path, source.row, mapping, settings.source_fps)
         return write_recording(recording, source, settings)
     except UserError as error:
         return Outcome(error=str(error))
@@ -184,12 +163,10 @@ def import_one(source: Source, settings: Settings) -> Outcome:
 
 def import_rlbench(source: Source, settings: Settings) -> Outcome:
     """As collect_demos.py --from-rlbench, which knows more options."""
-    task = identify(source.path)[0]
-    path = settings.run / "episodes" / task / f"{source.name}.hdf5"
-    if path.exists():
-        return Outcome(task, skipped=True)
-    write_episode(path, read_demonstration(source.path, settings.cameras or CAMERAS))
-    return Outcome(task)
+    episode = read_demonstration(source.path, settings.cameras or CAMERAS)
+    episode.path = source.path
+    known = keep(episode, source.name, settings.run)
+    return Outcome(episode.task, skipped=known is not None)
 
 
 def write_recording(recording: Recording, source: Source, settings: Settings) -> Outcome:
@@ -198,25 +175,24 @@ def write_recording(recording: Recording, source: Source, settings: Settings) ->
         if camera not in recording.images:
             names = ", ".join(recording.images)
             raise UserError(f"{recording.source} has no camera '{camera}', but {names}.")
+    recording.extremes = source.extremes
+    recording.gripper_command_range = source.mapping.gripper_command_range
     if settings.cameras:
         recording.images = {camera: recording.images[camera] for camera in settings.cameras}
-    task = settings.task or task_name(settings.instruction or recording.instruction)
-    success = recording.success is not False
-    path = settings.run / "episodes" / task / f"{source.name}.hdf5"
-    if task and path.exists():
-        return Outcome(task, read_episode(path, images=False).success, skipped=True)
     conversion = Conversion(
         robot=arm_of(settings),
         fps=settings.fps,
         calibration=calibration_of(source, settings),
         gripper_length=settings.gripper_length,
         instruction=settings.instruction,
-        task=task,
+        task=settings.task,
     )
     episode, notes = convert(recording, conversion)
     episode.seed = source.number
-    write_episode(path, episode)
-    return Outcome(task, success, notes=notes)
+    known = keep(episode, f"{episode.task}/{source.name}", settings.run)
+    if known:
+        return Outcome(episode.task, known.success, skipped=True)
+    return Outcome(episode.task, episode.success, notes=notes)
 
 
 def arm_of(settings: Settings) -> Robot | str:
@@ -250,7 +226,8 @@ def check_settings(settings: Settings):
         check_number("--source-fps", settings.source_fps, 0.1, 10_000)
     if settings.gripper_length is not None:
         check_number("--gripper-length", settings.gripper_length, 0, 1)
-    if settings.task and Path(settings.task).name != settings.task:
+    is_path = Path(settings.task).name != settings.task or not settings.task.strip(".")
+    if settings.task and is_path:
         raise UserError(f"--task {settings.task}: give a name, not a path.")
     if not settings.sources:
         raise UserError("There is nothing to import: name HDF5 files or folders; see --help.")
@@ -270,10 +247,9 @@ def import_all(settings: Settings):
     for name, count in Counter(source.mapping.name for source in sources).items():
         how = "as asked for" if settings.mapping else "which fits"
         print(f"{counted(count, 'demonstration')}: mapping '{name}', {how}.")
-    jobs = [(import_one, source, settings) for source in sources]
     outcomes: list[Outcome] = []
     notes: dict[str, list[str]] = {}
-    for (_, source, _), outcome in run_in_parallel(jobs, settings.workers, "importing", "episode"):
+    for source, outcome in import_sources(sources, settings):
         if outcome is None:
             outcome = Outcome(error=f"{source.path}: its process died twice: run it again.")
         outcomes.append(outcome)
@@ -286,9 +262,26 @@ def import_all(settings: Settings):
         print(f"{min(names)}{others}: {note}")
     report(outcomes, settings.run / "episodes")
     if errors:
-        errors = sorted(set(errors))
-        errors.append(f"{counted(len(errors), 'demonstration')} not imported.")
-        raise UserError("\n".join(errors))
+        summary = f"{counted(len(errors), 'demonstration')} not imported."
+        raise UserError("\n".join([*sorted(set(errors)), summary]))
+
+
+def import_sources(sources: list[Source], settings: Settings) -> Iterator[tuple]:
+    """Yield (source, what became of it).
+
+    The first that can be imported comes before the others, which have to be like it.
+    """
+    jobs = [(import_one, source, settings) for source in sources]
+    done = False
+    while jobs and not done:
+        for (_, source, _), outcome in run_in_parallel(jobs[:1], 1, "importing", "episode"):
+            done = outcome is not None and not outcome.error
+            yield source, outcome
+        jobs = jobs[1:]
+    if jobs:
+        several = run_in_parallel(jobs, settings.workers, "importing", "episode")
+        for (_, source, _), outcome in several:
+            yield source, outcome
 
 
 def counted(number: int, noun: str) -> str:

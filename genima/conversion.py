@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from genima.calibration import check_view, fit_size, read_calibration, undistort, undistortion
-from genima.calibration_files import Camera
+from genima.calibration import check_view, fit_size, undistort, undistortion
 from genima.episodes import Episode
 from genima.files import UserError
+from genima.import_cameras import cameras_of, recorded_camera
 from genima.recordings import (
     MOVES,
     NEAR,
@@ -43,11 +43,14 @@ class ChosenImages:
     dtype = np.dtype(np.uint8)
     ndim = 4
 
-    def __init__(self, stored: Sequence[np.ndarray], chosen: np.ndarray, shape: tuple, maps):
+    def __init__(
+        self, stored: Sequence[np.ndarray], chosen: np.ndarray, shape: tuple, maps, where: str
+    ):
         self.stored = stored
         self.chosen = chosen
         self.shape = (len(chosen), *shape)
         self.maps = maps
+        self.where = where
         self.reader = ThreadPoolExecutor(1)
         self.reading = {}  # frame -> what the reader will have decoded
 
@@ -66,7 +69,10 @@ class ChosenImages:
     def decode(self, t: int) -> np.ndarray:
         picture = self.stored[int(self.chosen[t])]
         if picture.shape != self.shape[1:]:
-            raise UserError(f"A picture has shape {picture.shape}, the first one {self.shape[1:]}.")
+            raise UserError(
+                f"{self.where}: frame {self.chosen[t]} has shape {picture.shape}, the first one "
+                f"{self.shape[1:]}: record it again, or leave the camera out with --cameras."
+            )
         return picture
 
 
@@ -79,8 +85,13 @@ def choose_robot(recording: Recording, conversion: Conversion, notes: list[str])
     """The arm: as asked for, as recorded, or by the number of its joints."""
     if isinstance(conversion.robot, Robot):
         return conversion.robot
-    if conversion.robot or recording.robot:
-        return find_robot(check_robot(conversion.robot or recording.robot))
+    if conversion.robot:
+        return find_robot(check_robot(conversion.robot))
+    if recording.robot:
+        try:
+            return find_robot(check_robot(recording.robot))
+        except UserError as error:
+            raise UserError(f"{recording.source}: {error}") from error
     joints = recording.joints.shape[1]
     robot = guess_robot(joints)
     if robot is None:
@@ -103,6 +114,12 @@ def convert(recording: Recording, conversion: Conversion) -> tuple[Episode, list
     instruction = conversion.instruction or recording.instruction
     if not instruction:
         raise UserError(f"{where} has no instruction: give --instruction 'pick up the cup'.")
+    task = conversion.task or task_name(instruction)
+    if not task:
+        raise UserError(
+            f"{where}: the instruction '{instruction}' has no Latin letters to name the task's "
+            "folder by: give --task."
+        )
     if not np.isfinite(recording.joints).all() or not np.isfinite(recording.gripper).all():
         raise UserError(f"{where}: joints or gripper hold NaN or infinite numbers: move it away.")
     check_time(recording.seconds, where)
@@ -138,22 +155,20 @@ def convert(recording: Recording, conversion: Conversion) -> tuple[Episode, list
         if name in cameras:
             camera = cameras[name]
             note = check_view(camera, name, size, joint_poses)
-            if note:
-                blind.append(note)
-            intrinsics[name] = fit_size(camera, name, size)
-            carrier = joint_poses[:, -2] if camera.frame == "last_joint" else np.eye(4)
-            extrinsics[name] = np.broadcast_to(carrier @ camera.pose, (len(index), 4, 4))
-            maps = undistortion(camera, intrinsics[name], size)
         else:
-            intrinsics[name] = recording.intrinsics[name]
-            extrinsics[name] = recording.extrinsics[name][index]
-            maps = None
-        images[name] = ChosenImages(stored, chosen, first.shape, maps)
+            camera, note = recorded_camera(recording, name, index, chosen, size, joint_poses)
+        if note:
+            blind.append(note)
+        intrinsics[name] = fit_size(camera, name, size)
+        carrier = joint_poses[:, -2] if camera.frame == "last_joint" else np.eye(4)
+        extrinsics[name] = np.broadcast_to(carrier @ camera.pose, (len(index), 4, 4))
+        maps = undistortion(camera, intrinsics[name], size)
+        images[name] = ChosenImages(stored, chosen, first.shape, maps, f"{where}: camera '{name}'")
     notes += blind
 
     return Episode(
         path=Path(where),
-        task=conversion.task or task_name(instruction),
+        task=task,
         variation=0,
         instruction=instruction,
         instructions=[instruction],
@@ -185,10 +200,9 @@ def extras_of(recording: Recording, index: np.ndarray) -> dict[str, np.ndarray]:
 
 def normalise_gripper(recording: Recording, robot: Robot, notes: list[str]) -> np.ndarray:
     """The gripper's opening (T,), 0..1; the recorded command becomes 0 or 1 in place."""
-    where = recording.source
     span = recording.gripper_range
     if span is None:
-        span = find_gripper_range(recording.gripper, robot, where)
+        span = guess_range(recording, "gripper", robot)
         if span[1] < 1 and recording.gripper.max() > 0:
             notes.append(
                 f"the gripper is a width in metres: divided by {span[1]:g} m; set gripper_range "
@@ -203,11 +217,46 @@ def normalise_gripper(recording: Recording, robot: Robot, notes: list[str]) -> n
     if np.ptp(opening) < MOVES:
         notes.append(f"the gripper never moves: its opening is always {opening.mean():.2f}.")
     if recording.gripper_command is not None:
-        command = recording.gripper_command
-        if recording.gripper_range is None or np.ptp(command) > 1.5 * abs(span[1] - span[0]):
-            span = find_gripper_range(command, robot, where)
-        recording.gripper_command = halved(opening_of(command, span))
+        recording.gripper_command = normalise_command(recording, span, opening, robot)
     return opening
+
+
+def guess_range(recording: Recording, name: str, robot: Robot) -> tuple[float, float]:
+    """What closed and open are in the unit of `gripper` or `gripper_command`. Raises UserError.
+
+    The whole delivery's values count, where they are known: it has one scale.
+    """
+    values = getattr(recording, name)
+    where = recording.source
+    extremes = recording.extremes.get(name, (values.min(), values.max()))
+    if extremes != (values.min(), values.max()):
+        where = f"{where} and the other recordings"
+    return find_gripper_range(np.array(extremes), robot, where, name)
+
+
+def normalise_command(
+    recording: Recording, span: tuple[float, float], opening: np.ndarray, robot: Robot
+) -> np.ndarray:
+    """The gripper's command (T,) as 0 or 1. span: closed and open in the unit of the gripper."""
+    command = recording.gripper_command
+    if not np.isfinite(command).all():
+        frame = int(np.isfinite(command).argmin())
+        raise UserError(
+            f"{recording.source}: gripper_command is NaN or infinite in frame {frame}: "
+            "set gripper_command: null in the mapping, and it is found from the gripper's motion."
+        )
+    if recording.gripper_command_range is not None:
+        span = recording.gripper_command_range
+    elif recording.gripper_range is None or np.ptp(command) > 1.5 * abs(span[1] - span[0]):
+        span = guess_range(recording, "gripper_command", robot)
+    commands = halved(opening_of(command, span))
+    if np.ptp(opening) > 0.1 and np.ptp(command) > 0 and np.ptp(commands) == 0:
+        raise UserError(
+            f"{recording.source}: gripper_command goes from {command.min():.3g} to "
+            f"{command.max():.3g}, which would be one command all along, but the gripper moves: "
+            "set gripper_command_range: [closed, open] in the mapping."
+        )
+    return commands
 
 
 def check_tool(
@@ -224,30 +273,10 @@ def check_tool(
     frames = robot.frames(conversion.gripper_length)
     recorded = recording.tool_poses[index]
     error, frame = kinematics_error(recorded, joint_poses[:, -2], frames)
-    if error > NEAR:
+    if np.isnan(error):
+        notes.append("the recorded tool poses are all NaN: not compared with forward kinematics.")
+    elif error > NEAR:
         notes.append(
             f"the recorded tool pose is up to {100 * error:.1f} cm from forward kinematics "
             f"(nearest: the {frame}): check --robot and --gripper-length."
         )
-
-
-def cameras_of(
-    recording: Recording, robot: Robot, conversion: Conversion, notes: list[str]
-) -> dict[str, Camera]:
-    """The cameras of the calibration files; those of the recording itself need none."""
-    names = list(recording.images)
-    known = [name for name in names if name in recording.intrinsics]
-    known = [name for name in known if name in recording.extrinsics]
-    if conversion.calibration:
-        cameras, words = read_calibration(
-            conversion.calibration, names, robot, conversion.gripper_length, known
-        )
-        notes += words
-        return cameras
-    for name in names:
-        if name not in known:
-            raise UserError(
-                f"{recording.source} does not say where camera '{name}' is: "
-                "give --calibration; see docs/your-data.md."
-            )
-    return {}

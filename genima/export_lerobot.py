@@ -20,6 +20,7 @@ from tqdm import tqdm
 from genima.episodes import Episode, check_alike, read_episode
 from genima.files import UserError, write_whole
 from genima.kinematics import Chain
+from genima.lerobot_statistics import image_statistics, merge_statistics, statistics_of
 
 VERSION = "v3.0"
 CHUNK = 1000  # files in a folder
@@ -29,8 +30,9 @@ VIDEO_PATH = f"videos/{{video_key}}/{FILE}.mp4"
 EPISODES_PATH = f"meta/episodes/{FILE}.parquet"
 IMAGES = "observation.images."
 COUNTERS = ("timestamp", "frame_index", "episode_index", "index", "task_index")
-QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99)
 SAMPLES = 50  # pictures of an episode that count for the statistics
+SAME_PLACE = 1e-3  # metres and radians by which a camera's pose may differ between episodes
+SAME_LENS = 0.1  # pixels by which its intrinsics may
 QUALITY = "18"  # of H.264: little can be seen of the compression
 
 
@@ -51,6 +53,7 @@ def export_dataset(paths: Sequence[Path], folder: Path, failed: bool = False) ->
             f"{first.path} has {first.fps:g} frames a second, and LeRobot needs a whole number: "
             "import again with another --fps."
         )
+    cameras = cameras_of(first)
     tasks: list[str] = []
     rows = []
     frames = 0
@@ -62,12 +65,13 @@ def export_dataset(paths: Sequence[Path], folder: Path, failed: bool = False) ->
                 f"{path} is of a {episode.robot} at {episode.fps:g} Hz, {first.path} of a "
                 f"{first.robot} at {first.fps:g} Hz: export them to folders of their own."
             )
+        check_cameras(cameras_of(episode), cameras, path, first.path)
         if episode.instruction not in tasks:
             tasks.append(episode.instruction)
         task = tasks.index(episode.instruction)
         rows.append(write_frames(folder, episode, number, frames, task))
         frames += len(episode.qpos)
-    write_meta(folder, first, rows, tasks, frames)
+    write_meta(folder, first, rows, tasks, frames, cameras)
     return {"episodes": len(rows), "frames": frames, "left_out": len(paths) - len(chosen)}
 
 
@@ -148,53 +152,6 @@ def pixel_format(height: int, width: int) -> str:
     return "yuv444p" if height % 2 or width % 2 else "yuv420p"
 
 
-# ------------------------------------------------------------------- statistics
-def statistics_of(values: np.ndarray) -> dict[str, list]:
-    """What LeRobot keeps of a feature (T, N): {"min": N numbers, ..., "count": [T]}."""
-    values = values.astype(np.float64)
-    found = {
-        "min": values.min(axis=0),
-        "max": values.max(axis=0),
-        "mean": values.mean(axis=0),
-        "std": values.std(axis=0),
-    }
-    for share, quantile in zip(QUANTILES, np.quantile(values, QUANTILES, axis=0)):
-        found[f"q{round(100 * share):02d}"] = quantile
-    statistics = {name: value.tolist() for name, value in found.items()}
-    statistics["count"] = [len(values)]
-    return statistics
-
-
-def image_statistics(pictures: np.ndarray) -> dict[str, list]:
-    """The same of pictures (T, H, W, 3) uint8: three numbers each, 0..1, of shape (3, 1, 1)."""
-    statistics = statistics_of(pictures.reshape(-1, 3) / 255)
-    for name, value in statistics.items():
-        statistics[name] = [[[number]] for number in value]
-    statistics["count"] = [len(pictures)]
-    return statistics
-
-
-def merge_statistics(parts: list[dict[str, list]]) -> dict[str, list]:
-    """The statistics of several episodes together. Quantiles are averaged, as LeRobot does."""
-    counts = np.array([part["count"][0] for part in parts], np.float64)
-    shares = counts / counts.sum()
-
-    def average(values: np.ndarray) -> np.ndarray:
-        return np.einsum("p,p...->...", shares, values)
-
-    arrays = {name: np.array([part[name] for part in parts]) for name in parts[0]}
-    mean = average(arrays["mean"])
-    variance = average(arrays["std"] ** 2 + (arrays["mean"] - mean) ** 2)
-    merged = {name: average(values) for name, values in arrays.items() if name.startswith("q")}
-    merged["min"] = arrays["min"].min(axis=0)
-    merged["max"] = arrays["max"].max(axis=0)
-    merged["mean"] = mean
-    merged["std"] = np.sqrt(variance)
-    statistics = {name: value.tolist() for name, value in merged.items()}
-    statistics["count"] = [int(counts.sum())]
-    return statistics
-
-
 # ----------------------------------------------------------------------------------- meta
 def features_of(episode: Episode) -> dict[str, dict]:
     """The features of a dataset: the type, the shape and the names of every column."""
@@ -225,7 +182,14 @@ def features_of(episode: Episode) -> dict[str, dict]:
     return features
 
 
-def write_meta(folder: Path, first: Episode, rows: list[dict], tasks: list[str], frames: int):
+def write_meta(
+    folder: Path,
+    first: Episode,
+    rows: list[dict],
+    tasks: list[str],
+    frames: int,
+    cameras: dict,
+):
     """Write meta/: the dataset is whole once info.json is there."""
     path = folder / EPISODES_PATH.format(chunk_index=0, file_index=0)
     with write_whole(path) as temporary:
@@ -257,7 +221,7 @@ def write_meta(folder: Path, first: Episode, rows: list[dict], tasks: list[str],
         "video_path": VIDEO_PATH,
         "features": features,
     }
-    files = {"stats.json": statistics, "cameras.json": cameras_of(first), "info.json": info}
+    files = {"stats.json": statistics, "cameras.json": cameras, "info.json": info}
     for name, content in files.items():
         with write_whole(folder / "meta" / name) as temporary:
             temporary.write_text(json.dumps(content, indent=1))
@@ -292,3 +256,18 @@ def cameras_of(episode: Episode) -> dict[str, dict[str, list]]:
         else:
             cameras[camera]["world_from_camera"] = chain.fixed[camera].tolist()
     return cameras
+
+
+def check_cameras(cameras: dict, first: dict, path: Path, first_path: Path):
+    """Raise a UserError where a camera stood elsewhere: a dataset has one place for each."""
+    for camera, ours in cameras.items():
+        theirs = first[camera]
+        alike = ours.keys() == theirs.keys()
+        for name in ours:
+            tolerance = SAME_LENS if name == "intrinsics" else SAME_PLACE
+            alike = alike and np.allclose(ours[name], theirs[name], rtol=0, atol=tolerance)
+        if not alike:
+            raise UserError(
+                f"{path}: camera {camera} is not where or what it is in {first_path}, and a "
+                "dataset has one place for each camera: export them to folders of their own."
+            )

@@ -4,13 +4,11 @@
     with open_recording(path) as root:
         recording = read_recording(root, mapping)
 
-Pictures may be raw or compressed one by one (JPEG, PNG, with zeros after the end, as ACT's). They
-stay in the file until they are asked for.
+Pictures stay in the file until they are asked for (genima/stored_images.py).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,18 +17,19 @@ import h5py
 import numpy as np
 
 from genima.files import UserError, shorten
-from genima.mapping import (
-    HELP,
-    SECONDS,
-    Mapping,
-    find,
-    find_cameras,
-    flag,
-    is_there,
-    sentence,
-    text,
+from genima.labels import flag, read_instruction, text
+from genima.mapped_numbers import (
+    check_action,
+    extrinsics_of,
+    gripper_of,
+    intrinsics_of,
+    read_numbers,
+    seconds_of,
+    tool_poses_of,
 )
-from genima.recordings import MOST_PIXELS, Recording, decode_picture
+from genima.mapping import HELP, SECONDS, Mapping, find, find_cameras, is_there
+from genima.recordings import Recording
+from genima.stored_images import StoredImages
 
 
 # -------------------------------------------------------------------------- one HDF5 file
@@ -98,50 +97,6 @@ def detect_mapping(path: Path, ready: Sequence[Mapping]) -> Mapping:
     return best
 
 
-class StoredImages:
-    """One camera's pictures in an open HDF5 file, read when asked for: [t] -> (H, W, 3) RGB."""
-
-    def __init__(self, dataset: h5py.Dataset, mapping: Mapping):
-        self.dataset = dataset
-        self.where = f"{dataset.file.filename}: {dataset.name}"
-        self.raw = dataset.ndim == 4
-        self.order = mapping.color if self.raw else mapping.compressed_color
-        shape = dataset.shape
-        self.channels_first = self.raw and shape[1] == 3 and shape[3] > 4  # as PyTorch has them
-        in_colour = self.raw and (self.channels_first or shape[3] in (3, 4))
-        if self.raw and not (in_colour and dataset.dtype == np.uint8):
-            raise UserError(
-                f"{self.where} has shape {dataset.shape} of {dataset.dtype}, "
-                "where (frames, height, width, 3) of uint8 is needed: leave it out with --cameras."
-            )
-        if dataset.ndim not in (1, 2, 4) or (self.raw and is_giant(dataset)):
-            raise UserError(
-                f"{self.where} has shape {dataset.shape}, which is no pictures of a camera: "
-                "leave it out with --cameras."
-            )
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, t: int) -> np.ndarray:
-        stored = self.dataset[t]
-        if self.raw:
-            if self.channels_first:
-                stored = stored.transpose(1, 2, 0)
-            colours = stored[..., :3]  # a fourth channel is transparency
-            return np.ascontiguousarray(colours[..., ::-1] if self.order == "bgr" else colours)
-        # A JPEG or PNG, perhaps with zeros after its end.
-        picture = decode_picture(bytes(stored), swap=self.order == "bgr")
-        if picture is None:
-            raise UserError(f"{self.where}: frame {t} is no JPEG or PNG picture.")
-        return picture
-
-
-def is_giant(dataset: h5py.Dataset) -> bool:
-    """Whether a picture of (T, H, W, 3) is larger than any camera's."""
-    return math.prod(dataset.shape[1:]) > 3 * MOST_PIXELS
-
-
 # ----------------------------------------------------------------------- a whole recording
 def column(root: h5py.File, name: str | None, what: str, frames: int | None, needed=False):
     """The numbers (T, ...) float64 that a mapping names, or None. Raises UserError."""
@@ -150,10 +105,10 @@ def column(root: h5py.File, name: str | None, what: str, frames: int | None, nee
         if needed:
             raise UserError(f"{root.filename} has no {name}, which should be its {what}: {HELP}.")
         return None
-    try:
-        values = np.asarray(values, np.float64)
-    except (ValueError, TypeError):
-        raise UserError(f"{root.filename}: {name} holds no numbers.") from None
+    advice = "name others in the mapping"
+    if what == "timestamps":
+        advice = "give --source-fps"
+    values = read_numbers(values, f"{root.filename}: {name}", advice)
     if values.ndim == 0 or (frames is not None and len(values) != frames):
         raise UserError(
             f"{root.filename}: {name} has shape {values.shape}, but there are {frames} frames."
@@ -176,6 +131,8 @@ def read_recording(
     if joints.ndim != 2:
         raise UserError(f"{path}: {mapping.joints} has shape {joints.shape}, not (frames, joints).")
     frames = len(joints)
+    if frames == 0:
+        raise UserError(f"{path}: {mapping.joints} has no frames: move the file away.")
     to_radians = np.pi / 180 if mapping.joint_unit == "degrees" else 1.0
     notes = []
     gripper = column(root, mapping.gripper, "gripper", frames)
@@ -185,11 +142,13 @@ def read_recording(
     action = column(root, mapping.action, "action", frames)
     if action is not None:
         action = action * to_radians
-        if action.shape != joints.shape:
-            raise UserError(
-                f"{path}: {mapping.action} has shape {action.shape}, but the joints {joints.shape}."
-            )
+        check_action(action, joints, f"{path}: {mapping.action}")
     command = column(root, mapping.gripper_command, "gripper command", frames)
+    if command is not None:
+        command = gripper_of(command, f"{path}: {mapping.gripper_command}")
+    tool_poses = column(root, mapping.tool_pose, "tool poses", frames)
+    if tool_poses is not None:
+        tool_poses = tool_poses_of(tool_poses, f"{path}: {mapping.tool_pose}")
     images = {}
     for camera, dataset in find_cameras(root, mapping.images).items():
         if not cameras or camera in cameras:
@@ -198,27 +157,29 @@ def read_recording(
         named = f" of {', '.join(cameras)}" if cameras else ""
         raise UserError(f"{path} has no pictures{named} at {mapping.images}: {HELP}.")
     seconds, image_seconds = read_times(root, mapping, source_fps, frames, images, notes)
+    intrinsics, extrinsics = read_cameras(root, mapping, frames, images)
     span = mapping.gripper_range
-    success = flag(find(root, mapping.success))
+    success = flag(find(root, mapping.success), f"{path}: {mapping.success}")
     if success is None:
         notes.append("no label of success: it counts as successful.")
+    instruction = find(root, mapping.instruction)
     return Recording(
         source=path,
         seconds=seconds,
         joints=joints * to_radians,
-        gripper=gripper.reshape(frames, -1)[:, -1],
+        gripper=gripper_of(gripper, f"{path}: {mapping.gripper}"),
         gripper_range=None if span is None else (float(span[0]), float(span[1])),
         action=action,
-        gripper_command=None if command is None else command.reshape(frames, -1)[:, -1],
+        gripper_command=command,
         images=images,
         image_seconds=image_seconds,
         timed=source_fps is None and is_there(root, mapping.timestamps),
-        tool_poses=read_tool_poses(root, mapping, frames),
-        intrinsics=read_cameras(root, mapping.intrinsics, images),
-        extrinsics=read_cameras(root, mapping.extrinsics, images),
-        instruction=sentence(root, mapping.instruction),
+        tool_poses=tool_poses,
+        intrinsics=intrinsics,
+        extrinsics=extrinsics,
+        instruction=read_instruction(instruction, f"{path}: {mapping.instruction}", frames, notes),
         success=success,
-        sim=bool(flag(find(root, mapping.sim))),
+        sim=bool(flag(find(root, mapping.sim), f"{path}: {mapping.sim}")),
         robot=read_robot(root, mapping),
         notes=notes,
     )
@@ -229,9 +190,11 @@ def read_times(
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Seconds of the joints (T,), and of those cameras that have their own {camera: (T',)}."""
     unit = SECONDS[mapping.timestamp_unit]
-    seconds = column(root, mapping.timestamps, "timestamps", frames)
-    if seconds is not None and source_fps is None:
-        seconds = seconds.reshape(frames) * unit
+    seconds = None
+    if source_fps is None:
+        seconds = column(root, mapping.timestamps, "timestamps", frames)
+    if seconds is not None:
+        seconds = seconds_of(seconds, unit, f"{root.filename}: {mapping.timestamps}")
     else:
         rate = source_fps or read_rate(root, mapping, notes)
         seconds = np.arange(frames) / rate
@@ -246,7 +209,7 @@ def read_times(
             continue
         name = mapping.image_timestamps.replace("{camera}", camera)
         own = column(root, name, "timestamps of pictures", len(stored), needed=True)
-        image_seconds[camera] = own.reshape(-1) * unit
+        image_seconds[camera] = seconds_of(own, unit, f"{root.filename}: {name}")
     return seconds, image_seconds
 
 
@@ -268,27 +231,22 @@ def read_rate(root: h5py.File, mapping: Mapping, notes: list[str]) -> float:
     return float(rate)
 
 
-def read_tool_poses(root: h5py.File, mapping: Mapping, frames: int) -> np.ndarray | None:
-    """Poses (T, 4, 4) of the tool, from matrices or from positions with quaternions."""
-    values = column(root, mapping.tool_pose, "tool poses", frames)
-    if values is None:
-        return None
-    numbers = values.size // frames
-    if numbers == 16:
-        return values.reshape(frames, 4, 4)
-    if numbers in (3, 6, 7):  # the position comes first, and is all that is compared
-        poses = np.tile(np.eye(4), (frames, 1, 1))
-        poses[:, :3, 3] = values[:, :3]
-        return poses
-    raise UserError(f"{root.filename}: {mapping.tool_pose} has shape {values.shape}, no poses.")
-
-
-def read_cameras(root: h5py.File, pattern: str | None, images: dict) -> dict[str, np.ndarray]:
-    """{camera: matrix or matrices} where the file itself says where its cameras are."""
-    if pattern is None:
-        return {}
-    found = find_cameras(root, pattern)
-    return {camera: found[camera][()] for camera in images if camera in found}
+def read_cameras(
+    root: h5py.File, mapping: Mapping, frames: int, images: dict
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Intrinsics and extrinsics {camera: matrices} where the file says where its cameras are."""
+    intrinsics = {}
+    extrinsics = {}
+    lenses = find_cameras(root, mapping.intrinsics or "")
+    poses = find_cameras(root, mapping.extrinsics or "")
+    for camera, stored in images.items():
+        if camera in lenses:
+            where = f"{root.filename}: {lenses[camera].name}"
+            intrinsics[camera] = intrinsics_of(lenses[camera], where)
+        if camera in poses:
+            where = f"{root.filename}: {poses[camera].name}"
+            extrinsics[camera] = extrinsics_of(poses[camera], frames, len(stored), where)
+    return intrinsics, extrinsics
 
 
 def read_robot(root: h5py.File, mapping: Mapping) -> str:

@@ -14,21 +14,35 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import av
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from genima.documents import explain, read_json
-from genima.files import UserError
-from genima.mapping import Mapping, split_columns
-from genima.recordings import Recording, decode_picture
+from genima.files import UserError, shorten
+from genima.labels import flag, read_instruction, text
+from genima.lerobot_images import ImageRows, VideoFrames
+from genima.mapped_numbers import (
+    check_action,
+    gripper_of,
+    read_numbers,
+    seconds_of,
+    take_columns,
+    tool_poses_of,
+)
+from genima.mapping import SECONDS, Mapping, split_columns
+from genima.recordings import Recording
 
 AGAIN = "copy the dataset again"
-
-
-def is_lerobot(folder: Path) -> bool:
-    return (Path(folder) / "meta" / "info.json").exists()
+# Lines of a mapping that mean nothing here, and what to do instead.
+NOT_READ = {
+    "rate": " and give --source-fps",
+    "image_timestamps": "",
+    "color": "",
+    "compressed_color": "",
+    "intrinsics": " and give --calibration",
+    "extrinsics": " and give --calibration",
+}
 
 
 def read_info(folder: Path) -> dict:
@@ -72,64 +86,9 @@ def read_episode_rows(folder: Path) -> list[dict]:
         return sorted(rows, key=lambda row: int(row["episode_index"]))
 
 
-class VideoFrames:
-    """An episode's pictures in a video: [t] -> (H, W, 3) uint8 RGB, fastest in rising order."""
-
-    def __init__(self, path: Path, start: float, fps: float, length: int):
-        self.path = path
-        self.start = start  # seconds into the video
-        self.fps = fps
-        self.length = length
-        self.number = -1
-        self.picture = None
-        self.frames = None
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, t: int) -> np.ndarray:
-        try:
-            if self.frames is None or t < self.number:
-                self.frames = self.decode()
-                self.number = -1
-            while self.number < t:
-                self.number, frame = next(self.frames)
-                if self.number >= t:
-                    self.picture = frame.to_ndarray(format="rgb24")
-        except Exception as error:  # FFmpeg fails in many ways, and so do tables with wrong numbers
-            raise UserError(
-                f"{self.path} ends or breaks before frame {t} of the episode: copy it again."
-            ) from error
-        return self.picture
-
-    def decode(self):
-        """Yield (number in the episode, frame), beginning at or shortly before its first one."""
-        with av.open(str(self.path)) as container:
-            stream = container.streams.video[0]
-            stream.thread_type = "AUTO"
-            container.seek(int(self.start / stream.time_base), stream=stream)
-            for frame in container.decode(stream):
-                yield round((frame.time - self.start) * self.fps), frame
-
-
-class ImageRows:
-    """Pictures that stand as files in a table's rows: [t] -> (H, W, 3) uint8 RGB."""
-
-    def __init__(self, rows: list[dict], where: str):
-        self.rows = rows
-        self.where = where
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, t: int) -> np.ndarray:
-        picture = decode_picture(self.rows[t]["bytes"], swap=True)
-        if picture is None:
-            raise UserError(f"{self.where}: frame {t} is no picture: {AGAIN}.")
-        return picture
-
-
-def column(table: pa.Table, name: str | None, where: str, needed: bool = False):
+def column(
+    table: pa.Table, name: str | None, where: str, needed: bool = False
+) -> np.ndarray | None:
     """The numbers (T, ...) of a mapped column, or None."""
     if name is None:
         return None
@@ -138,38 +97,95 @@ def column(table: pa.Table, name: str | None, where: str, needed: bool = False):
         if needed:
             raise UserError(f"{where} has no '{key}': name another column with --mapping.")
         return None
-    values = np.array(table[key].to_pylist(), np.float64)
-    return values if columns is None else values[:, columns]
+    values = read_numbers(table[key].to_pylist(), f"{where}: {key}")
+    return take_columns(values, name, columns, where)
 
 
-def read_lerobot(folder: Path, row: dict, mapping: Mapping) -> Recording:
-    """The recording of one episode, a row of read_episode_rows."""
+def words(table: pa.Table, info: dict, name: str | None):
+    """What a line of the mapping names: a column, or with @ a line of meta/info.json; or None."""
+    if not name:
+        return None
+    if name.startswith("@"):
+        return info.get(name[1:])
+    return table[name].to_pylist() if name in table.column_names else None
+
+
+def find_cameras(features: dict, pattern: str) -> dict[str, str]:
+    """{camera: its feature} for a name with {camera} in it, such as observation.images.{camera}."""
+    before, braces, after = pattern.partition("{camera}")
+    found = {}
+    for key, feature in features.items():
+        if feature["dtype"] not in ("video", "image"):
+            continue
+        if not braces and key == pattern:
+            found[key.rpartition(".")[2]] = key
+        inside = key.startswith(before) and key.endswith(after)
+        if braces and inside and len(key) > len(before) + len(after):
+            found[key[len(before) : len(key) - len(after)]] = key
+    return found
+
+
+def check_mapping(mapping: Mapping):
+    """Raise a UserError for a line that means nothing in a dataset of LeRobot."""
+    for key, instead in NOT_READ.items():
+        if getattr(mapping, key) != getattr(Mapping, key):
+            raise UserError(
+                f"{mapping.source}: '{key}' is not read from a dataset of LeRobot: leave the line "
+                f"out{instead}."
+            )
+
+
+def read_lerobot(
+    folder: Path, row: dict, mapping: Mapping, source_fps: float | None = None
+) -> Recording:
+    """The recording of one episode, a row of read_episode_rows.
+
+    source_fps: its rate, instead of its timestamps.
+    """
+    check_mapping(mapping)
     info = read_info(folder)
     with explain(f"{folder}: episode {row['episode_index']}", AGAIN):
-        return read_row(Path(folder), info, row, mapping)
+        return read_row(Path(folder), info, row, mapping, source_fps)
 
 
-def read_row(folder: Path, info: dict, row: dict, mapping: Mapping) -> Recording:
+def read_row(
+    folder: Path, info: dict, row: dict, mapping: Mapping, source_fps: float | None
+) -> Recording:
     number = row["episode_index"]
     where = f"{folder}: episode {number}"
     place = {"chunk_index": row["data/chunk_index"], "file_index": row["data/file_index"]}
     path = folder / info["data_path"].format(**place)
     table = read_table(path, filters=[("episode_index", "=", number)]).sort_by("frame_index")
+    frames = len(table)
+    if frames == 0:
+        raise UserError(f"{where} has no frames in {path}: nothing of it can be imported.")
     joints = column(table, mapping.joints, where, needed=True)
+    if joints.ndim != 2:
+        raise UserError(
+            f"{where}: {mapping.joints} has shape {joints.shape}, not (frames, joints): name "
+            "another column in the mapping."
+        )
     gripper = column(table, mapping.gripper, where, needed=True)
+    notes = []
+    if gripper is None:
+        gripper = np.ones(frames)
+        notes.append("no gripper was recorded: it counts as open.")
+    action = column(table, mapping.action, where)
+    if action is not None:
+        check_action(action, joints, f"{where}: {mapping.action}")
     if mapping.joint_unit == "degrees":
         joints = np.radians(joints)
-    action = column(table, mapping.action, where)
-    if action is not None and mapping.joint_unit == "degrees":
-        action = np.radians(action)
+        action = None if action is None else np.radians(action)
+    command = column(table, mapping.gripper_command, where)
+    if command is not None:
+        command = gripper_of(command, f"{where}: {mapping.gripper_command}")
+    tool_poses = column(table, mapping.tool_pose, where)
+    if tool_poses is not None:
+        tool_poses = tool_poses_of(tool_poses, f"{where}: {mapping.tool_pose}")
 
     images = {}
-    before = mapping.images.partition("{camera}")[0]
-    for key, feature in info["features"].items():
-        if not key.startswith(before):
-            continue
-        camera = key.removeprefix(before)
-        if feature["dtype"] == "video":
+    for camera, key in find_cameras(info["features"], mapping.images).items():
+        if info["features"][key]["dtype"] == "video":
             place = {
                 "video_key": key,
                 "chunk_index": row[f"videos/{key}/chunk_index"],
@@ -177,28 +193,57 @@ def read_row(folder: Path, info: dict, row: dict, mapping: Mapping) -> Recording
             }
             video = folder / info["video_path"].format(**place)
             start = row[f"videos/{key}/from_timestamp"]
-            images[camera] = VideoFrames(video, start, info["fps"], len(joints))
-        elif feature["dtype"] == "image":
+            images[camera] = VideoFrames(video, start, info["fps"], frames)
+        else:
             images[camera] = ImageRows(table[key].to_pylist(), f"{path}: {key}")
     if not images:
         raise UserError(f"{where} has no pictures at {mapping.images}: give a --mapping.")
 
-    success = column(table, mapping.success, where)
+    if source_fps is None:
+        name = mapping.timestamps or "timestamp"
+        seconds = column(table, name, where, needed=True)
+        seconds = seconds_of(seconds, SECONDS[mapping.timestamp_unit], f"{where}: {name}")
+    else:
+        seconds = np.arange(frames) / source_fps
+    success = flag(words(table, info, mapping.success), f"{where}: {mapping.success}")
+    if success is None:
+        notes.append("no label of success: it counts as successful.")
     span = mapping.gripper_range
     robot = mapping.robot or ""
     if robot.startswith("@"):
-        robot = str(info.get(robot[1:]) or "")
+        robot = text(words(table, info, robot))
     return Recording(
         source=where,
-        seconds=np.array(table["timestamp"].to_pylist(), np.float64).reshape(-1),
+        seconds=seconds,
         joints=joints,
-        gripper=gripper,
+        gripper=gripper_of(gripper, f"{where}: {mapping.gripper}"),
         gripper_range=None if span is None else (float(span[0]), float(span[1])),
         action=action,
-        gripper_command=column(table, mapping.gripper_command, where),
+        gripper_command=command,
         images=images,
-        instruction=str(row["tasks"][0]),
-        success=None if success is None else bool(success.any()),
+        timed=source_fps is None,
+        tool_poses=tool_poses,
+        instruction=instruction_of(table, info, row, mapping, where, notes),
+        success=success,
+        sim=bool(flag(words(table, info, mapping.sim), f"{where}: {mapping.sim}")),
         robot=robot,
-        notes=["no label of success: it counts as successful."] if success is None else [],
+        notes=notes,
     )
+
+
+def instruction_of(
+    table: pa.Table, info: dict, row: dict, mapping: Mapping, where: str, notes: list[str]
+) -> str:
+    """The episode's task, or what the mapping names. Raises UserError where it changes."""
+    if mapping.instruction == "":
+        return ""
+    if mapping.instruction is not None:
+        sentences = words(table, info, mapping.instruction)
+        return read_instruction(sentences, f"{where}: {mapping.instruction}", len(table), notes)
+    tasks = list(dict.fromkeys(str(task) for task in row["tasks"]))
+    if len(tasks) > 1:
+        raise UserError(
+            f"{where} has the tasks '{shorten(tasks[0])}' and '{shorten(tasks[1])}': cut it into "
+            "one episode for each, or give --instruction for all of it."
+        )
+    return read_instruction(tasks, f"{where}: tasks", len(table), notes)

@@ -1,8 +1,8 @@
 """A mapping says which part of another program's file is what, and in which unit.
 
 It is a small YAML file; mappings/act.yaml explains every line. Its values name a dataset,
-`observations/qpos`, some of its columns, `observations/qpos[0:7]`, or an attribute, `@sim`. Where
-a name has {camera}, it stands for every camera that the file has there.
+`observations/qpos`, some of its columns, `observations/qpos[0:7]` or `joints[2,1,0]`, or an
+attribute, `@sim`. Where a name has {camera}, it stands for every camera that the file has there.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import numpy as np
 
 from genima.arrays import MAX_ARRAY
 from genima.documents import read_yaml
-from genima.files import UserError, shorten
+from genima.files import UserError
+from genima.mapped_numbers import take_columns
 
 FOLDER = Path(__file__).resolve().parent.parent / "mappings"
 HELP = "see docs/your-data.md"
@@ -42,6 +43,7 @@ class Mapping:
     gripper_range: list | None = None  # [closed, open] in the file's unit
     action: str | None = None  # (T, D) joint positions
     gripper_command: str | None = None  # (T,)
+    gripper_command_range: list | None = None  # [closed, open] where it has another unit
     images: str | None = None  # raw (T, H, W, 3), or a compressed picture a row
     color: str = "rgb"  # order of the channels of raw pictures
     compressed_color: str = "bgr"  # order in which OpenCV decodes the compressed ones
@@ -52,7 +54,7 @@ class Mapping:
     tool_pose: str | None = None  # (T, 4, 4), or (T, 7): x y z qx qy qz qw
     intrinsics: str | None = None  # (3, 3)
     extrinsics: str | None = None  # (T, 4, 4) world from camera
-    instruction: str | None = None
+    instruction: str | None = None  # "": not read, because another is given
     success: str | None = None
     sim: str | None = None
     robot: str | None = None  # panda, fr3, ur5e, or where the file says it
@@ -93,10 +95,10 @@ def ready_mappings() -> list[Mapping]:
 
 def check_line(path: Path, key: str, value):
     """Raise a UserError for a line of a mapping whose value cannot be meant."""
-    if key == "gripper_range" and value is not None:
+    if key in ("gripper_range", "gripper_command_range") and value is not None:
         is_range = isinstance(value, list) and len(value) == 2 and value[0] != value[1]
         if not is_range or not all(isinstance(end, int | float) for end in value):
-            raise UserError(f"{path}: gripper_range has to be [closed, open], not {value!r}.")
+            raise UserError(f"{path}: {key} has to be [closed, open], not {value!r}.")
     elif key == "rate" and isinstance(value, int | float):
         if not 0 < value < math.inf:
             raise UserError(f"{path}: rate is {value}, not a rate in Hz: {HELP}.")
@@ -107,17 +109,25 @@ def check_line(path: Path, key: str, value):
         raise UserError(f"{path}: '{key}' has to be a name in the file, not {value!r}.")
 
 
-def split_columns(name: str) -> tuple[str, slice | int | None]:
-    """ "observations/qpos[0:7]" -> ("observations/qpos", slice(0, 7)); no bracket: None."""
-    match = re.fullmatch(r"(.*?)\s*\[\s*(-?\d*)\s*(:?)\s*(-?\d*)\s*\]", name)
+def split_columns(name: str) -> tuple[str, slice | int | list[int] | None]:
+    """A name and the columns in its bracket; no bracket: None.
+
+    "observations/qpos[0:7]" -> ("observations/qpos", slice(0, 7)), "q[2,1,0]" -> ("q", [2, 1, 0])
+    """
+    match = re.fullmatch(r"(.*?)\s*\[([-\d\s,:]*)\]", name)
     if match is None:
         return name, None
-    dataset, first, colon, last = match.groups()
-    if not colon:
-        return dataset, int(first)
-    start = int(first) if first else None
-    stop = int(last) if last else None
-    return dataset, slice(start, stop)
+    dataset, bracket = match.groups()
+    try:
+        if ":" in bracket:
+            start, stop = [int(end) if end.strip() else None for end in bracket.split(":")]
+            return dataset, slice(start, stop)
+        columns = [int(column) for column in bracket.split(",")]
+    except ValueError:
+        raise UserError(
+            f"'{name}' in the mapping names no columns: write them as [0:7], [7] or [2,1,0]."
+        ) from None
+    return dataset, columns[0] if len(columns) == 1 else columns
 
 
 # --------------------------------------------------------- what it names in an HDF5 file
@@ -126,7 +136,7 @@ def find(root: h5py.File, name: str | None):
 
     An attribute that is not there may be a dataset of the same name: writers differ.
     """
-    if name is None:
+    if not name:
         return None
     if name.startswith("@"):
         name = name[1:]
@@ -144,14 +154,7 @@ def find(root: h5py.File, name: str | None):
         raise UserError(f"{root.filename}: {dataset} has shape {node.shape}: name another dataset.")
     if columns is None:
         return node
-    if node.ndim != 2:
-        raise UserError(f"{root.filename}: {dataset} has shape {node.shape}, so '{name}' is not.")
-    try:
-        return node[:, columns]
-    except (IndexError, ValueError):
-        raise UserError(
-            f"{root.filename}: {dataset} has {node.shape[1]} columns, so there is no '{name}'."
-        ) from None
+    return take_columns(node[()], name, columns, root.filename)
 
 
 def get(root: h5py.File, name: str):
@@ -184,21 +187,47 @@ def check_there(data: h5py.Dataset):
 
 
 def find_cameras(root: h5py.File, pattern: str) -> dict[str, h5py.Dataset]:
-    """{camera: its dataset} for a name with {camera} in it, such as rgb/{camera}."""
+    """{camera: its dataset} for a name with {camera} in it, such as rgb/{camera}.
+
+    Pictures in a group of their own, rgb/arm/left, are of a camera arm_left.
+    """
     before, braces, after = pattern.partition("{camera}")
     if not braces:
-        node = root.get(pattern)
-        return {} if node is None else {Path(pattern).name: node}
+        node = get(root, pattern) if pattern else None
+        return {Path(pattern).name: node} if isinstance(node, h5py.Dataset) else {}
     group = root.get(before.rstrip("/") or "/")
     if not isinstance(group, h5py.Group):
         return {}
     found = {}
-    for camera in group:
-        node = get(root, before + camera + after)
-        if isinstance(node, h5py.Dataset):
-            check_there(node)
-            found[camera] = node
+    for place in places_below(group, after):
+        node = get(root, before + place + after)
+        if not isinstance(node, h5py.Dataset) or ("/" in place and not after and no_bytes(node)):
+            continue
+        camera = place.replace("/", "_")
+        if camera in found:
+            raise UserError(
+                f"{root.filename}: {node.name} and {found[camera].name} would both be the camera "
+                f"{camera}: leave one out by a mapping for the other alone."
+            )
+        check_there(node)
+        found[camera] = node
     return found
+
+
+def places_below(group: h5py.Group, after: str, depth: int = 2) -> list[str]:
+    """Names in a group, and in the groups in it, that may stand for {camera}."""
+    places = []
+    for name in group:
+        places.append(name)
+        inner = None if after and name + after in group else group.get(name)
+        if depth and isinstance(inner, h5py.Group):
+            places += [f"{name}/{place}" for place in places_below(inner, after, depth - 1)]
+    return places
+
+
+def no_bytes(dataset: h5py.Dataset) -> bool:
+    """Whether a dataset holds numbers, such as times, beside the pictures."""
+    return (h5py.check_vlen_dtype(dataset.dtype) or dataset.dtype) != np.uint8
 
 
 def is_there(root: h5py.File, name) -> bool:
@@ -208,45 +237,3 @@ def is_there(root: h5py.File, name) -> bool:
     if "{camera}" in name:
         return bool(find_cameras(root, name))
     return find(root, name) is not None
-
-
-def text(value) -> str:
-    """A string from an attribute or dataset, whatever HDF5 made of it."""
-    if isinstance(value, h5py.Dataset):
-        value = value[()]
-    if isinstance(value, np.ndarray):
-        value = value.reshape(-1)[0] if value.size else ""
-    if isinstance(value, bytes):
-        value = value.decode("utf-8", "replace")
-    return "" if value is None else str(value)
-
-
-def sentence(root: h5py.File, name: str | None) -> str:
-    """An instruction, which may be repeated in each frame. Raises UserError where it changes."""
-    value = find(root, name)
-    if value is None:
-        return ""
-    if isinstance(value, h5py.Dataset):
-        value = value[()]
-    sentences = [text(one) for one in np.ravel(value)]
-    for frame, other in enumerate(sentences):
-        if other != sentences[0]:
-            change = f"'{shorten(sentences[0])}' becomes '{shorten(other)}' at frame {frame}"
-            raise UserError(
-                f"{root.filename}: {name}: {change}: cut it into one file for each, or give "
-                "--instruction for all of it."
-            )
-    return text(value)
-
-
-def flag(value) -> bool | None:
-    """True or False from an attribute or dataset, None where there is none.
-
-    Of a label in each frame one that is true is enough, as in a LeRobot dataset.
-    """
-    if value is None:
-        return None
-    if isinstance(value, h5py.Dataset):
-        value = value[()]
-    labels = [text(one).strip().lower() for one in np.ravel(value)]
-    return any(label in ("true", "1", "1.0", "yes", "success") for label in labels)

@@ -39,6 +39,7 @@ OVERSHOOT = 1.25  # of a velocity: servos overshoot, and frames are not exactly 
 GAP = 2.1  # frames between two timestamps that are a gap; two may be one of a slower source
 JITTER = 0.7  # frames that a timestamp may be off its place; half a one of a slower source is
 DARK = 8  # mean of a picture, 0..255, below which it shows nothing
+FARTHEST = 10  # metres from the arm's base to a camera that can show how it moves
 SAMPLES = 5  # pairs of pictures that are read of each camera
 
 
@@ -175,7 +176,12 @@ def check_tool(tool_poses: np.ndarray, episode: Episode, facts: Facts):
     if name in FLANGES:
         frames = robot_frames(name)
     frames["tool"] = np.linalg.inv(last_joint[0]) @ episode.joint_poses[0, -1]
-    facts.tool_error, facts.tool_frame = kinematics_error(tool_poses, last_joint, frames)
+    error, frame = kinematics_error(tool_poses, last_joint, frames)
+    if np.isnan(error):
+        facts.out_of_bounds.append("the recorded tool poses are all NaN")
+        return
+    facts.tool_error = error
+    facts.tool_frame = frame
     if facts.tool_error > NEAR:
         facts.out_of_bounds.append(
             f"the recorded tool is up to {100 * facts.tool_error:.1f} cm from forward kinematics "
@@ -204,6 +210,11 @@ def check_cameras(episode: Episode, facts: Facts):
     points = episode.joint_poses[..., :3, 3].astype(np.float64)  # (T, D+1, 3)
     for camera, size in episode.image_sizes.items():
         poses = episode.extrinsics[camera]
+        away = float(np.linalg.norm(poses[:, :3, 3], axis=1).max())
+        if away > FARTHEST:
+            facts.out_of_bounds.append(
+                f"camera '{camera}' is {away:.0f} m from the base: its pose may be in millimetres"
+            )
         seen = is_visible(episode, camera, now, style)  # (T, S)
         facts.visible[camera] = seen.mean(axis=0).round(3).tolist()
         facts.axis[camera] = distance_to_axis(points, poses)

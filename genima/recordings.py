@@ -40,6 +40,9 @@ class Recording:
     gripper_range: tuple[float, float] | None = None  # its closed and open values; None: find them
     action: np.ndarray | None = None  # (T, D) commanded joint positions, radians
     gripper_command: np.ndarray | None = None  # (T,) in the unit of `gripper`, or 0..1
+    gripper_command_range: tuple[float, float] | None = None  # where that is in another unit
+    # {"gripper" or "gripper_command": the smallest and largest value in the whole delivery}
+    extremes: dict[str, tuple[float, float]] = field(default_factory=dict)
     image_seconds: dict[str, np.ndarray] = field(default_factory=dict)  # {camera: (T',)}
     timed: bool = True  # False: `seconds` follow from a rate, because no times were recorded
     tool_poses: np.ndarray | None = None  # (T, 4, 4) as the robot reported them
@@ -123,11 +126,20 @@ def resampled_times(recording: Recording, fps: float) -> np.ndarray:
     streams = [recording.seconds, *recording.image_seconds.values()]
     start = max(stream[0] for stream in streams)
     end = min(stream[-1] for stream in streams)
+    for camera, stream in recording.image_seconds.items():
+        if stream[0] > recording.seconds[-1] or stream[-1] < recording.seconds[0]:
+            raise UserError(
+                f"{recording.source}: the times of camera '{camera}' ({stream[0]:.1f} to "
+                f"{stream[-1]:.1f} s) and of the joints ({recording.seconds[0]:.1f} to "
+                f"{recording.seconds[-1]:.1f} s) do not overlap: write both by the same "
+                "clock, or set image_timestamps: null where each picture has its joints."
+            )
     slowest = min(source_rate(stream) for stream in streams)
     if fps > 1.2 * slowest:
         raise UserError(
             f"{recording.source} was recorded at {slowest:.3g} Hz: at --fps {fps:g} most frames "
-            f"would be copies; give --fps {int(slowest * 1.05)} or less."
+            f"would be copies; give --fps {int(slowest * 1.05)} or less, or --source-fps where its "
+            "timestamps only count the frames."
         )
     count = int((end - start) * fps + 1e-3) + 1
     if count < 3:
@@ -144,27 +156,29 @@ def resampled_times(recording: Recording, fps: float) -> np.ndarray:
 
 
 # --------------------------------------------------------------------------------- gripper
-def find_gripper_range(values: np.ndarray, robot: Robot, where: str) -> tuple[float, float]:
+def find_gripper_range(
+    values: np.ndarray, robot: Robot, where: str, name: str = "gripper"
+) -> tuple[float, float]:
     """The values of a closed and of an open gripper, by the numbers that were recorded.
 
     0..1 is an opening already, a few centimetres are a width in metres. Raises UserError else.
+    name: the field's in a mapping, gripper or gripper_command.
     """
     low = float(values.min())
     high = float(values.max())
+    found = f"{where}: {name} goes from {low:.3g} to {high:.3g}"
+    advice = f"set {name}_range: [closed, open] in the mapping."
     if robot.gripper_width is None and low >= -0.005 and high <= WIDEST:
         raise UserError(
-            f"{where}: the gripper goes up to {high:.3g}, metres perhaps, and how far that of a "
-            f"{robot.name} opens is not known: set gripper_range: [closed, open] in the mapping."
+            f"{found}, metres perhaps, and how far that of a {robot.name} opens is not known: "
+            f"{advice}"
         )
     for width in (robot.gripper_width or WIDEST, WIDEST):
         if low >= -0.005 and high <= 1.1 * width:
             return 0.0, width
     if low >= -0.05 and high <= 1.05:
         return 0.0, 1.0
-    raise UserError(
-        f"{where}: the gripper goes from {low:.3g} to {high:.3g}, which is neither 0..1 nor "
-        "metres: set gripper_range: [closed, open] in the mapping."
-    )
+    raise UserError(f"{found}, which is neither 0..1 nor metres: {advice}")
 
 
 def opening_of(values: np.ndarray, gripper_range: tuple[float, float]) -> np.ndarray:
@@ -236,12 +250,14 @@ def kinematics_error(
     """Largest distance, metres, of recorded tool positions from the frame that fits them best.
 
     tool_poses (T, 4, 4) as recorded, last_joint (T, 4, 4) by forward kinematics, frames from
-    robots.robot_frames. Returns (distance, name of the frame).
+    robots.robot_frames. Returns (distance, name of the frame). Frames without a recorded position
+    are left out; where none has one, the distance is NaN.
     """
     errors = {}
     for name, last_joint_from_frame in frames.items():
         positions = (last_joint @ last_joint_from_frame)[:, :3, 3]
-        errors[name] = float(np.linalg.norm(positions - tool_poses[:, :3, 3], axis=1).max())
+        distances = np.linalg.norm(positions - tool_poses[:, :3, 3], axis=1)  # (T,)
+        errors[name] = float(np.fmax.reduce(distances))  # NaN only where all are
     best = min(errors, key=errors.get)
     return errors[best], best
 
@@ -254,10 +270,17 @@ def check_joints(joints: np.ndarray, robot: Robot, where: str) -> str | None:
             f"{where}: {joints.shape[1]} joints, but a {robot.name} has {expected}: "
             "name the columns of one arm in the mapping, such as observations/qpos[0:7]."
         )
-    if np.abs(joints).max() > 2.2 * np.pi:
+    farthest = np.abs(joints).max(axis=0)  # (D,)
+    if (farthest > 10).sum() > 1:
         raise UserError(
-            f"{where}: joints go up to {np.abs(joints).max():.3g} rad: "
+            f"{where}: joints go up to {farthest.max():.3g} rad: "
             "set joint_unit: degrees in the mapping."
+        )
+    if farthest.max() > 2.2 * np.pi:
+        raise UserError(
+            f"{where}: joint {farthest.argmax() + 1} goes up to {farthest.max():.3g} rad, beyond "
+            f"the limits of a {robot.name}: name the column of that joint in the mapping, or "
+            "record it again."
         )
     beyond = int(beyond_limits(joints, robot, 0.01).sum())
     if beyond:

@@ -1,0 +1,112 @@
+"""What a recording says in words, whichever file it comes from: instruction, label of success."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import h5py
+import numpy as np
+
+from genima.files import UserError, shorten
+
+YES = ("true", "yes", "y", "success", "successful", "succeeded", "ok", "pass", "passed", "done")
+NO = ("false", "no", "n", "failure", "failed", "fail")
+NO_LABEL = ("", "nan", "none", "null")
+
+
+def text(value) -> str:
+    """A string from an attribute or dataset, whatever HDF5 made of it."""
+    if isinstance(value, h5py.Dataset):
+        value = value[()]
+    if isinstance(value, np.ndarray):
+        value = value.reshape(-1)[0] if value.size else ""
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "replace")
+    value = "" if value is None else str(value)
+    printed = re.fullmatch(r"""b(['"])(.*)\1""", value)  # bytes that Python made a text of
+    return printed[2] if printed else value
+
+
+def flatten(values) -> list:
+    """The values of an attribute, a dataset or nested lists, one after the other."""
+    if isinstance(values, h5py.Dataset):
+        values = values[()]
+    return list(np.asarray(values, object).reshape(-1))
+
+
+# ---------------------------------------------------------------------------- label of success
+def flag(values, where: str) -> bool | None:
+    """True or False from labels, None where there is none. Raises UserError for other words.
+
+    Of a label in each frame one that is true is enough, as in a LeRobot dataset.
+    """
+    if values is None:
+        return None
+    labels = [read_label(value, where) for value in flatten(values)]
+    labels = [label for label in labels if label is not None]
+    return any(labels) if labels else None
+
+
+def read_label(value, where: str) -> bool | None:
+    """One label; None for an empty one and for NaN. Between 0 and 1 there is no threshold."""
+    word = text(value).strip().lower()
+    if word in NO_LABEL:
+        return None
+    if word in YES or is_number(word, 1):
+        return True
+    if word in NO or is_number(word, 0):
+        return False
+    raise UserError(
+        f"{where} holds '{shorten(word)}', which is neither 1 nor {', '.join(YES)}, neither 0 nor "
+        f"{', '.join(NO)}: name another label in the mapping, or null for none."
+    )
+
+
+def is_number(word: str, number: int) -> bool:
+    try:
+        return float(word) == number
+    except ValueError:
+        return False
+
+
+# --------------------------------------------------------------------------------- instruction
+def read_instruction(values, where: str, frames: int, notes: list[str]) -> str:
+    """An instruction, which may be repeated in each frame. Raises UserError where it changes.
+
+    Of several ways to say it the first is taken, and a note says so.
+    """
+    if values is None:
+        return ""
+    sentences = [text(value) for value in flatten(values)]
+    different = list(dict.fromkeys(sentences))
+    if len(different) == 1:
+        different = ways_to_say_it(different[0], where)
+    elif len(different) < len(sentences) or len(sentences) == frames:
+        frame = next(t for t, other in enumerate(sentences) if other != sentences[0])
+        change = f"'{shorten(different[0])}' becomes '{shorten(different[1])}' at frame {frame}"
+        raise UserError(
+            f"{where}: {change}: cut it into one file for each, or give --instruction for all of "
+            "it."
+        )
+    if len(different) > 1:
+        notes.append(
+            f"{len(different)} ways to say it are recorded: '{shorten(different[0])}' is taken; "
+            "else give --instruction."
+        )
+    return different[0] if different else ""
+
+
+def ways_to_say_it(sentence: str, where: str) -> list[str]:
+    """The sentences of a JSON list; any other text is one. Raises UserError for other JSON."""
+    if not sentence.startswith(("[", "{")):
+        return [sentence]
+    try:
+        content = json.loads(sentence)
+    except (ValueError, RecursionError):
+        return [sentence]
+    if isinstance(content, list) and content and all(isinstance(way, str) for way in content):
+        return content
+    raise UserError(
+        f"{where} holds {shorten(sentence)}, which is no list of sentences: give --instruction."
+    )
