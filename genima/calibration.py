@@ -25,8 +25,8 @@ SEEN = 0.25  # share of the arm's points in the picture that leaves no doubt
 UNSEEN = 0.02  # share below which a camera looks somewhere else
 
 
-def load_calibration(path: Path, robot: str = "panda") -> dict[str, dict[str, np.ndarray]]:
-    """The cameras of one complete file, under the names in it.
+def load_calibration(path: Path, robot: str) -> dict[str, dict[str, np.ndarray]]:
+    """The cameras of one complete file, under the names in it. robot: whose frames it names.
 
     {camera: {"intrinsics": (3, 3), and "world_from_camera" or "last_joint_from_camera": (4, 4)}};
     with "distortion" (N,) where the lens bends straight lines, and "distortion_model" where that
@@ -149,7 +149,10 @@ def resolve_pose(name: str, cameras: dict[str, Camera], frames: dict) -> Camera:
         frame = cameras[frame].frame
     if frame != "base":
         if frame not in frames:
-            raise UserError(f"{camera.source}: '{frame}' is not a frame of the arm: {HELP}.")
+            raise UserError(
+                f"{camera.source}: where '{frame}' is on this arm is not known: give camera "
+                f"'{name}' from the last joint or from the base; {HELP}."
+            )
         pose = frames[frame] @ pose
         frame = "last_joint"
     return replace(camera, frame=frame, pose=pose)

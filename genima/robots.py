@@ -155,7 +155,9 @@ def find_robot(robot: Robot | str) -> Robot:
 
 
 def robot_frames(robot: Robot | str, gripper_length: float | None = None) -> dict:
-    """Robot.frames of a robot, or of the one of this name."""
+    """Robot.frames of a robot, or of the one of this name; of an unknown one the last joint."""
+    if isinstance(robot, str) and robot not in JOINT_LIMITS:  # an arm from a URDF file
+        return {"last_joint": np.eye(4)}
     return find_robot(robot).frames(gripper_length)
 
 

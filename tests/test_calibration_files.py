@@ -90,7 +90,7 @@ def test_json_may_have_tabs(tmp_path):
     entry = {"intrinsics": MATRIX, "world_from_camera": POSE.tolist(), "serial": "0123"}
     path = tmp_path / "cams.json"
     path.write_text(json.dumps({"front": entry}, indent="\t"))
-    cameras = load_calibration(path)
+    cameras = load_calibration(path, "panda")
     assert list(cameras["front"]) == ["intrinsics", "world_from_camera"]
     np.testing.assert_array_equal(cameras["front"]["world_from_camera"], POSE)
 

@@ -27,14 +27,20 @@ from genima import scene_files
 from genima.calibration_files import read_calibration_file
 from genima.demonstrations import read_demonstrations
 from genima.documents import read_json, read_yaml
-from genima.episodes import find_episodes
+from genima.episodes import find_episodes, read_episode
 from genima.mapping import read_mapping
 from genima.painter_data import find_frames
 from render_spheres import check_mixture
 from robot.recording import recover
 
+
+def check_all(run):
+    sources = find_episodes(run / "episodes")
+    check_mixture(read_episode(sources[0], images=False), sources[1:], {}, False)
+
+
 READERS = {  # what each stage reads before it does anything
-    "render_spheres": lambda run: check_mixture(find_episodes(run / "episodes"), {}, False),
+    "render_spheres": check_all,
     "train_controlnet": find_frames,
     "train_act": lambda run: read_demonstrations(run, images=True),
 }
