@@ -18,7 +18,7 @@ import numpy as np
 
 from genima.calibration_files import HELP, WITHOUT_A_NAME, Camera, read_calibration_file
 from genima.files import UserError
-from genima.robots import Robot, robot_frames
+from genima.robots import ROS_FRAMES, Robot, robot_frames, turn_from_ros
 
 POSE_NAMES = {"base": "world_from_camera", "last_joint": "last_joint_from_camera"}
 SEEN = 0.25  # share of the arm's points in the picture that leaves no doubt
@@ -74,6 +74,10 @@ def read_calibration(
                 f"add them, or a second file that has them; {HELP}."
             )
     frames = robot_frames(robot, gripper_length)
+    for camera in cameras.values():
+        if camera.frame in ROS_FRAMES:
+            camera.pose = turn_from_ros(robot, camera.frame) @ camera.pose
+            camera.frame = ROS_FRAMES[camera.frame]
     resolved = {name: resolve_pose(name, cameras, frames) for name in wanted}
     return resolved, notes
 

@@ -203,8 +203,8 @@ def read_easy_handeye(content: dict, where) -> Camera:
     if on_hand is None:
         on_hand = parameters.get("calibration_type") == "eye_in_hand"
     key = "robot_effector_frame" if on_hand else "robot_base_frame"
-    name = str(parameters.get(key, "flange" if on_hand else "base"))
-    frame = frame_name(name)
+    name = str(parameters.get(key, "tool0" if on_hand else "base"))
+    frame = frame_name(name, ros=True)
     if frame is None:
         raise UserError(f"{where}: {key} '{name}' is not a frame of the arm: {HELP}.")
     pose = pose_of(position, quaternion, f"{where}: transformation")

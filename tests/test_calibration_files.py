@@ -145,6 +145,50 @@ def test_easy_handeye(tmp_path):
     np.testing.assert_allclose(camera.pose, robot_frames("panda")["hand"] @ shift)
 
 
+def hand_eye(path, on_hand=True, frame="panda_hand", optical="camera_optical_frame"):
+    key = "robot_effector_frame" if on_hand else "robot_base_frame"
+    parameters = {"eye_on_hand": on_hand, key: frame, "tracking_base_frame": optical}
+    shift = {"x": 0.06, "y": 0.02, "z": -0.06, "qx": 0.0, "qy": 0.0, "qz": 0.0, "qw": 1.0}
+    return write(path, {"parameters": parameters, "transformation": shift})
+
+
+SHIFT = np.eye(4)
+SHIFT[:3, 3] = [0.06, 0.02, -0.06]
+
+
+def test_frames_of_ros_that_universal_robots_turns(tmp_path):
+    """ur_description: base_link is half a turn off base; flange has x where tool0 has z."""
+    lens = write(tmp_path / "lens.yaml", {"wrist": REALSENSE})
+    turned = np.eye(4)
+    turned[:3, 3] = [-0.06, -0.02, -0.06]
+    turned[:2, :2] *= -1
+    for frame, expected in (("base_link", turned), ("ur5e_base_link", turned), ("base", SHIFT)):
+        path = hand_eye(tmp_path / "room.yaml", False, frame)
+        camera = read_calibration([lens, path], ["wrist"], "ur5e")[0]["wrist"]
+        assert camera.frame == "base"
+        np.testing.assert_allclose(camera.pose, expected)
+        camera = read_calibration([lens, path], ["wrist"], "panda")[0]["wrist"]
+        np.testing.assert_allclose(camera.pose, SHIFT)
+    flange = robot_frames("ur5e")["flange"]
+    path = hand_eye(tmp_path / "tool0.yaml", True, "tool0")
+    camera = read_calibration([lens, path], ["wrist"], "ur5e")[0]["wrist"]
+    np.testing.assert_allclose(camera.pose, flange @ SHIFT)
+    path = hand_eye(tmp_path / "flange.yaml", True, "flange")
+    camera = read_calibration([lens, path], ["wrist"], "ur5e")[0]["wrist"]
+    tool0_from_camera = np.linalg.inv(flange) @ camera.pose
+    # 6 cm along flange's x, which is tool0's z; 2 cm along its y, tool0's x; -6 cm along tool0's y.
+    np.testing.assert_allclose(tool0_from_camera[:3, 3], [0.02, -0.06, 0.06])
+    np.testing.assert_allclose(tool0_from_camera[:3, 0], [0, 0, 1])
+    assert np.linalg.det(tool0_from_camera[:3, :3]) == pytest.approx(1)
+
+
+def test_frankas_end_effector_is_at_the_fingertips(tmp_path):
+    lens = write(tmp_path / "lens.yaml", {"wrist": REALSENSE})
+    path = hand_eye(tmp_path / "pose.yaml", True, "panda_EE")
+    camera = read_calibration([lens, path], ["wrist"], "panda")[0]["wrist"]
+    np.testing.assert_allclose(camera.pose, robot_frames("panda")["tool"] @ SHIFT)
+
+
 def test_kalibr_finds_the_second_camera_from_the_first(tmp_path):
     random = np.random.default_rng(1)
     first = random_pose(random)
