@@ -239,6 +239,19 @@ def test_documents_of_people_are_read(tmp_path):
     assert read_yaml(named) == {"x": [1, 2], "y": [1, 2]}
 
 
+def test_names_in_yaml_are_the_text_that_was_written(tmp_path):
+    serial = write(tmp_path / "s.yaml", "017322071051:\n  no: 010\n1e3: {on: yes}\n&a 7: *a\n")
+    content = {"017322071051": {"no": 8}, "1e3": {"on": True}, "7": 7}
+    assert read_yaml(serial) == content
+
+
+def test_yaml_as_ros_prints_it_ends_with_a_line(tmp_path):
+    once = write(tmp_path / "once.yaml", "x: 1\n---\n")
+    assert read_yaml(once) == {"x": 1}
+    twice = write(tmp_path / "twice.yaml", "x: 1\n---\nx: 2\n---\n")
+    assert "holds 2 documents" in refusal(read_yaml, twice)
+
+
 MAPPINGS = {
     "a number for a name": "joints: 3\nimages: a/{camera}\n",
     "a list for a name": "joints: [a, b]\nimages: a/{camera}\n",
