@@ -228,9 +228,7 @@ def read_easy_handeye(content: dict, where) -> Camera:
         raise UserError(f"{where}: eye_on_hand is '{on_hand}': write true or false.")
     on_hand = str(on_hand).lower() == "true"
     tracking = str(parameters.get("tracking_base_frame", "optical"))
-    if (
-        "optical" not in tracking.lower()
-    ):  # ROS's other frames of a camera have x forward, or say nothing
+    if "optical" not in tracking.lower():  # in ROS, a camera_link has x forward
         raise UserError(
             f"{where}: tracking_base_frame '{tracking}' is not the camera's optical frame, z "
             "forward: calibrate to that one (if it only has another name, write optical here)."
