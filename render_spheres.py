@@ -167,21 +167,19 @@ def apply_calibration(episode: Episode, calibration: dict):
             episode.extrinsics[camera] = last_joint @ measured["last_joint_from_camera"]
 
 
-def check_mixture(sources: list[Path], calibration: dict, moved_cameras: bool) -> Episode:
-    """The first episode. Raises UserError where another was recorded otherwise; it names both.
+def check_mixture(first: Episode, others: list[Path], calibration: dict, moved_cameras: bool):
+    """Raise a UserError where an episode was recorded otherwise than the first; it names both.
 
     The robot, the rate, the cameras and the place of every camera in the room must be the same,
     but for cameras of the calibration, which were measured again. moved_cameras: accept others.
     """
-    first = read_episode(sources[0], images=False)
-    for source in sources[1:]:
+    for source in others:
         episode = read_episode(source, images=False)
         check_alike(episode, first)
         for camera in episode.image_sizes:
-            measured = moved_cameras or camera in calibration
-            if not measured and is_in_room(first, camera) and is_in_room(episode, camera):
+            may_differ = moved_cameras or camera in calibration
+            if not may_differ and is_in_room(first, camera) and is_in_room(episode, camera):
                 check_place(camera, episode, first)
-    return first
 
 
 def check_place(camera: str, episode: Episode, first: Episode):
@@ -303,11 +301,12 @@ def main():
     settings = tyro.cli(Settings, description=__doc__)
     check_number("--horizon", settings.horizon, 1, MAX_HORIZON)
     check_number("--size", settings.size, 0, MAX_SIZE)
+    sources = find_episodes(settings.run / "episodes")
+    first = read_episode(sources[0], images=False)
     calibration = {}
     if settings.calibration is not None:
-        calibration = load_calibration(settings.calibration)
-    sources = find_episodes(settings.run / "episodes")
-    first = check_mixture(sources, calibration, settings.moved_cameras)
+        calibration = load_calibration(settings.calibration, first.robot)
+    check_mixture(first, sources[1:], calibration, settings.moved_cameras)
     style = choose_style(settings, first)
 
     folder = settings.run / "spheres"

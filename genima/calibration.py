@@ -18,15 +18,16 @@ import numpy as np
 
 from genima.calibration_files import HELP, WITHOUT_A_NAME, Camera, read_calibration_file
 from genima.files import UserError
-from genima.robots import Robot, robot_frames
+from genima.robots import ROS_FRAMES, Robot, robot_frames, turn_from_ros
 
 POSE_NAMES = {"base": "world_from_camera", "last_joint": "last_joint_from_camera"}
 SEEN = 0.25  # share of the arm's points in the picture that leaves no doubt
+FARTHEST = 10  # metres of a camera from the base or from the last joint
 UNSEEN = 0.02  # share below which a camera looks somewhere else
 
 
-def load_calibration(path: Path, robot: str = "panda") -> dict[str, dict[str, np.ndarray]]:
-    """The cameras of one complete file, under the names in it.
+def load_calibration(path: Path, robot: str) -> dict[str, dict[str, np.ndarray]]:
+    """The cameras of one complete file, under the names in it. robot: whose frames it names.
 
     {camera: {"intrinsics": (3, 3), and "world_from_camera" or "last_joint_from_camera": (4, 4)}};
     with "distortion" (N,) where the lens bends straight lines, and "distortion_model" where that
@@ -74,6 +75,10 @@ def read_calibration(
                 f"add them, or a second file that has them; {HELP}."
             )
     frames = robot_frames(robot, gripper_length)
+    for camera in cameras.values():
+        if camera.frame in ROS_FRAMES:
+            camera.pose = turn_from_ros(robot, camera.frame) @ camera.pose
+            camera.frame = ROS_FRAMES[camera.frame]
     resolved = {name: resolve_pose(name, cameras, frames) for name in wanted}
     return resolved, notes
 
@@ -101,7 +106,7 @@ def named_cameras(
             renamed[name] = name
         elif len(found) == 1 and path.stem in names:
             renamed[name] = path.stem
-        elif len(found) == 1 and len(names) == 1:
+        elif len(found) == 1 and len(names) == 1 and not found[name].named:
             renamed[name] = names[0]
             notes.append(f"{path} is taken for camera '{names[0]}'.")
         elif name == WITHOUT_A_NAME:
@@ -124,7 +129,7 @@ def merge(cameras: dict[str, Camera], name: str, camera: Camera):
     if camera.intrinsics is not None:
         known.size = camera.size
         known.intrinsics = camera.intrinsics
-    if camera.distortion is not None:
+    if camera.intrinsics is not None or camera.distortion is not None:  # a lens is one thing
         known.model = camera.model
         known.distortion = camera.distortion
     if camera.pose is not None:
@@ -149,9 +154,18 @@ def resolve_pose(name: str, cameras: dict[str, Camera], frames: dict) -> Camera:
         frame = cameras[frame].frame
     if frame != "base":
         if frame not in frames:
-            raise UserError(f"{camera.source}: '{frame}' is not a frame of the arm: {HELP}.")
+            raise UserError(
+                f"{camera.source}: where '{frame}' is on this arm is not known: give camera "
+                f"'{name}' from the last joint or from the base; {HELP}."
+            )
         pose = frames[frame] @ pose
         frame = "last_joint"
+    away = np.linalg.norm(pose[:3, 3])
+    if away > FARTHEST:
+        raise UserError(
+            f"{camera.source}: camera '{name}' is {away:.0f} m from the arm: is it in millimetres? "
+            "Poses are in metres: divide the position by 1000."
+        )
     return replace(camera, frame=frame, pose=pose)
 
 
@@ -241,23 +255,24 @@ def share_in_view(
     return (in_front & inside).mean(axis=0)
 
 
+def camera_poses(pose: np.ndarray, frame: str, joint_poses: np.ndarray) -> np.ndarray:
+    """World from camera (T, 4, 4) of a pose from the base or the last joint."""
+    carrier = joint_poses[:, -2] if frame == "last_joint" else np.eye(4)
+    return np.broadcast_to(carrier @ pose, (len(joint_poses), 4, 4))
+
+
 def check_view(
     camera: Camera, name: str, size: tuple[int, int], joint_poses: np.ndarray
 ) -> str | None:
-    """A sentence when the camera has the arm out of its picture. joint_poses (T, J, 4, 4).
+    """A sentence when the camera has the arm out of its picture. joint_poses (T, D+1, 4, 4).
 
     Raises UserError when that shows that the pose is inverted: the other way round the arm is in
     the picture. A camera on the arm may well miss the fingertips; that they are behind it counts.
     """
     points = joint_poses[..., :3, 3]
     intrinsics = fit_size(camera, name, size)
-
-    def poses_of(pose: np.ndarray) -> np.ndarray:
-        carrier = joint_poses[:, -2] if camera.frame == "last_joint" else np.eye(4)
-        return np.broadcast_to(carrier @ pose, (len(points), 4, 4))
-
-    given = poses_of(camera.pose)
-    inverted = poses_of(np.linalg.inv(camera.pose))
+    given = camera_poses(camera.pose, camera.frame, joint_poses)
+    inverted = camera_poses(np.linalg.inv(camera.pose), camera.frame, joint_poses)
     if share_in_view(points, intrinsics, given, size).max() >= UNSEEN:
         return None
     if camera.frame == "last_joint":

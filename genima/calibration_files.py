@@ -27,6 +27,8 @@ from genima.files import UserError
 from genima.robots import frame_name
 
 HELP = "see docs/your-data.md"
+OUR_KEYS = ("intrinsics", "size", "distortion", "distortion_model")
+OUR_KEYS += ("name", "serial", "date", "rms", "comment")  # for people, not read
 WITHOUT_A_NAME = ""  # a file of one camera, which its name does not say
 
 
@@ -41,6 +43,7 @@ class Camera:
     distortion: np.ndarray | None = None  # (N,), None: straight lines are straight
     frame: str | None = None  # what carries it: base, last_joint, flange, ... or a camera
     pose: np.ndarray | None = None  # (4, 4) frame from camera
+    named: bool = False  # in a file of ours, where a camera's name is that of the data
 
 
 def read_calibration_file(path: Path) -> dict[str, Camera]:
@@ -160,11 +163,30 @@ def read_ros(entry: dict, where) -> Camera:
     )
     if "image_width" in entry and "image_height" in entry:
         camera.size = (int(entry["image_height"]), int(entry["image_width"]))
+    if "roi" in entry:
+        crop(camera, entry["roi"], f"{where}: roi")
     coefficients = entry.get("distortion_coefficients", [])
     if isinstance(coefficients, dict):
         coefficients = coefficients.get("data")
     set_lens(camera, entry.get("distortion_model", "plumb_bob"), coefficients, str(where))
     return camera
+
+
+def crop(camera: Camera, roi: dict, where: str):
+    """Only a part of the sensor is recorded, while size and intrinsics are of the whole one."""
+    keys = ("x_offset", "y_offset", "width", "height")
+    x, y, width, height = numbers([roi.get(key, 0) for key in keys], where, 4)
+    if not any((x, y, width, height)):  # so ROS says: the whole picture
+        return
+    whole_height, whole_width = camera.size or (0, 0)
+    inside = x + width <= whole_width and y + height <= whole_height
+    if not inside or min(x, y) < 0 or min(width, height) < 1:
+        raise UserError(
+            f"{where} is no part of the picture of image_width and image_height: "
+            "give those of the whole sensor."
+        )
+    camera.intrinsics[:2, 2] -= [x, y]
+    camera.size = (int(height), int(width))
 
 
 def read_kalibr(entry: dict, where, before: str | None) -> Camera:
@@ -202,9 +224,18 @@ def read_easy_handeye(content: dict, where) -> Camera:
     on_hand = parameters.get("eye_on_hand")
     if on_hand is None:
         on_hand = parameters.get("calibration_type") == "eye_in_hand"
+    if str(on_hand).lower() not in ("true", "false"):
+        raise UserError(f"{where}: eye_on_hand is '{on_hand}': write true or false.")
+    on_hand = str(on_hand).lower() == "true"
+    tracking = str(parameters.get("tracking_base_frame", "optical"))
+    if "optical" not in tracking.lower():  # in ROS, a camera_link has x forward
+        raise UserError(
+            f"{where}: tracking_base_frame '{tracking}' is not the camera's optical frame, z "
+            "forward: calibrate to that one (if it only has another name, write optical here)."
+        )
     key = "robot_effector_frame" if on_hand else "robot_base_frame"
-    name = str(parameters.get(key, "flange" if on_hand else "base"))
-    frame = frame_name(name)
+    name = str(parameters.get(key, "tool0" if on_hand else "base"))
+    frame = frame_name(name, ros=True)
     if frame is None:
         raise UserError(f"{where}: {key} '{name}' is not a frame of the arm: {HELP}.")
     pose = pose_of(position, quaternion, f"{where}: transformation")
@@ -213,7 +244,13 @@ def read_easy_handeye(content: dict, where) -> Camera:
 
 def read_ours(entry: dict, where: str) -> Camera:
     """Intrinsics, and a pose by its name: world_from_camera, camera_from_flange, ..."""
-    camera = Camera(where)
+    camera = Camera(where, named=True)
+    unknown = [key for key in entry if key not in OUR_KEYS and "_from_" not in str(key)]
+    if unknown:
+        raise UserError(
+            f"{where}: '{unknown[0]}' is not one of {', '.join(OUR_KEYS)}, nor a pose such as "
+            f"world_from_camera: correct its name, or call it comment; {HELP}."
+        )
     if "intrinsics" in entry:
         camera.intrinsics = np.array(numbers(entry["intrinsics"], f"{where}/intrinsics"))
         check_array(camera.intrinsics, (3, 3), np.float64, f"{where}/intrinsics")

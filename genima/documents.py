@@ -23,13 +23,24 @@ REFUSED = (ValueError, TypeError, RecursionError, yaml.YAMLError)
 
 
 class PlainLoader(yaml.SafeLoader):
-    """YAML without merge keys (<<), whose result can be larger than its parts."""
+    """YAML with keys as they are written: the serial number 017322 is no octal number.
 
-    def flatten_mapping(self, node):
-        for key, _ in node.value:
-            if key.tag == "tag:yaml.org,2002:merge":
-                raise yaml.YAMLError("merge keys (<<) are not read: write the lines out")
-        super().flatten_mapping(node)
+    Merge keys (<<), whose result can be larger than its parts, are refused.
+    """
+
+    def construct_mapping(self, node, deep=False):
+        if isinstance(node, yaml.MappingNode):
+            for key, _ in node.value:
+                if key.tag == "tag:yaml.org,2002:merge":
+                    raise yaml.YAMLError("merge keys (<<) are not read: write the lines out")
+            keys = [(self.as_text(key), value) for key, value in node.value]
+            node = yaml.MappingNode(node.tag, keys, node.start_mark, node.end_mark)
+        return super().construct_mapping(node, deep)
+
+    def as_text(self, key):
+        if not isinstance(key, yaml.ScalarNode):
+            return key
+        return yaml.ScalarNode("tag:yaml.org,2002:str", key.value, key.start_mark, key.end_mark)
 
 
 def read_json(path: Path | str):
@@ -43,11 +54,16 @@ def read_yaml(path: Path | str):
 
 
 def load_yaml(text: str):
-    """YAML reads JSON, too, but not with tabs in it."""
+    """YAML reads JSON, too, but not with tabs in it. A last --- may be there, as ROS prints it."""
     try:
         return json.loads(text)
     except ValueError:
-        return yaml.load(text, PlainLoader)
+        documents = list(yaml.load_all(text, PlainLoader))
+    while documents and documents[-1] is None:
+        documents.pop()
+    if len(documents) > 1:
+        raise ValueError(f"it holds {len(documents)} documents with --- between them, not one")
+    return documents[0] if documents else None
 
 
 def parse(path: Path | str, language: str, load):

@@ -6,7 +6,7 @@ one into the other, so a bought recording needs no simulator and no robot descri
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -46,13 +46,28 @@ UR5E_ALPHA = (np.pi / 2, 0.0, 0.0, np.pi / 2, -np.pi / 2)
 # 23), and with the gripper's sphere they still tell where every joint is.
 SPHERE_JOINTS = {"ur5e": (1, 2, 4)}
 
-# What drivers and calibration programs call the frames, in our words.
+# What drivers and calibration programs call the frames, in our words. Franka's EE is the end of
+# what is mounted: with its hand, the fingertips.
 FRAME_NAMES = {
-    "base": ("base", "base_link", "world", "link0", "robot"),
+    "base": ("base", "world", "link0", "robot"),
+    "base_link": ("base_link",),
     "last_joint": ("last_joint", "link7"),
     "flange": ("flange", "link8", "tool0", "wrist_3_link"),  # UR's wrist_3_link lies in the flange
-    "hand": ("hand", "gripper", "ee", "end_effector"),
-    "tool": ("tool", "tcp", "hand_tcp", "tool_centre"),
+    "ros_flange": ("ros_flange",),
+    "hand": ("hand", "gripper"),
+    "tool": ("tool", "tcp", "hand_tcp", "tool_centre", "ee", "end_effector"),
+}
+
+# The frames of ROS that are not always ours, and which of ours each is, but for a turn.
+ROS_FRAMES = {"base_link": "base", "ros_flange": "flange"}
+
+# That turn for Universal Robots (ur_description): base_link is half a turn about z from the
+# controller's base, flange has its x axis where tool0 has z (roll, pitch, yaw 0, -90, -90 degrees).
+ROS_TURNS = {
+    "ur5e": {
+        "base_link": np.diag([-1.0, -1, 1, 1]),
+        "ros_flange": np.array([[0.0, 1, 0, 0], [0, 0, 1, 0], [1, 0, 0, 0], [0, 0, 0, 1]]),
+    }
 }
 
 
@@ -111,6 +126,7 @@ class Robot:
     high: np.ndarray
     gripper_length: float = 0.0  # metres from the flange to the fingertips
     gripper_width: float | None = None  # metres between the fingers when open; None: not known
+    ros_turns: dict = field(default_factory=dict)  # {frame: (4, 4)} of ROS_TURNS
 
     def frames(self, gripper_length: float | None = None) -> dict[str, np.ndarray]:
         """Last joint from each named frame: {"last_joint", "flange", "hand", "tool": (4, 4)}.
@@ -151,12 +167,21 @@ def find_robot(robot: Robot | str) -> Robot:
         high=np.array(high),
         gripper_length=GRIPPER_LENGTHS[robot],
         gripper_width=GRIPPER_WIDTHS[robot],
+        ros_turns=ROS_TURNS.get(robot, {}),
     )
 
 
 def robot_frames(robot: Robot | str, gripper_length: float | None = None) -> dict:
-    """Robot.frames of a robot, or of the one of this name."""
+    """Robot.frames of a robot, or of the one of this name; of an unknown one the last joint."""
+    if isinstance(robot, str) and robot not in JOINT_LIMITS:  # an arm from a URDF file
+        return {"last_joint": np.eye(4)}
     return find_robot(robot).frames(gripper_length)
+
+
+def turn_from_ros(robot: Robot | str, frame: str) -> np.ndarray:
+    """Our frame from the one of ROS_FRAMES: (4, 4)."""
+    turns = robot.ros_turns if isinstance(robot, Robot) else ROS_TURNS.get(robot, {})
+    return turns.get(frame, np.eye(4))
 
 
 def robot_chain(
@@ -166,11 +191,16 @@ def robot_chain(
     return find_robot(robot).chain(gripper_length, cameras)
 
 
-def frame_name(name: str) -> str | None:
-    """A frame in our words ("panda_link8" is "flange"); None where no robot of ours has it."""
+def frame_name(name: str, ros: bool = False) -> str | None:
+    """A frame in our words ("panda_link8" is "flange"); None where no robot of ours has it.
+
+    ros: the name is surely one of ROS, where a UR5e's flange and world are turned.
+    """
     word = name.lower().strip("/").split("/")[-1]
     for robot in ("panda_", "fr3_", "ur5e_", "fer_"):
         word = word.removeprefix(robot)
+    if ros:
+        word = {"flange": "ros_flange", "world": "base_link"}.get(word, word)
     for ours, theirs in FRAME_NAMES.items():
         if word in theirs:
             return ours

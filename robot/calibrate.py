@@ -67,7 +67,7 @@ def calibrate(settings):
         )
     cameras = {}
     if settings.calibration.exists():
-        cameras = load_calibration(settings.calibration)
+        cameras = load_calibration(settings.calibration, settings.arm)
     on_arm = settings.on_arm
     if on_arm is None:
         on_arm = camera == "wrist"

@@ -68,7 +68,7 @@ class ChunkFollower:
         self.log.event(f"a new target after {1000 * answer.seconds:.0f} ms")
 
     def next_command(self):
-        """Joint positions (D,) that are safe, their velocity (7,), and the fraction of a step that
+        """Joint positions (D,) that are safe, their velocity (D,), and the fraction of a step that
         they cover; None at the end of the chunk."""
         position = self.travelled - self.origin
         if position >= len(self.chunk):

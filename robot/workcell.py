@@ -55,9 +55,7 @@ class Workcell(Cameras):
     def __init__(self, settings):
         calibration = {}
         if settings.calibration:
-            # An unquoted serial number is an integer in YAML; a camera's name is text.
-            for name, entry in load_calibration(settings.calibration).items():
-                calibration[str(name)] = entry
+            calibration = load_calibration(settings.calibration, settings.arm)
         sources = {}
         for entry in settings.cameras:
             name, _, source = entry.partition("=")

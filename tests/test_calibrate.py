@@ -221,7 +221,7 @@ def test_both_cameras_from_pictures(taken, pictures, tmp_path, monkeypatch, caps
             "--calibration",
             path,
         )
-        metres, degrees = apart(taken[camera][1], load_calibration(path)[camera][pose])
+        metres, degrees = apart(taken[camera][1], load_calibration(path, "fr3")[camera][pose])
         assert code == 0 and metres < 1e-3 and degrees < 0.2
         error = float(re.search(r"([0-9.]+) with the arm", out)[1])
         assert 0.02 < error < 0.3 and "20 of 20 pictures" in out
@@ -232,9 +232,9 @@ def test_both_cameras_from_pictures(taken, pictures, tmp_path, monkeypatch, caps
             np.abs(photo.astype(int) - (255, 0, 255)).max(-1) > 60
         )
         assert dots.sum() > 200  # the corners of the board
-    assert list(load_calibration(path)) == ["front", "overhead", "wrist"]
+    assert list(load_calibration(path, "fr3")) == ["front", "overhead", "wrist"]
     np.testing.assert_array_equal(
-        load_calibration(path)["overhead"]["world_from_camera"], np.eye(4)
+        load_calibration(path, "fr3")["overhead"]["world_from_camera"], np.eye(4)
     )
 
 
@@ -260,7 +260,7 @@ def test_frames_of_an_episode_at_rest(taken, tmp_path, monkeypatch, capsys):
     options += ("--calibration", tmp_path / "cams.yaml")
     code, out, _ = stage(monkeypatch, capsys, real_robot.main, "calibrate", *options)
     metres, degrees = apart(
-        camera, load_calibration(tmp_path / "cams.yaml")["wrist"]["last_joint_from_camera"]
+        camera, load_calibration(tmp_path / "cams.yaml", "fr3")["wrist"]["last_joint_from_camera"]
     )
     assert code == 0 and "20 of 20" in out and metres < 1e-3 and degrees < 0.2
 
@@ -498,10 +498,10 @@ def test_a_camera_with_a_lens_stays_in_the_file(tmp_path, model):
     entry = {"intrinsics": INTRINSICS.tolist(), "world_from_camera": np.eye(4).tolist()}
     entry |= {"distortion": [0.1, -0.2, 0.0, 0.01], "distortion_model": model}
     path.write_text(yaml.safe_dump({"front": entry}))
-    before = load_calibration(path)
+    before = load_calibration(path, "fr3")
     side = {"intrinsics": INTRINSICS, "world_from_camera": np.eye(4)}
     write_calibration(path, before | {"side": side})
-    after = load_calibration(path)
+    after = load_calibration(path, "fr3")
     assert list(after) == ["front", "side"]
     for key, value in before["front"].items():
         np.testing.assert_array_equal(after["front"][key], value)

@@ -90,7 +90,7 @@ def test_json_may_have_tabs(tmp_path):
     entry = {"intrinsics": MATRIX, "world_from_camera": POSE.tolist(), "serial": "0123"}
     path = tmp_path / "cams.json"
     path.write_text(json.dumps({"front": entry}, indent="\t"))
-    cameras = load_calibration(path)
+    cameras = load_calibration(path, "panda")
     assert list(cameras["front"]) == ["intrinsics", "world_from_camera"]
     np.testing.assert_array_equal(cameras["front"]["world_from_camera"], POSE)
 
@@ -143,6 +143,72 @@ def test_easy_handeye(tmp_path):
     shift = np.eye(4)
     shift[:3, 3] = [0.06, 0, -0.06]
     np.testing.assert_allclose(camera.pose, robot_frames("panda")["hand"] @ shift)
+
+
+def hand_eye(path, on_hand=True, frame="panda_hand", optical="camera_optical_frame"):
+    key = "robot_effector_frame" if on_hand else "robot_base_frame"
+    parameters = {"eye_on_hand": on_hand, key: frame, "tracking_base_frame": optical}
+    shift = {"x": 0.06, "y": 0.02, "z": -0.06, "qx": 0.0, "qy": 0.0, "qz": 0.0, "qw": 1.0}
+    return write(path, {"parameters": parameters, "transformation": shift})
+
+
+SHIFT = np.eye(4)
+SHIFT[:3, 3] = [0.06, 0.02, -0.06]
+
+
+def test_frames_of_ros_that_universal_robots_turns(tmp_path):
+    """ur_description: base_link is half a turn off base; flange has x where tool0 has z."""
+    lens = write(tmp_path / "lens.yaml", {"wrist": REALSENSE})
+    turned = np.eye(4)
+    turned[:3, 3] = [-0.06, -0.02, -0.06]
+    turned[:2, :2] *= -1
+    for frame, expected in (("base_link", turned), ("ur5e_base_link", turned), ("base", SHIFT)):
+        path = hand_eye(tmp_path / "room.yaml", False, frame)
+        camera = read_calibration([lens, path], ["wrist"], "ur5e")[0]["wrist"]
+        assert camera.frame == "base"
+        np.testing.assert_allclose(camera.pose, expected)
+        camera = read_calibration([lens, path], ["wrist"], "panda")[0]["wrist"]
+        np.testing.assert_allclose(camera.pose, SHIFT)
+    flange = robot_frames("ur5e")["flange"]
+    path = hand_eye(tmp_path / "tool0.yaml", True, "tool0")
+    camera = read_calibration([lens, path], ["wrist"], "ur5e")[0]["wrist"]
+    np.testing.assert_allclose(camera.pose, flange @ SHIFT)
+    path = hand_eye(tmp_path / "flange.yaml", True, "flange")
+    camera = read_calibration([lens, path], ["wrist"], "ur5e")[0]["wrist"]
+    tool0_from_camera = np.linalg.inv(flange) @ camera.pose
+    # 6 cm along flange's x, which is tool0's z; 2 cm along its y, tool0's x; -6 cm along tool0's y.
+    np.testing.assert_allclose(tool0_from_camera[:3, 3], [0.02, -0.06, 0.06])
+    np.testing.assert_allclose(tool0_from_camera[:3, 0], [0, 0, 1])
+    assert np.linalg.det(tool0_from_camera[:3, :3]) == pytest.approx(1)
+
+
+def test_frankas_end_effector_is_at_the_fingertips(tmp_path):
+    lens = write(tmp_path / "lens.yaml", {"wrist": REALSENSE})
+    path = hand_eye(tmp_path / "pose.yaml", True, "panda_EE")
+    camera = read_calibration([lens, path], ["wrist"], "panda")[0]["wrist"]
+    np.testing.assert_allclose(camera.pose, robot_frames("panda")["tool"] @ SHIFT)
+
+
+def test_easy_handeye_gives_the_optical_frame_or_is_refused(tmp_path):
+    lens = write(tmp_path / "lens.yaml", {"wrist": REALSENSE})
+    for name in ("camera_link", "camera", "tracking_origin"):
+        path = hand_eye(tmp_path / "pose.yaml", optical=name)
+        with pytest.raises(UserError, match=f"pose.yaml: tracking_base_frame '{name}' is not"):
+            read_calibration([lens, path], ["wrist"], "panda")
+    path = hand_eye(tmp_path / "pose.yaml", optical="optical_origin")
+    assert read_calibration([lens, path], ["wrist"], "panda")[0]["wrist"].pose is not None
+
+
+@pytest.mark.parametrize("word, frame", [("false", "base"), ("True", "last_joint"), ("no", None)])
+def test_eye_on_hand_may_be_text(tmp_path, word, frame):
+    lens = write(tmp_path / "lens.yaml", {"wrist": REALSENSE})
+    path = hand_eye(tmp_path / "pose.yaml", on_hand=word, frame="panda_hand")
+    if frame is None:
+        with pytest.raises(UserError, match="eye_on_hand is 'no': write true or false"):
+            read_calibration([lens, path], ["wrist"], "panda")
+    else:
+        camera = read_calibration([lens, path], ["wrist"], "panda")[0]["wrist"]
+        assert camera.frame == frame
 
 
 def test_kalibr_finds_the_second_camera_from_the_first(tmp_path):
@@ -265,6 +331,69 @@ def test_a_bent_picture_is_straightened(tmp_path, name, model):
         flat = undistort(picture, maps)[..., 0].astype(np.float64)
         found = [(flat * x).sum() / flat.sum(), (flat * y).sum() / flat.sum()]
         np.testing.assert_allclose(found, (intrinsics @ [*straight, 1])[:2], atol=0.15)
+
+
+ROI = {"x_offset": 160, "y_offset": 60, "height": 240, "width": 320, "do_rectify": False}
+
+
+def test_a_region_of_the_sensor_has_its_own_image_centre(tmp_path):
+    """ROS's matrix is of the whole sensor; the pictures begin at the region's corner."""
+    pose = pose_file(tmp_path / "pose.yaml", world_from_camera=POSE)
+    lens = write(tmp_path / "lens.yaml", PRINTED | {"roi": ROI})
+    camera = read_calibration([lens, pose], ["wrist"], "panda")[0]["wrist"]
+    assert camera.size == (240, 320)
+    expected = [[607, 0, 160.5], [0, 606, 180.5], [0, 0, 1]]
+    np.testing.assert_allclose(fit_size(camera, "wrist", (240, 320)), expected)
+    lens = write(tmp_path / "lens.yaml", PRINTED | {"roi": dict.fromkeys(ROI, 0)})
+    camera = read_calibration([lens, pose], ["wrist"], "panda")[0]["wrist"]
+    np.testing.assert_allclose(fit_size(camera, "wrist", (480, 640)), MATRIX)
+    for change in ({"width": 600}, {"height": 0}, {"x_offset": -1}):
+        lens = write(tmp_path / "lens.yaml", PRINTED | {"roi": ROI | change})
+        with pytest.raises(UserError, match="roi is no part of the picture"):
+            read_calibration([lens, pose], ["wrist"], "panda")
+
+
+def test_the_last_lens_counts_as_a_whole(tmp_path):
+    """An older file's distortion does not stay with a newer file's straight lens."""
+    bent = COMPLETE | {"distortion": [0.1, -0.2, 0.01, 0.02], "distortion_model": "fisheye"}
+    old = write(tmp_path / "old.yaml", {"wrist": bent})
+    new = write(tmp_path / "wrist.json", json.dumps(REALSENSE | {"coeffs": [0.0] * 5}))
+    pose = pose_file(tmp_path / "pose.yaml", world_from_camera=POSE)
+    camera = read_calibration([old, new, pose], ["wrist"], "panda")[0]["wrist"]
+    assert camera.distortion is None and camera.model == "brown"
+    camera = read_calibration([new, old], ["wrist"], "panda")[0]["wrist"]
+    assert len(camera.distortion) == 4 and camera.model == "fisheye"
+
+
+@pytest.mark.parametrize("key", ["coeffs", "dist_coeffs", "D", "distorsion", "model", "camera"])
+def test_a_word_that_we_do_not_read_is_not_dropped(tmp_path, key):
+    path = write(tmp_path / "cams.yaml", {"wrist": COMPLETE | {key: [0.3, -0.2, 0, 0, 0]}})
+    with pytest.raises(UserError) as caught:
+        read_calibration([path], ["wrist"], "panda")
+    sentence = str(caught.value)
+    assert f"cams.yaml: wrist: '{key}' is not one of intrinsics, size, distortion" in sentence
+
+
+def test_a_camera_of_ours_is_only_taken_by_its_name(tmp_path):
+    path = write(tmp_path / "cams.yaml", {"front": COMPLETE})
+    with pytest.raises(UserError, match="Camera 'side' is not in .*cams.yaml"):
+        read_calibration([path], ["side"], "panda")
+    assert read_calibration([f"side={path}"], ["side"], "panda")[0]["side"].intrinsics is not None
+    other = write(tmp_path / "info.yaml", {"narrow_stereo": REALSENSE})  # a program's name for it
+    pose = pose_file(tmp_path / "pose.yaml", "side", world_from_camera=POSE)
+    cameras, notes = read_calibration([other, pose], ["side"], "panda")
+    assert list(cameras) == ["side"] and "is taken for camera 'side'" in notes[0]
+
+
+@pytest.mark.parametrize("name", ["world_from_camera", "hand_from_camera"])
+def test_millimetres_are_refused(tmp_path, name):
+    pose = np.eye(4)
+    pose[:3, 3] = [1300.0, 400, 700] if name.startswith("world") else [60.0, 0, -60]
+    path = pose_file(tmp_path / "cams.yaml", intrinsics=MATRIX, **{name: pose})
+    with pytest.raises(UserError) as caught:
+        read_calibration([path], ["wrist"], "panda")
+    sentence = str(caught.value)
+    assert "cams.yaml: wrist: camera 'wrist' is " in sentence and "millimetres" in sentence
 
 
 def test_no_distortion_costs_nothing(tmp_path):

@@ -27,14 +27,20 @@ from genima import scene_files
 from genima.calibration_files import read_calibration_file
 from genima.demonstrations import read_demonstrations
 from genima.documents import read_json, read_yaml
-from genima.episodes import find_episodes
+from genima.episodes import find_episodes, read_episode
 from genima.mapping import read_mapping
 from genima.painter_data import find_frames
 from render_spheres import check_mixture
 from robot.recording import recover
 
+
+def check_all(run):
+    sources = find_episodes(run / "episodes")
+    check_mixture(read_episode(sources[0], images=False), sources[1:], {}, False)
+
+
 READERS = {  # what each stage reads before it does anything
-    "render_spheres": lambda run: check_mixture(find_episodes(run / "episodes"), {}, False),
+    "render_spheres": check_all,
     "train_controlnet": find_frames,
     "train_act": lambda run: read_demonstrations(run, images=True),
 }
@@ -231,6 +237,19 @@ def test_documents_of_people_are_read(tmp_path):
     named = write(tmp_path / "named.yaml", "x: &a [1, 2]\ny: *a\n")
     assert read_yaml(plain) == read_json(plain) == read_json(marked) == content
     assert read_yaml(named) == {"x": [1, 2], "y": [1, 2]}
+
+
+def test_names_in_yaml_are_the_text_that_was_written(tmp_path):
+    serial = write(tmp_path / "s.yaml", "017322071051:\n  no: 010\n1e3: {on: yes}\n&a 7: *a\n")
+    content = {"017322071051": {"no": 8}, "1e3": {"on": True}, "7": 7}
+    assert read_yaml(serial) == content
+
+
+def test_yaml_as_ros_prints_it_ends_with_a_line(tmp_path):
+    once = write(tmp_path / "once.yaml", "x: 1\n---\n")
+    assert read_yaml(once) == {"x": 1}
+    twice = write(tmp_path / "twice.yaml", "x: 1\n---\nx: 2\n---\n")
+    assert "holds 2 documents" in refusal(read_yaml, twice)
 
 
 MAPPINGS = {

@@ -9,11 +9,13 @@ import time
 import types
 
 import cv2
+import h5py
 import mujoco
 import numpy as np
 import pytest
 import test_calibrate
-from conftest import ROOT, look_at
+import yaml
+from conftest import ROOT, look_at, make_episode, random_pose
 from PIL import Image
 from test_calibrate import apart, photograph, project
 from test_episodes import stage
@@ -24,15 +26,16 @@ import real_robot
 import render_spheres
 from genima.calibration import load_calibration
 from genima.demonstrations import describe, read_demonstrations
-from genima.episodes import read_episode
+from genima.episodes import read_episode, write_episode
 from genima.files import UserError
-from genima.robots import JOINT_LIMITS, robot_chain, sphere_joints
+from genima.robots import JOINT_LIMITS, robot_chain, robot_frames, sphere_joints
 from genima.spheres import SphereStyle, draw_spheres, read_spheres, target_spheres
 from robot import robotiq, ur5e_arm
 from robot.arm import Fault
 from robot.policy_process import Answer
 from robot.safety import Safety
 from robot.ur5e_arm import Segment, UR5e
+from robot.workcell import Workcell
 from sims import Simulators, make_env
 from sims.arms import find_arm
 from sims.demonstrator import record_demonstration
@@ -199,12 +202,54 @@ def test_a_camera_is_calibrated_with_a_ur5e(tmp_path, monkeypatch, capsys):
     options = ("calibrate", "--images", folder, "--camera", "front", "--calibration", out_file)
     code, out, err = stage(monkeypatch, capsys, real_robot.main, *options, "--robot", "ur5e")
     assert code == 0, err
-    metres, degrees = apart(camera, load_calibration(out_file)["front"]["world_from_camera"])
+    metres, degrees = apart(
+        camera, load_calibration(out_file, "ur5e")["front"]["world_from_camera"]
+    )
     assert metres < 2e-3 and degrees < 0.3
     drawn = cv2.imread(str(tmp_path / "cameras_front.png"))
     assert drawn.shape == (480, 3 * 640, 3)
     code, out, err = stage(monkeypatch, capsys, real_robot.main, *options)
     assert code == 2 and "7 joint positions" in err
+
+    # The file's other cameras stay where they are: their frames are a UR5e's.
+    pose = random_pose(random)
+    entry = {"intrinsics": test_calibrate.INTRINSICS.tolist(), "hand_from_camera": pose.tolist()}
+    out_file.write_text(yaml.safe_dump({"wrist": entry}))
+    expected = robot_frames("ur5e")["hand"] @ pose
+    settings = real_robot.Run(robot="10.0.0.1", arm="ur5e", calibration=out_file)
+    settings.cameras = ("wrist=opencv:0",)
+    settings.instruction = "wipe"
+    monkeypatch.setattr("robot.workcell.Cameras.__init__", lambda self, sources, calibration: None)
+    read = Workcell(settings).calibration["wrist"]["last_joint_from_camera"]
+    np.testing.assert_allclose(read, expected, atol=1e-9)
+    assert stage(monkeypatch, capsys, real_robot.main, *options, "--arm", "ur5e")[0] == 0
+    kept = yaml.safe_load(out_file.read_text())["wrist"]["last_joint_from_camera"]
+    np.testing.assert_allclose(kept, expected, atol=1e-8)
+
+
+@pytest.mark.parametrize("robot, code", [("ur5e", 0), ("lab_arm", 2)])
+def test_spheres_are_drawn_with_the_frames_of_the_episodes_arm(
+    tmp_path, monkeypatch, capsys, robot, code
+):
+    """A calibration to the hand: a UR5e's is not where a Franka's is, another arm's is unknown."""
+    episode = make_episode(joints=6)[0]
+    episode.robot = robot
+    write_episode(tmp_path / "episodes/a/a.hdf5", episode)
+    pose = random_pose(np.random.default_rng(0))
+    entry = {"intrinsics": [[50.0, 0, 21], [0, 50, 15], [0, 0, 1]]}
+    entry["hand_from_camera"] = pose.tolist()
+    path = tmp_path / "cams.yaml"
+    path.write_text(yaml.safe_dump({"wrist": entry}))
+    arguments = ("--run", tmp_path, "--calibration", path)
+    assert stage(monkeypatch, capsys, render_spheres.main, *arguments)[0] == code
+    if code == 0:
+        with h5py.File(tmp_path / "spheres/a/a.hdf5") as root:
+            drawn = root["cameras/wrist/extrinsics"][:]
+        expected = episode.joint_poses[:, -2] @ robot_frames("ur5e")["hand"] @ pose
+        np.testing.assert_allclose(drawn, expected, atol=1e-4)
+    else:
+        with pytest.raises(UserError, match="where 'hand' is on this arm is not known"):
+            load_calibration(path, robot)
 
 
 # ------------------------------------------------------------------------- a stand-in of ur_rtde
