@@ -24,7 +24,7 @@ import tyro
 from PIL import Image
 
 from genima.calibration import load_calibration
-from genima.episodes import CAMERAS, Episode, check_alike, find_episodes, read_episode
+from genima.episodes import Episode, check_alike, find_episodes, order_cameras, read_episode
 from genima.files import (
     UserError,
     check_number,
@@ -269,12 +269,10 @@ def preview(source: Path, target: Path, folder: Path, horizon: int):
     frames = len(episode.qpos)
     sizes = [layer.shape[1:3] for layer in layers.values()]
     height, width = np.max(sizes, axis=0)
-    cameras = [camera for camera in CAMERAS if camera in layers]  # the paper's, in its order
-    cameras += [camera for camera in layers if camera not in CAMERAS]
     seconds = horizon / episode.fps
     columns = {}
     painted = {}
-    for camera in cameras:
+    for camera in order_cameras(layers):
         images = resize(episode.images[camera], height, width)  # (T, H, W, 3)
         spheres = resize(layers[camera], height, width)  # (T, H, W, 4)
         painted[camera] = alpha_composite(spheres, images)

@@ -70,8 +70,7 @@ from genima.turbo_speed import compile_for_training
 from genima.views import composite
 
 SPHERE_WEIGHT = 20  # a pixel of a sphere counts as much as 20 others; ours: spheres are small
-# Published code: 0.05; but instructions name colours.
-HUE = {"tiny": 0.0, "small": 0.0, "sd-turbo": 0.05}
+HUE = {"tiny": 0.0, "small": 0.0, "sd-turbo": 0.05}  # published; but instructions name colours
 VALIDATED = {"tiny": 48, "small": 48, "sd-turbo": 8}  # first frames that a validation paints
 COLUMNS = ("step", "loss", "first_frame_iou")  # of losses.csv
 PUSHED_FILES = ("painter.json", "README.md", "validation.png", "losses.csv", "losses.png")
@@ -98,6 +97,8 @@ class Settings:
     resolution: int | None = None
     """Height of the tiled views, pixels; by default 512 for sd-turbo. Else small square views stay
     as recorded, and others become as large as the base's."""
+    any_frame: bool = False
+    """All frames equally often, which long tasks need; by default early ones more often."""
     steps: int | None = None
     """Gradient steps; by default 10,000 for sd-turbo (documents: up to 50,000), else 1,200 from a
     base and 4,800 from random weights."""
@@ -224,6 +225,7 @@ def make_batches(settings, data, accelerator, start):
         accelerator.process_index,
         accelerator.num_processes,
         data.rehearsed,
+        settings.any_frame,
     )
     on_cpu = accelerator.device.type == "cpu"  # whose cores loading would take away
     num_workers = 0 if on_cpu else 8
@@ -272,8 +274,7 @@ def validate(painter, data, settings, folder):
 def save_painter(folder, painter, settings, data, log):
     """Everything in <folder> but training.pt."""
     painter.save(folder)
-    overlap = "overlap of painted and true spheres"
-    write_losses(folder, COLUMNS, log, ["loss"], ["first_frame_iou"], overlap)
+    write_losses(folder, COLUMNS, log, ["loss"], ["first_frame_iou"], "overlap of spheres")
     where = measured_in(data.scenes_held_out)
     write_card(folder, settings, log, len(data.training), data.horizon, where)
 
@@ -324,8 +325,7 @@ def main():
 
         loss, stop = agree(accelerator, loss, stopping.requested)
         log.append([step, loss, ""])
-        recent = [row[1] for row in log[-50:]]
-        bar.set_postfix(loss=f"{np.mean(recent):.4f}", refresh=False)
+        bar.set_postfix(loss=f"{np.mean([row[1] for row in log[-50:]]):.4f}", refresh=False)
         due = step % settings.checkpoint_every == 0 or step == settings.steps
         if is_main_process and due:
             log[-1][2] = validate(painter, data, settings, folder)

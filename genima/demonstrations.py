@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from genima.act import words_of
 from genima.arrays import check_array, read_dataset
-from genima.episodes import CAMERAS, Episode, check_alike, find_episodes, read_episode
+from genima.episodes import Episode, check_alike, find_episodes, order_cameras, read_episode
 from genima.files import UserError, read_hdf5
 from genima.kinematics import Chain
 from genima.robots import FRANKA
@@ -170,9 +170,7 @@ def describe(demonstrations: list[Demonstration], with_words: bool) -> dict:
     with_words: and all words of the instructions, sorted; otherwise the vocabulary is empty.
     """
     example = demonstrations[0]
-    # Cameras with a place in the tiles come first, in that order; then all others.
-    cameras = [name for name in CAMERAS if name in example.image_sizes]
-    cameras += [name for name in example.image_sizes if name not in CAMERAS]
+    cameras = order_cameras(example.image_sizes)
     vocabulary = set()
     if with_words:
         for demonstration in demonstrations:

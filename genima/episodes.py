@@ -228,6 +228,14 @@ def read_attribute(root: h5py.File, name: str):
     return value
 
 
+def order_cameras(cameras) -> list[str]:
+    """The paper's four in the order of their tiles, then others as in the file."""
+    names = list(cameras)  # HDF5 says that a broken link is not in it
+    known = [camera for camera in CAMERAS if camera in names]
+    others = [camera for camera in names if camera not in CAMERAS]
+    return known + others
+
+
 def read_arrays(root: h5py.File, dataset: str, load: bool):
     """An array, or {camera: array} where the dataset's name has a {}; not loaded: h5py's object."""
     if "{}" not in dataset:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from genima.arrays import check_pictures
-from genima.episodes import ATTRIBUTES, CAMERAS, find_episodes, read_attribute
+from genima.episodes import ATTRIBUTES, find_episodes, order_cameras, read_attribute
 from genima.episodes import FORMAT as EPISODE_FORMAT
 from genima.files import UserError, read_hdf5
 from genima.painter import PROMPT
@@ -181,14 +181,6 @@ def find_frames(run: Path, use_failed: bool = False) -> PainterData:
     )
 
 
-def order_cameras(cameras) -> list[str]:
-    """The paper's four in the paper's order, then others as in the file."""
-    names = list(cameras)  # HDF5 says that a broken link is not in it
-    known = [camera for camera in CAMERAS if camera in names]
-    others = [camera for camera in names if camera not in CAMERAS]
-    return known + others
-
-
 # ----------------------------------------------------------------------------------------- batches
 class PainterDataset(torch.utils.data.Dataset):
     """Item `step` is this process's share of that step's batch; there is one for every step.
@@ -208,6 +200,7 @@ class PainterDataset(torch.utils.data.Dataset):
         process: int = 0,
         num_processes: int = 1,
         scenes: RandomScenes | None = None,
+        any_frame: bool = False,
     ):
         self.cameras = cameras
         self.resolution = resolution
@@ -216,6 +209,8 @@ class PainterDataset(torch.utils.data.Dataset):
         share = batch_size // num_processes
         self.samples = range(process * share, (process + 1) * share)
         self.scenes = scenes
+        self.frames = frames
+        self.any_frame = any_frame
         episodes = {}
         for frame in frames:
             episodes.setdefault(frame.episode, []).append(frame)
@@ -233,8 +228,11 @@ class PainterDataset(torch.utils.data.Dataset):
         """Any episode; early frames more often than late ones.
 
         In the first frames nothing but the prompt tells the target. Later the arm's place gives it
-        away, and a painter could learn to do without the prompt.
+        away, and a painter could learn to do without the prompt. With any_frame, as long tasks
+        need, all frames of all episodes are drawn equally often.
         """
+        if self.any_frame:
+            return self.frames[rng.integers(len(self.frames))]
         frames = self.episodes[rng.integers(len(self.episodes))]
         return frames[int(len(frames) * rng.random() ** 2)]
 

@@ -98,6 +98,8 @@ def identity_of(settings, data: PainterData) -> dict:
         identity["image_sizes"] = {name: list(size) for name, size in data.image_sizes.items()}
     if data.rehearsed is not None:
         identity["rehearsed"] = [Path(file).name for file in data.rehearsed.files]
+    if settings.any_frame:
+        identity["any_frame"] = True
     if settings.size in LAYOUTS:  # its base is a folder
         identity["base"] = fingerprint(settings.base)
     return identity

@@ -227,10 +227,10 @@ def read_checkpoint(path: Path, identity: dict) -> dict | None:
         before = dict(checkpoint["identity"])
     except Exception as error:
         raise unreadable(path, error) from error
-    for name, value in identity.items():
-        if before.get(name) != value:
+    for name in before | identity:
+        if before.get(name) != identity.get(name):
             raise UserError(
-                f"{path} was trained with {name} {before.get(name)}, not {value}: "
+                f"{path} was trained with {name} {before.get(name)}, not {identity.get(name)}: "
                 "use another --run, or the same settings."
             )
     return checkpoint

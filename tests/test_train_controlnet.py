@@ -15,6 +15,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from conftest import call
 from diffusers import ControlNetModel, EulerDiscreteScheduler, UNet2DConditionModel
 from test_episodes import contents
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -311,6 +312,27 @@ def test_frames_are_found_and_some_scenes_held_out(recorded):
     assert {scene_of(frame) for frame in data.held_out} == {"1000001"}
     assert {scene_of(frame) for frame in data.training} == {"1000000"}
     assert all(text in data.instructions() for text in data.training[0].instructions)
+
+
+def test_any_frame_draws_all_frames_equally_often(recorded):
+    """By default the early ones of an episode come more often."""
+    data = find_frames(recorded)
+    frames = [data.training[0]] * 8 + data.training[-2:]  # an episode of eight frames, one of two
+    frames = [frame._replace(episode=f"{i // 8}", t=i % 8) for i, frame in enumerate(frames)]
+    for any_frame, long_ones, mean in ((True, 0.8, 2.9), (False, 0.5, 1.3)):
+        dataset = PainterDataset(frames, data.cameras, None, None, any_frame=any_frame)
+        drawn = [dataset.draw_frame(np.random.default_rng(i)) for i in range(2000)]
+        assert abs(np.mean([frame.episode == "0" for frame in drawn]) - long_ones) < 0.04
+        assert abs(np.mean([frame.t for frame in drawn]) - mean) < 0.2
+
+
+def test_another_way_to_draw_frames_does_not_resume(recorded, tmp_path, capsys):
+    words = ["--run", recorded, "--out", tmp_path, "--batch-size", 2, "--precision", "fp32"]
+    words += ["--steps", 1, "--base", "none"]
+    assert call(train_controlnet, *words, "--any-frame") == 0
+    assert call(train_controlnet, *words) == 2
+    assert "any_frame True, not None" in capsys.readouterr().err
+    assert call(train_controlnet, *words, "--any-frame") == 0
 
 
 def test_batches_depend_on_seed_and_step_alone(recorded):
