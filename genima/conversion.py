@@ -16,6 +16,7 @@ from genima.import_cameras import cameras_of, recorded_camera
 from genima.recordings import (
     MOVES,
     NEAR,
+    WIDEST,
     Conversion,
     Recording,
     actions_of,
@@ -224,14 +225,22 @@ def normalise_gripper(recording: Recording, robot: Robot, notes: list[str]) -> n
 def guess_range(recording: Recording, name: str, robot: Robot) -> tuple[float, float]:
     """What closed and open are in the unit of `gripper` or `gripper_command`. Raises UserError.
 
-    The whole delivery's values count, where they are known: it has one scale.
+    The whole delivery's values count, where they are known: it has one scale. Where that goes
+    to 1, a gripper that moves within a few centimetres may be another's, in metres.
     """
     values = getattr(recording, name)
     where = recording.source
     extremes = recording.extremes.get(name, (values.min(), values.max()))
     if extremes != (values.min(), values.max()):
         where = f"{where} and the other recordings"
-    return find_gripper_range(np.array(extremes), robot, where, name)
+    span = find_gripper_range(np.array(extremes), robot, where, name)
+    if span[1] == 1 and values.max() <= 1.1 * WIDEST and np.ptp(values) > 0.01:
+        raise UserError(
+            f"{recording.source}: {name} goes from {values.min():.3g} to {values.max():.3g}, "
+            f"perhaps metres, in other recordings up to {extremes[1]:.3g}: import them one by one, "
+            f"each with {name}_range: [closed, open] in its mapping."
+        )
+    return span
 
 
 def normalise_command(

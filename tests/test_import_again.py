@@ -200,6 +200,16 @@ def test_one_scale_also_where_one_file_is_in_another_unit(tmp_path, run, bring):
     assert "set gripper_range: [closed, open]" in error and not episodes(run)
 
 
+def test_metres_are_not_taken_for_the_openings_of_another_file(tmp_path, run, bring):
+    vendor(tmp_path / "in/a.hdf5")  # 0.032 to 0.08 m
+    edit(vendor(tmp_path / "in/b.hdf5", seed=1), gripper_width=GRIPPER)
+    edit(vendor(tmp_path / "in/c.hdf5", seed=2), gripper_width=np.zeros(FRAMES))
+    _, error = bring(tmp_path / "in")
+    assert "a.hdf5: gripper goes from" in error and "perhaps metres" in error
+    assert "1 demonstration not imported" in error
+    assert sorted(episode.path.stem for episode in episodes(run)) == ["b", "c"]  # closed stays so
+
+
 # ------------------------------------------------------ cameras that the file itself describes
 MATRIX = [[128.0, 0, 64], [0, 128.0, 48], [0, 0, 1]]
 POSE = look_from([1.3, 0.5, 0.7], [0.0, 0.0, 0.4])
