@@ -31,7 +31,15 @@ from genima.episodes import CAMERAS, find_episodes, read_episode
 from genima.export_act import export_act
 from genima.files import UserError, check_number, run_stage
 from genima.import_hdf5 import detect_mapping, open_recording, read_recording
-from genima.import_sources import Source, find_lerobot, find_places, keep, name_places, prepare
+from genima.import_sources import (
+    Source,
+    find_hdf5,
+    find_lerobot,
+    find_places,
+    keep,
+    name_places,
+    prepare,
+)
 from genima.mapping import Mapping, read_mapping, ready_mappings
 from genima.parallel import run_in_parallel, usable_cores
 from genima.recordings import Conversion, Recording
@@ -117,7 +125,7 @@ def find_sources(settings: Settings) -> tuple[list[Source], list[str]]:
             if path.is_dir():
                 sources += find_lerobot(path, name, chosen or read_mapping("lerobot"))
             else:
-                sources.append(Source(path, name, chosen or detect_mapping(path, ready)))
+                sources += find_hdf5(path, name, chosen or detect_mapping(path, ready))
         except UserError as error:
             errors.append(str(error))
     prepare(sources)
@@ -150,7 +158,7 @@ def import_one(source: Source, settings: Settings) -> Outcome:
         if settings.instruction:
             mapping = replace(mapping, instruction="")  # whatever the recording says
         if source.row is None:
-            with open_recording(source.path) as root:
+            with open_recording(source.path, source.group) as root:
                 recording = read_recording(root, mapping, settings.source_fps, settings.cameras)
                 return write_recording(recording, source, settings)
         from genima.import_lerobot import read_lerobot

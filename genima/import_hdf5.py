@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -27,22 +28,34 @@ from genima.mapped_numbers import (
     seconds_of,
     tool_poses_of,
 )
-from genima.mapping import HELP, SECONDS, Mapping, find, find_cameras, is_there
+from genima.mapping import (
+    HELP,
+    SECONDS,
+    Mapping,
+    find,
+    find_cameras,
+    find_groups,
+    is_there,
+    name_of,
+)
 from genima.recordings import Recording
 from genima.stored_images import StoredImages
 
 
 # -------------------------------------------------------------------------- one HDF5 file
 @contextmanager
-def open_recording(path: Path) -> Iterator[h5py.File]:
-    """Yield an HDF5 file of any program; what is wrong with it becomes a UserError."""
+def open_recording(path: Path, group: str = "") -> Iterator[h5py.Group]:
+    """Yield an HDF5 file of any program; what is wrong with it becomes a UserError.
+
+    group: yield this one in it, a demonstration of many.
+    """
     path = Path(path)
     try:
         root = h5py.File(path, "r")
     except OSError as error:
         raise UserError(f"{path}: {reason_of(path, error)}") from error
     try:
-        yield root
+        yield root[group or "/"]
     except (UserError, MemoryError):
         raise
     except Exception as error:
@@ -76,17 +89,17 @@ def why_not_read(error: Exception) -> str:
 
 
 def detect_mapping(path: Path, ready: Sequence[Mapping]) -> Mapping:
-    """The one that finds most of its parts in this file. Raises UserError where none fits."""
-    best = None
-    most = 0
+    """The one that finds most of its parts in this file, or in each group of it.
+
+    Raises UserError where none fits.
+    """
     with open_recording(path) as root:
-        for mapping in ready:
-            if find(root, mapping.joints) is None or not find_cameras(root, mapping.images):
-                continue
-            found = sum(is_there(root, name) for name in vars(mapping).values())
-            if found > most:
-                best = mapping
-                most = found
+        best = best_mapping(root, ready)
+        if best is None:
+            of_groups = []
+            for holder in ("/", *root):
+                of_groups += [replace(mapping, demonstrations=holder) for mapping in ready]
+            best = best_mapping(root, of_groups)
         if best is None:
             names: list[str] = []
             root.visit(names.append)
@@ -97,27 +110,45 @@ def detect_mapping(path: Path, ready: Sequence[Mapping]) -> Mapping:
     return best
 
 
+def best_mapping(root: h5py.Group, mappings: Sequence[Mapping]) -> Mapping | None:
+    """The one that finds most of its parts in a file's first demonstration; None: none fits."""
+    best = None
+    most = 0
+    for mapping in mappings:
+        groups = find_groups(root, mapping)
+        if not groups:
+            continue
+        first = root[groups[0] or "/"]
+        if find(first, mapping.joints) is None or not find_cameras(first, mapping.images):
+            continue
+        found = sum(is_there(first, name) for name in vars(mapping).values())
+        if found > most:
+            best = mapping
+            most = found
+    return best
+
+
 # ----------------------------------------------------------------------- a whole recording
-def column(root: h5py.File, name: str | None, what: str, frames: int | None, needed=False):
+def column(root: h5py.Group, name: str | None, what: str, frames: int | None, needed=False):
     """The numbers (T, ...) float64 that a mapping names, or None. Raises UserError."""
     values = find(root, name)
     if values is None:
         if needed:
-            raise UserError(f"{root.filename} has no {name}, which should be its {what}: {HELP}.")
+            raise UserError(f"{name_of(root)} has no {name}, which should be its {what}: {HELP}.")
         return None
     advice = "name others in the mapping"
     if what == "timestamps":
         advice = "give --source-fps"
-    values = read_numbers(values, f"{root.filename}: {name}", advice)
+    values = read_numbers(values, f"{name_of(root)}: {name}", advice)
     if values.ndim == 0 or (frames is not None and len(values) != frames):
         raise UserError(
-            f"{root.filename}: {name} has shape {values.shape}, but there are {frames} frames."
+            f"{name_of(root)}: {name} has shape {values.shape}, but there are {frames} frames."
         )
     return values
 
 
 def read_recording(
-    root: h5py.File,
+    root: h5py.Group,
     mapping: Mapping,
     source_fps: float | None = None,
     cameras: Sequence[str] = (),
@@ -126,7 +157,7 @@ def read_recording(
 
     source_fps: its rate, instead of its timestamps. cameras: those to read; none named: all.
     """
-    path = root.filename
+    path = name_of(root)
     joints = column(root, mapping.joints, "joints", None, needed=True)
     if joints.ndim != 2:
         raise UserError(f"{path}: {mapping.joints} has shape {joints.shape}, not (frames, joints).")
@@ -186,7 +217,7 @@ def read_recording(
 
 
 def read_times(
-    root: h5py.File, mapping: Mapping, source_fps: float | None, frames: int, images: dict, notes
+    root: h5py.Group, mapping: Mapping, source_fps: float | None, frames: int, images: dict, notes
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Seconds of the joints (T,), and of those cameras that have their own {camera: (T',)}."""
     unit = SECONDS[mapping.timestamp_unit]
@@ -194,7 +225,7 @@ def read_times(
     if source_fps is None:
         seconds = column(root, mapping.timestamps, "timestamps", frames)
     if seconds is not None:
-        seconds = seconds_of(seconds, unit, f"{root.filename}: {mapping.timestamps}")
+        seconds = seconds_of(seconds, unit, f"{name_of(root)}: {mapping.timestamps}")
     else:
         rate = source_fps or read_rate(root, mapping, notes)
         seconds = np.arange(frames) / rate
@@ -209,11 +240,11 @@ def read_times(
             continue
         name = mapping.image_timestamps.replace("{camera}", camera)
         own = column(root, name, "timestamps of pictures", len(stored), needed=True)
-        image_seconds[camera] = seconds_of(own, unit, f"{root.filename}: {name}")
+        image_seconds[camera] = seconds_of(own, unit, f"{name_of(root)}: {name}")
     return seconds, image_seconds
 
 
-def read_rate(root: h5py.File, mapping: Mapping, notes: list[str]) -> float:
+def read_rate(root: h5py.Group, mapping: Mapping, notes: list[str]) -> float:
     """Frames a second of a file without timestamps."""
     rate = mapping.rate
     if isinstance(rate, str):
@@ -221,18 +252,18 @@ def read_rate(root: h5py.File, mapping: Mapping, notes: list[str]) -> float:
         try:
             rate = None if found is None else float(text(found))
         except ValueError:
-            raise UserError(f"{root.filename}: {rate} is no rate: give --source-fps.") from None
+            raise UserError(f"{name_of(root)}: {rate} is no rate: give --source-fps.") from None
     elif rate is not None:
         notes.append(
             f"no timestamps: {rate:g} Hz, as mapping {mapping.name} says; else --source-fps."
         )
     if rate is None or not rate > 0:
-        raise UserError(f"{root.filename} has neither timestamps nor a rate: give --source-fps.")
+        raise UserError(f"{name_of(root)} has neither timestamps nor a rate: give --source-fps.")
     return float(rate)
 
 
 def read_cameras(
-    root: h5py.File, mapping: Mapping, frames: int, images: dict
+    root: h5py.Group, mapping: Mapping, frames: int, images: dict
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Intrinsics and extrinsics {camera: matrices} where the file says where its cameras are."""
     intrinsics = {}
@@ -241,15 +272,15 @@ def read_cameras(
     poses = find_cameras(root, mapping.extrinsics or "")
     for camera, stored in images.items():
         if camera in lenses:
-            where = f"{root.filename}: {lenses[camera].name}"
+            where = f"{name_of(root)}: {lenses[camera].name}"
             intrinsics[camera] = intrinsics_of(lenses[camera], where)
         if camera in poses:
-            where = f"{root.filename}: {poses[camera].name}"
+            where = f"{name_of(root)}: {poses[camera].name}"
             extrinsics[camera] = extrinsics_of(poses[camera], frames, len(stored), where)
     return intrinsics, extrinsics
 
 
-def read_robot(root: h5py.File, mapping: Mapping) -> str:
+def read_robot(root: h5py.Group, mapping: Mapping) -> str:
     """The robot's name in the file or in the mapping; "" where neither says it."""
     name = mapping.robot or ""
     if name.startswith("@") or "/" in name:

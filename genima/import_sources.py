@@ -18,7 +18,7 @@ from genima.episodes import FORMAT, Episode, check_episode, layout_of, read_epis
 from genima.files import UserError, read_hdf5
 from genima.import_hdf5 import column, open_recording
 from genima.mapped_numbers import gripper_of
-from genima.mapping import Mapping, split_columns
+from genima.mapping import HELP, Mapping, find_groups, split_columns
 
 ENDINGS = (".hdf5", ".h5")  # also in capitals
 LITTLE = 3  # of 255: what decoding a video on another machine may change
@@ -32,6 +32,7 @@ class Source:
     name: str  # of the episode's file
     mapping: Mapping
     row: dict | None = None  # of a LeRobot dataset: what it says of the episode
+    group: str = ""  # of an HDF5 file of many demonstrations: where this one is
     number: int = 0
     extremes: dict[str, tuple[float, float]] = field(default_factory=dict)  # see find_extremes
 
@@ -69,6 +70,22 @@ def name_places(places: list[Path]) -> list[str]:
             )
 
 
+def find_hdf5(path: Path, name: str, mapping: Mapping) -> list[Source]:
+    """The demonstrations of an HDF5 file."""
+    with open_recording(path) as root:
+        groups = find_groups(root, mapping)
+    if not groups:
+        raise UserError(
+            f"{path} has no demonstrations in {mapping.demonstrations}, as {mapping.source} says: "
+            f"{HELP}."
+        )
+    sources = []
+    for group in groups:
+        own = f"{name}_{Path(group).name}" if group else name
+        sources.append(Source(path, own, mapping, group=group))
+    return sources
+
+
 def find_lerobot(folder: Path, name: str, mapping: Mapping) -> list[Source]:
     """The episodes of a LeRobot dataset."""
     from genima.import_lerobot import read_episode_rows, read_info  # pyarrow and PyAV: only here
@@ -103,13 +120,13 @@ def find_extremes(sources: list[Source]):
 
     A file of a gripper that stays half open says little about its unit; all together do.
     """
-    places = {source.path: source.mapping for source in sources}
+    places = {(source.path, source.group): source.mapping for source in sources}
     for name in ("gripper", "gripper_command"):
         found: dict[str, list[float]] = {}  # by mapping
-        for path, mapping in places.items():
+        for place, mapping in places.items():
             if getattr(mapping, name) and not getattr(mapping, f"{name}_range"):
                 with suppress(UserError, ValueError):  # importing it says so
-                    values = gripper_values(path, getattr(mapping, name))
+                    values = gripper_values(*place, getattr(mapping, name))
                     finite = values[np.isfinite(values)]
                     found.setdefault(mapping.source, []).extend([finite.min(), finite.max()])
         for source in sources:
@@ -118,10 +135,10 @@ def find_extremes(sources: list[Source]):
                 source.extremes[name] = (float(min(values)), float(max(values)))
 
 
-def gripper_values(path: Path, name: str) -> np.ndarray:
-    """What a mapping names as the gripper or its command: in a file, or in a whole dataset."""
+def gripper_values(path: Path, group: str, name: str) -> np.ndarray:
+    """What a mapping names as the gripper or its command: of a recording, or of a whole dataset."""
     if not path.is_dir():
-        with open_recording(path) as root:
+        with open_recording(path, group) as root:
             return gripper_of(column(root, name, name, None, needed=True), str(path))
     from genima.import_lerobot import column as table_column  # pyarrow and PyAV: only here
     from genima.import_lerobot import read_table

@@ -98,13 +98,18 @@ def read_instruction(values, where: str, frames: int, notes: list[str]) -> str:
 
 
 def ways_to_say_it(sentence: str, where: str) -> list[str]:
-    """The sentences of a JSON list; any other text is one. Raises UserError for other JSON."""
+    """The sentences of a JSON list; any other text is one. Raises UserError for other JSON.
+
+    LIBERO writes {"language_instruction": "...", ...}.
+    """
     if not sentence.startswith(("[", "{")):
         return [sentence]
     try:
         content = json.loads(sentence)
     except (ValueError, RecursionError):
         return [sentence]
+    if isinstance(content, dict) and isinstance(content.get("language_instruction"), str):
+        return [content["language_instruction"]]
     if isinstance(content, list) and content and all(isinstance(way, str) for way in content):
         return content
     raise UserError(

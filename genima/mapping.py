@@ -3,6 +3,7 @@
 It is a small YAML file; mappings/act.yaml explains every line. Its values name a dataset,
 `observations/qpos`, some of its columns, `observations/qpos[0:7]` or `joints[2,1,0]`, or an
 attribute, `@sim`. Where a name has {camera}, it stands for every camera that the file has there.
+In a file of many demonstrations a name is looked for in each one's group.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class Mapping:
     """Which part of a file is what; None: the file has no such part."""
 
     source: str = ""  # the mapping's own file
+    demonstrations: str | None = None  # the group that holds one group for each
     joints: str | None = None  # (T, D)
     joint_unit: str = "radians"  # or degrees
     gripper: str | None = None  # (T,)
@@ -131,7 +133,27 @@ def split_columns(name: str) -> tuple[str, slice | int | list[int] | None]:
 
 
 # --------------------------------------------------------- what it names in an HDF5 file
-def find(root: h5py.File, name: str | None):
+def name_of(root: h5py.Group) -> str:
+    """An open file's path, with the group's in it where that is one of many demonstrations."""
+    return root.file.filename + root.name.rstrip("/")
+
+
+def find_groups(root: h5py.Group, mapping: Mapping) -> list[str]:
+    """Where a file's demonstrations are, demo_2 before demo_10; [""]: the file is one."""
+    if mapping.demonstrations is None:
+        return [""]
+    node = get(root, mapping.demonstrations)
+    found = []
+    for name in node if isinstance(node, h5py.Group) else ():
+        inner = node.get(name)
+        if isinstance(inner, h5py.Group) and (
+            is_there(inner, mapping.joints) or is_there(inner, mapping.images)
+        ):
+            found.append(inner.name)
+    return sorted(found, key=lambda name: [len(name), name])
+
+
+def find(root: h5py.Group, name: str | None):
     """A dataset (of some columns), an attribute's value, or None where the file has none.
 
     An attribute that is not there may be a dataset of the same name: writers differ.
@@ -151,21 +173,21 @@ def find(root: h5py.File, name: str | None):
         return None
     check_there(node)
     if node.nbytes > MAX_ARRAY:
-        raise UserError(f"{root.filename}: {dataset} has shape {node.shape}: name another dataset.")
+        raise UserError(f"{name_of(root)}: {dataset} has shape {node.shape}: name another dataset.")
     if columns is None:
         return node
-    return take_columns(node[()], name, columns, root.filename)
+    return take_columns(node[()], name, columns, name_of(root))
 
 
-def get(root: h5py.File, name: str):
+def get(root: h5py.Group, name: str):
     """What has this name in a file, None where nothing has. Raises UserError for a broken link."""
     node = root.get(name)
     if node is None:
         group, _, last = name.rpartition("/")
-        holder = root.get(group or "/")
+        holder = root.get(group) if group else root
         if isinstance(holder, h5py.Group) and last in list(holder):
             raise UserError(
-                f"{root.filename}: {name} is a link to what is not there: copy that, too."
+                f"{name_of(root)}: {name} is a link to what is not there: copy that, too."
             )
     return node
 
@@ -186,8 +208,8 @@ def check_there(data: h5py.Dataset):
         )
 
 
-def find_cameras(root: h5py.File, pattern: str) -> dict[str, h5py.Dataset]:
-    """{camera: its dataset} for a name with {camera} in it, such as rgb/{camera}.
+def find_cameras(root: h5py.Group, pattern: str) -> dict[str, h5py.Dataset]:
+    """{camera: its dataset} for a name with {camera} in it: rgb/{camera}, obs/{camera}_image.
 
     Pictures in a group of their own, rgb/arm/left, are of a camera arm_left.
     """
@@ -195,23 +217,35 @@ def find_cameras(root: h5py.File, pattern: str) -> dict[str, h5py.Dataset]:
     if not braces:
         node = get(root, pattern) if pattern else None
         return {Path(pattern).name: node} if isinstance(node, h5py.Dataset) else {}
-    group = root.get(before.rstrip("/") or "/")
+    folder, _, prefix = before.rpartition("/")
+    suffix = after.partition("/")[0]
+    group = root.get(folder) if folder else root
     if not isinstance(group, h5py.Group):
         return {}
+    if prefix or suffix:
+        places = places_named(group, prefix, suffix)
+    else:
+        places = places_below(group, after)
     found = {}
-    for place in places_below(group, after):
+    for place in places:
         node = get(root, before + place + after)
         if not isinstance(node, h5py.Dataset) or ("/" in place and not after and no_bytes(node)):
             continue
         camera = place.replace("/", "_")
         if camera in found:
             raise UserError(
-                f"{root.filename}: {node.name} and {found[camera].name} would both be the camera "
+                f"{name_of(root)}: {node.name} and {found[camera].name} would both be the camera "
                 f"{camera}: leave one out by a mapping for the other alone."
             )
         check_there(node)
         found[camera] = node
     return found
+
+
+def places_named(group: h5py.Group, prefix: str, suffix: str) -> list[str]:
+    """What stands for {camera} in a group's names such as rgb_{camera} or {camera}_image."""
+    pattern = re.compile(re.escape(prefix) + "(.+)" + re.escape(suffix))
+    return [match[1] for match in map(pattern.fullmatch, group) if match]
 
 
 def places_below(group: h5py.Group, after: str, depth: int = 2) -> list[str]:
@@ -230,7 +264,7 @@ def no_bytes(dataset: h5py.Dataset) -> bool:
     return (h5py.check_vlen_dtype(dataset.dtype) or dataset.dtype) != np.uint8
 
 
-def is_there(root: h5py.File, name) -> bool:
+def is_there(root: h5py.Group, name) -> bool:
     """Whether a file has what a line of a mapping names."""
     if not isinstance(name, str):
         return False

@@ -1,6 +1,7 @@
 """Synthetic episodes: a chain of joints with random constants, made without a simulator."""
 
 import importlib
+import json
 import resource
 import shutil
 import signal
@@ -185,6 +186,29 @@ def sentence_of(monkeypatch, capsys):
         return sentence
 
     return run_to_its_end
+
+
+@pytest.fixture
+def bring(tmp_path, capsys):
+    """Import into tmp_path / "run", a front camera calibrated -> (what is printed, the errors)."""
+    from make_recordings import room_cameras
+
+    import import_demos
+    from genima.files import UserError
+
+    calibration = tmp_path / "cams.json"
+    calibration.write_text(json.dumps(room_cameras({"front": (96, 128)})))
+
+    def import_all(*sources, **options):
+        options = {"calibration": (str(calibration),), "workers": 1} | options
+        error = ""
+        try:
+            import_demos.import_all(import_demos.Settings(sources, tmp_path / "run", **options))
+        except UserError as raised:
+            error = str(raised)
+        return capsys.readouterr().out, error
+
+    return import_all
 
 
 @pytest.fixture

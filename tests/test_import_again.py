@@ -52,24 +52,6 @@ def run(tmp_path):
     return tmp_path / "run"
 
 
-@pytest.fixture
-def bring(tmp_path, run, capsys):
-    """Import with the front camera's calibration -> (what is printed, the errors' sentences)."""
-    calibration = tmp_path / "cams.json"
-    calibration.write_text(json.dumps(room_cameras(FRONT)))
-
-    def import_all(*sources, **options):
-        options = {"calibration": (str(calibration),), "workers": 1} | options
-        error = ""
-        try:
-            import_demos.import_all(import_demos.Settings(sources, run, **options))
-        except UserError as raised:
-            error = str(raised)
-        return capsys.readouterr().out, error
-
-    return import_all
-
-
 def mapping(tmp_path, base="vendor", **lines):
     """The path of a ready mapping with some lines changed."""
     content = yaml.safe_load((ROOT / f"mappings/{base}.yaml").read_text()) | lines
