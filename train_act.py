@@ -85,6 +85,7 @@ GRADIENT_CLIP = 1.0
 # otherwise the controller continues its path without looking at the spheres.
 STATE_DROPOUT = 0.3
 PAINTER_ERROR = 0.5  # pixels, standard deviation: see draw_target
+PAINTER_LAG = 0.5  # of the samples of an arm with a single camera in the room: see draw_target
 CAMERAS_MOVED = 0.3  # of the samples: all cameras are a little off, see misplace_camera
 VALIDATE_EVERY = 250  # steps
 VALIDATION_BATCHES = 6
@@ -162,17 +163,31 @@ class Samples(Dataset):
         Each sphere is a little off in each view, as painters paint it. The errors of two views are
         independent, so the controller learns to trust the nearest view. (The paper distorts and
         crops the images instead; at 64x64 pixels that moves spheres by centimetres.)
+
+        A single camera in the room does not see how far away a thing is, so its painted spheres
+        stay behind those of the camera on the arm, which is above the thing. Then they are drawn,
+        in a share of the samples, for a posture between the current and the target's: the
+        controller learns to follow the camera on the arm.
         """
         demonstration = motion.demonstration
         chain = demonstration.chain
+        mounted = [camera for camera in self.config["cameras"] if camera in chain.mounted]
+        lag = 0.0
+        if mounted and len(mounted) == len(self.config["cameras"]) - 1:
+            lag = rng.random() * (rng.random() < PAINTER_LAG)
+        lagging = motion.target + lag * (motion.current - motion.target)
         current_poses = chain.forward_kinematics(motion.current[:-1])  # (J, 4, 4)
         target_poses = chain.forward_kinematics(motion.target[:-1])  # (J, 4, 4)
+        lagging_poses = chain.forward_kinematics(lagging[:-1])  # (J, 4, 4)
         height, width = self.config["image_size"]
         is_moved = rng.random() < CAMERAS_MOVED
         layers = []
         for camera in self.config["cameras"]:
             poses, radii, colours = target_spheres(
-                target_poses, motion.target[-1] > 0.5, camera, demonstration.style
+                target_poses if camera in mounted else lagging_poses,
+                motion.target[-1] > 0.5,
+                camera,
+                demonstration.style,
             )
             intrinsics = demonstration.intrinsics[camera]
             world_from_camera = chain.camera_pose(camera, current_poses)

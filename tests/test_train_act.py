@@ -153,6 +153,7 @@ def test_without_spheres_nothing_is_shifted():
 
 def test_spheres_stand_at_the_target_and_are_seen_from_the_current_joints(monkeypatch):
     monkeypatch.setattr(train_act, "PAINTER_ERROR", 0)
+    monkeypatch.setattr(train_act, "PAINTER_LAG", 0)
     monkeypatch.setattr(train_act, "CAMERAS_MOVED", 0)
     samples, _ = make_samples()
     rng = np.random.default_rng(0)
@@ -188,6 +189,7 @@ def test_painters_errors_are_about_half_a_pixel_and_differ_between_views(monkeyp
         return np.zeros((height, width, 4), np.uint8)
 
     monkeypatch.setattr(train_act, "draw_spheres", record)
+    monkeypatch.setattr(train_act, "PAINTER_LAG", 0)
     monkeypatch.setattr(train_act, "CAMERAS_MOVED", 0)
     samples, _ = make_samples()
     rng = np.random.default_rng(0)
@@ -198,6 +200,55 @@ def test_painters_errors_are_about_half_a_pixel_and_differ_between_views(monkeyp
     assert 0.4 < pixels.std(0).mean() < 0.6
     other = np.array([points[:2] / points[2] for points in seen[0::2]])
     assert abs(np.corrcoef(pixels[:, 0, -1], other[:, 0, -1])[0, 1]) < 0.3
+
+
+def draw_tools(monkeypatch, samples, motion, draws):
+    """Where each view's last sphere was drawn, if painters made no errors: (draws, V, 3) metres."""
+    drawn = []
+
+    def record(poses, radii, colours, intrinsics, camera, height, width):
+        drawn.append(poses[-1, :3, 3].copy())
+        return np.zeros((height, width, 4), np.uint8)
+
+    monkeypatch.setattr(train_act, "draw_spheres", record)
+    monkeypatch.setattr(train_act, "PAINTER_ERROR", 0)
+    monkeypatch.setattr(train_act, "CAMERAS_MOVED", 0)
+    for seed in range(draws):
+        samples.draw_target(np.random.default_rng(seed), motion)
+    return np.reshape(drawn, (draws, -1, 3))
+
+
+def test_a_single_camera_in_the_room_stays_behind_the_one_on_the_arm(monkeypatch):
+    samples, _ = make_samples()
+    motion = samples.motions.draw(np.random.default_rng(0))
+    motion.target[:-1] = motion.current[:-1] + 0.3
+    chain = motion.demonstration.chain
+    target = chain.forward_kinematics(motion.target[:-1])[-1, :3, 3]
+    wrist, front = draw_tools(monkeypatch, samples, motion, 200).transpose(1, 0, 2)
+    np.testing.assert_allclose(wrist, np.tile(target, (200, 1)))
+    lags = np.abs(front - target).max(1) > 1e-6
+    assert 0.4 < lags.mean() < 0.6
+    part = np.linspace(0, 1, 200)[:, None]
+    between = motion.current[:-1] + part * (motion.target - motion.current)[:-1]
+    path = chain.forward_kinematics(between)[:, -1, :3, 3]  # (200, 3)
+    for tool in front[lags]:
+        assert np.linalg.norm(path - tool, axis=1).min() < 0.003
+    spread = np.linalg.norm(front[lags] - target, axis=1) / np.linalg.norm(path[0] - target)
+    assert spread.min() < 0.2 and spread.max() > 0.8
+
+
+@pytest.mark.parametrize("cameras", [["front"], ["wrist"], ["wrist", "front", "other"]])
+def test_other_cameras_never_stay_behind(monkeypatch, cameras):
+    samples, config = make_samples()
+    motion = samples.motions.draw(np.random.default_rng(0))
+    demonstration = motion.demonstration
+    motion.target[:-1] = motion.current[:-1] + 0.3
+    demonstration.chain.fixed["other"] = demonstration.chain.fixed["front"]
+    demonstration.intrinsics["other"] = demonstration.intrinsics["front"]
+    config["cameras"] = cameras
+    target = demonstration.chain.forward_kinematics(motion.target[:-1])[-1, :3, 3]
+    tools = draw_tools(monkeypatch, samples, motion, 20)
+    np.testing.assert_allclose(tools, np.broadcast_to(target, tools.shape))
 
 
 def test_a_batch_is_a_function_of_its_step():
