@@ -50,37 +50,44 @@ def read_calibration(
     names: Sequence[str],
     robot: Robot | str,
     gripper_length: float | None = None,
-    optional: Sequence[str] = (),
+    recorded: dict[str, Camera] | None = None,
 ) -> tuple[dict[str, Camera], list[str]]:
     """The cameras `names` of a dataset, from files that complete one another, and what to tell.
 
-    paths: files, or NAME=FILE for a file of one camera that does not say its name. optional: the
-    names that no file need have. Each camera returned has intrinsics and a pose, from "base" or
-    from "last_joint".
+    paths: files, or NAME=FILE for a file of one camera that does not say its name. recorded: what
+    the dataset says, where no file does. Each camera returned has intrinsics and a pose, from
+    "base" or from "last_joint"; a recorded one may have a pose for each frame.
     """
     cameras: dict[str, Camera] = {}
     notes: list[str] = []
     for entry in paths:
-        given, path = split_name(str(entry))
-        for name, camera in named_cameras(path, given, list(names), notes).items():
+        for name, camera in named_cameras(str(entry), list(names), notes).items():
             merge(cameras, name, camera)
-    wanted = [name for name in names if name in cameras or name not in optional]
-    for name in wanted:
-        if name not in cameras:
-            files = ", ".join(str(path) for path in paths)
-            raise UserError(f"Camera '{name}' is not in {files}: add its entry; {HELP}.")
-        if cameras[name].intrinsics is None:
-            raise UserError(
-                f"{cameras[name].source} has no intrinsics of camera '{name}': "
-                f"add them, or a second file that has them; {HELP}."
-            )
+    for name in names:
+        fill_in(cameras, name, (recorded or {}).get(name, Camera("")), paths)
     frames = robot_frames(robot, gripper_length)
     for camera in cameras.values():
         if camera.frame in ROS_FRAMES:
             camera.pose = turn_from_ros(robot, camera.frame) @ camera.pose
             camera.frame = ROS_FRAMES[camera.frame]
-    resolved = {name: resolve_pose(name, cameras, frames) for name in wanted}
+    resolved = {name: resolve_pose(name, cameras, frames) for name in names}
     return resolved, notes
+
+
+def fill_in(cameras: dict[str, Camera], name: str, recorded: Camera, paths: Sequence[str | Path]):
+    """Take from the dataset what no file says of a camera. Raises UserError for what is missing."""
+    if name not in cameras and (recorded.intrinsics is None or recorded.pose is None):
+        files = ", ".join(map(str, paths))
+        raise UserError(f"Camera '{name}' is not in {files}: add its entry; {HELP}.")
+    camera = cameras.setdefault(name, recorded)
+    if camera.intrinsics is None:
+        camera.intrinsics = recorded.intrinsics
+    if camera.pose is None:
+        camera.pose = recorded.pose
+        camera.frame = recorded.frame
+    if camera.intrinsics is None:
+        advice = f"add them, or a second file that has them; {HELP}."
+        raise UserError(f"{camera.source} has no intrinsics of camera '{name}': {advice}")
 
 
 def split_name(entry: str) -> tuple[str | None, Path]:
@@ -91,10 +98,9 @@ def split_name(entry: str) -> tuple[str | None, Path]:
     return name, Path(path)
 
 
-def named_cameras(
-    path: Path, given: str | None, names: list[str], notes: list[str]
-) -> dict[str, Camera]:
+def named_cameras(entry: str, names: list[str], notes: list[str]) -> dict[str, Camera]:
     """A file's cameras under the dataset's names; notes get a sentence on each that is left out."""
+    given, path = split_name(entry)
     found = read_calibration_file(path)
     if given and len(found) > 1:
         raise UserError(f"{path} is of {len(found)} cameras: give it without '{given}='.")
@@ -140,6 +146,8 @@ def merge(cameras: dict[str, Camera], name: str, camera: Camera):
 def resolve_pose(name: str, cameras: dict[str, Camera], frames: dict) -> Camera:
     """The camera with its pose from the base or from the last joint."""
     camera = cameras[name]
+    if np.ndim(camera.pose) == 3:  # recorded, in each frame
+        return camera
     pose = np.eye(4)
     frame = name
     visited = set()

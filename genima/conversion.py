@@ -153,11 +153,13 @@ def convert(recording: Recording, conversion: Conversion) -> tuple[Episode, list
             extras[f"timestamps_{name}"] = recording.image_seconds[name][chosen]
         first = stored[int(chosen[0])]
         size = first.shape[:2]
-        if name in cameras:
-            camera = cameras[name]
+        camera = cameras[name]
+        if camera.pose.ndim == 2:
             note = check_view(camera, name, size, joint_poses)
         else:
-            camera, note = recorded_camera(recording, name, index, chosen, size, joint_poses)
+            camera, note = recorded_camera(
+                camera, recording, name, index, chosen, size, joint_poses
+            )
         if note:
             blind.append(note)
         intrinsics[name] = fit_size(camera, name, size)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from genima.arrays import check_array
@@ -15,26 +17,36 @@ from genima.robots import Robot
 def cameras_of(
     recording: Recording, robot: Robot, conversion: Conversion, notes: list[str]
 ) -> dict[str, Camera]:
-    """The cameras of the calibration files; those of the recording itself need none."""
-    names = list(recording.images)
-    known = [name for name in names if name in recording.intrinsics]
-    known = [name for name in known if name in recording.extrinsics]
-    if conversion.calibration:
-        cameras, words = read_calibration(
-            conversion.calibration, names, robot, conversion.gripper_length, known
+    """Each camera as the calibration files say it, and where they do not, as the recording does.
+
+    A pose that was recorded is one for each frame, (T, 4, 4). Raises UserError for what nothing
+    says.
+    """
+    recorded = {}
+    for name in recording.images:
+        recorded[name] = Camera(
+            recording.source,
+            intrinsics=recording.intrinsics.get(name),
+            frame="base",
+            pose=recording.extrinsics.get(name),
         )
+    if conversion.calibration:
+        names = list(recording.images)
+        files = conversion.calibration
+        cameras, words = read_calibration(files, names, robot, conversion.gripper_length, recorded)
         notes += words
         return cameras
-    for name in names:
-        if name not in known:
+    for name, camera in recorded.items():
+        if camera.intrinsics is None or camera.pose is None:
             raise UserError(
                 f"{recording.source} does not say where camera '{name}' is: "
                 "give --calibration; see docs/your-data.md."
             )
-    return {}
+    return recorded
 
 
 def recorded_camera(
+    camera: Camera,
     recording: Recording,
     name: str,
     index: np.ndarray,
@@ -42,19 +54,17 @@ def recorded_camera(
     size: tuple[int, int],
     joint_poses: np.ndarray,
 ) -> tuple[Camera, str | None]:
-    """A camera that the recording itself describes, with a pose for each frame of the episode.
+    """The camera with its recorded poses in the frames of the episode, and check_view's sentence.
 
     Its poses are recorded with its pictures, of which the episode has those in `chosen`, or with
-    the joints (`index`). Returns check_view's sentence, too.
+    the joints (`index`).
     """
     where = f"{recording.source}: camera '{name}'"
-    matrix = recording.intrinsics[name]
-    poses = recording.extrinsics[name]
-    check_array(matrix, (3, 3), np.float64, f"{where}: its intrinsics")
-    at_pictures = len(poses) == len(recording.images[name])
-    poses = poses[chosen if at_pictures else index]
+    at_pictures = len(camera.pose) == len(recording.images[name])
+    poses = camera.pose[chosen if at_pictures else index]
+    check_array(camera.intrinsics, (3, 3), np.float64, f"{where}: its intrinsics")
     check_array(poses, (None, 4, 4), np.float64, f"{where}: its extrinsics")
-    camera = Camera(recording.source, intrinsics=matrix, frame="base", pose=poses)
+    camera = replace(camera, source=recording.source, pose=poses)
     try:
         return camera, check_view(camera, name, size, joint_poses)
     except UserError as error:  # its advice is for a calibration file

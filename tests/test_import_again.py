@@ -235,6 +235,42 @@ def test_cameras_in_the_file_are_checked(tmp_path, bring, matrix, poses, words):
 
 
 # -------------------------------------------------------------------------- the right sentence
+def test_a_lens_from_a_file_and_a_pose_from_the_recording(tmp_path, run, bring):
+    path = vendor(tmp_path / "in/a.hdf5")
+    edit(path, cam__front__T=np.tile(POSE, (FRAMES, 1, 1)))
+    mine = mapping(tmp_path, **IN_FILE)
+    lens = tmp_path / "lens.json"
+    lens.write_text(json.dumps({"front": {"intrinsics": MATRIX, "distortion": [0.1, 0, 0, 0]}}))
+    assert bring(path, mapping=mine, calibration=(str(lens),))[1] == ""
+    (episode,) = episodes(run)
+    np.testing.assert_allclose(episode.extrinsics["front"][0], POSE, atol=1e-6)
+    np.testing.assert_allclose(episode.intrinsics["front"], MATRIX, atol=1e-6)
+    with h5py.File(path) as root:  # straightened: the lens bends
+        assert (episode.images["front"][0] != root["rgb/front"][0]).any()
+
+
+def test_a_pose_from_a_file_and_a_lens_from_the_recording(tmp_path, run, bring):
+    path = vendor(tmp_path / "in/a.hdf5")
+    edit(path, cam__front__K=MATRIX)
+    mine = mapping(tmp_path, **IN_FILE)
+    pose = tmp_path / "pose.json"
+    pose.write_text(json.dumps({"front": {"world_from_camera": POSE.tolist()}}))
+    assert bring(path, mapping=mine, calibration=(str(pose),))[1] == ""
+    (episode,) = episodes(run)
+    np.testing.assert_allclose(episode.extrinsics["front"][0], POSE, atol=1e-6)
+    np.testing.assert_allclose(episode.intrinsics["front"], MATRIX, atol=1e-6)
+
+
+def test_a_calibration_counts_more_than_the_recording(tmp_path, run, bring):
+    path = vendor(tmp_path / "in/a.hdf5")
+    edit(path, cam__front__K=0.9 * np.array(MATRIX), cam__front__T=np.tile(POSE, (FRAMES, 1, 1)))
+    mine = mapping(tmp_path, **IN_FILE)
+    other = room_cameras(FRONT)
+    assert bring(path, mapping=mine)[1] == ""
+    (episode,) = episodes(run)
+    np.testing.assert_allclose(episode.intrinsics["front"], other["front"]["intrinsics"])
+
+
 def test_seven_radians_are_no_degrees(tmp_path, bring):
     home = UR5E_HOME.copy()
     home[5] = 7.2
