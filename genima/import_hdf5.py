@@ -18,7 +18,7 @@ import h5py
 import numpy as np
 
 from genima.files import UserError, shorten
-from genima.labels import flag, read_instruction, text
+from genima.labels import check_order, flag, read_instruction, text
 from genima.mapped_numbers import (
     check_action,
     extrinsics_of,
@@ -164,6 +164,9 @@ def read_recording(
     frames = len(joints)
     if frames == 0:
         raise UserError(f"{path}: {mapping.joints} has no frames: move the file away.")
+    names = find(root, mapping.joint_names)
+    if names is not None:
+        check_order(names, mapping.joints, joints.shape[1], f"{path}: {mapping.joint_names}")
     to_radians = np.pi / 180 if mapping.joint_unit == "degrees" else 1.0
     notes = []
     gripper = column(root, mapping.gripper, "gripper", frames)

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from genima.documents import explain, read_json
 from genima.files import UserError, shorten
-from genima.labels import flag, read_instruction, text
+from genima.labels import check_order, flag, read_instruction, text
 from genima.lerobot_images import ImageRows, VideoFrames
 from genima.mapped_numbers import (
     check_action,
@@ -36,6 +36,8 @@ from genima.recordings import Recording
 AGAIN = "copy the dataset again"
 # Lines of a mapping that mean nothing here, and what to do instead.
 NOT_READ = {
+    "demonstrations": "",
+    "joint_names": "",  # those in meta/info.json are
     "rate": " and give --source-fps",
     "image_timestamps": "",
     "color": "",
@@ -165,6 +167,8 @@ def read_row(
             f"{where}: {mapping.joints} has shape {joints.shape}, not (frames, joints): name "
             "another column in the mapping."
         )
+    feature = info["features"].get(split_columns(mapping.joints)[0], {})
+    check_order(feature.get("names") or [], mapping.joints, joints.shape[1], where)
     gripper = column(table, mapping.gripper, where, needed=True)
     notes = []
     if gripper is None:

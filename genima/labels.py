@@ -1,18 +1,21 @@
-"""What a recording says in words, whichever file it comes from: instruction, label of success."""
+"""What a recording says in words, whichever file it comes from: instruction, success, joints."""
 
 from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 
 import h5py
 import numpy as np
 
 from genima.files import UserError, shorten
+from genima.mapping import split_columns
 
 YES = ("true", "yes", "y", "success", "successful", "succeeded", "ok", "pass", "passed", "done")
 NO = ("false", "no", "n", "failure", "failed", "fail")
 NO_LABEL = ("", "nan", "none", "null")
+UR_JOINTS = ("shoulder_pan", "shoulder_lift", "elbow", "wrist_1", "wrist_2", "wrist_3")
 
 
 def text(value) -> str:
@@ -115,3 +118,41 @@ def ways_to_say_it(sentence: str, where: str) -> list[str]:
     raise UserError(
         f"{where} holds {shorten(sentence)}, which is no list of sentences: give --instruction."
     )
+
+
+# -------------------------------------------------------------------------------- joints' names
+def check_order(values, joints: str, count: int, where: str):
+    """Raise a UserError where recorded names say that the joints are not in the arm's order.
+
+    values: a name for each of the `count` joints, or for each column of the dataset; joints: what
+    the mapping names, such as "q[0:6]". ROS gives a UR's joints by the alphabet: elbow first.
+    Names without a number, of other arms than UR's, tell nothing.
+    """
+    dataset, columns = split_columns(joints)
+    if isinstance(values, dict):  # LeRobot's {"motors": [...]}
+        values = next(iter(values.values()), [])
+    names = [text(value) for value in flatten(values)]
+    numbers = np.arange(len(names))
+    with suppress(IndexError):
+        picked = numbers if columns is None else np.atleast_1d(numbers[columns])
+        numbers = picked if len(picked) == count else numbers
+    places = [place_of(names[number]) for number in numbers]
+    if len(places) != count or None in places or len(set(places)) < count:
+        return
+    order = np.argsort(places)
+    if (order != np.arange(count)).any():
+        first = ", ".join(names[number] for number in numbers[:3])
+        columns = ",".join(str(number) for number in numbers[order])
+        raise UserError(
+            f"{where} has its joints in the order {first}, ...: name them from the base on in the "
+            f"mapping, {dataset}[{columns}], and the action's likewise."
+        )
+
+
+def place_of(name: str) -> int | None:
+    """Which joint from the base a name means: fr3_joint2 -> 2; None: it does not say."""
+    for place, part in enumerate(UR_JOINTS):
+        if part in name.lower():
+            return place
+    digits = re.findall(r"\d+", name)
+    return int(digits[-1]) if digits else None

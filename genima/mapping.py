@@ -40,6 +40,7 @@ class Mapping:
     source: str = ""  # the mapping's own file
     demonstrations: str | None = None  # the group that holds one group for each
     joints: str | None = None  # (T, D)
+    joint_names: str | None = None  # in which order they are
     joint_unit: str = "radians"  # or degrees
     gripper: str | None = None  # (T,)
     gripper_range: list | None = None  # [closed, open] in the file's unit

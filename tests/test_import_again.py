@@ -1,6 +1,7 @@
 """import_demos.py, once more: names, what is there already, units, cameras, and its sentences."""
 
 import json
+import re
 
 import cv2
 import h5py
@@ -23,6 +24,7 @@ from genima.episodes import read_episode
 from genima.files import UserError
 from genima.import_sources import find_lerobot, name_places, prepare
 from genima.kinematics import franka_chain
+from genima.labels import check_order
 from genima.mapping import read_mapping
 from genima.quality import examine
 
@@ -279,6 +281,44 @@ def test_seven_radians_are_no_degrees(tmp_path, bring):
     assert "joint 6 goes up to 7." in error and "degrees" not in error
     edit(path, joint_positions=np.degrees(motion(UR5E_HOME, FRAMES)[0]))
     assert "set joint_unit: degrees" in bring(path)[1]
+
+
+ALPHABET = ["elbow", "shoulder_lift", "shoulder_pan", "wrist_1", "wrist_2", "wrist_3"]
+
+
+def test_joints_in_the_order_of_the_alphabet_are_refused(tmp_path, run, bring):
+    path = vendor(tmp_path / "a.hdf5", home=UR5E_HOME)
+    with h5py.File(path, "r+") as root:
+        joints = root["joint_positions"][()]
+        root["joint_positions"][...] = joints[:, [2, 1, 0, 3, 4, 5]]
+        root.attrs["joint_names"] = [f"{name}_joint" for name in ALPHABET]
+    _, error = bring(path)
+    assert "in the order elbow_joint, shoulder_lift_joint" in error
+    assert "joint_positions[2,1,0,3,4,5]" in error
+    mine = mapping(tmp_path, joints="joint_positions[2,1,0,3,4,5]")
+    assert bring(path, mapping=mine)[1] == ""
+    (episode,) = episodes(run)
+    np.testing.assert_allclose(episode.qpos[:, :-1], joints, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("names", "joints", "columns"),
+    [
+        ([f"panda_joint{i}" for i in range(1, 8)], "q", ""),
+        ([*(f"joint_{i}.pos" for i in range(7)), "gripper.pos"], "q[:-1]", ""),
+        ({"motors": ["x", "y", "z", "roll", "pitch", "yaw", "grip"]}, "q", ""),
+        ([f"m{i}" for i in (7, 6, 5, 4, 3, 2, 1)], "q", "q[6,5,4,3,2,1,0]"),
+        (["gripper", *(f"joint{i}" for i in (2, 1, 3, 4, 5, 6, 7))], "q[1:]", "q[2,1,3,4,5,6,7]"),
+        ([b"j1", b"j1", b"j1", b"j1", b"j1", b"j1", b"j1"], "q", ""),
+        ([], "q", ""),
+    ],
+)
+def test_names_that_tell_an_order(names, joints, columns):
+    if columns:
+        with pytest.raises(UserError, match=re.escape(columns)):
+            check_order(names, joints, 7, "a.hdf5")
+    else:
+        check_order(names, joints, 7, "a.hdf5")
 
 
 def test_one_nan_does_not_hide_a_tool_elsewhere(tmp_path, run, bring):
