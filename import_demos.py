@@ -119,13 +119,13 @@ def find_sources(settings: Settings) -> tuple[list[Source], list[str]]:
             raise UserError(f"{path} holds neither HDF5 files nor a dataset of LeRobot or RLBench.")
         for place in found:
             places.setdefault(Path(os.path.abspath(place)), place)
-    ready = ready_mappings()
+    mappings = [chosen] if chosen else ready_mappings()
     for path, name in zip(places.values(), name_places(list(places.values()))):
         try:
             if path.is_dir():
                 sources += find_lerobot(path, name, chosen or read_mapping("lerobot"))
             else:
-                sources += find_hdf5(path, name, chosen or detect_mapping(path, ready))
+                sources += find_hdf5(path, name, detect_mapping(path, mappings))
         except UserError as error:
             errors.append(str(error))
     prepare(sources)

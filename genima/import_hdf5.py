@@ -88,18 +88,22 @@ def why_not_read(error: Exception) -> str:
     return f"{words}: copy it again from where it was recorded"
 
 
-def detect_mapping(path: Path, ready: Sequence[Mapping]) -> Mapping:
-    """The one that finds most of its parts in this file, or in each group of it.
+def detect_mapping(path: Path, mappings: Sequence[Mapping]) -> Mapping:
+    """The one that finds most of its parts in this file, or else in each group of it.
 
-    Raises UserError where none fits.
+    Where none fits, a single one is returned as it is, for read_recording to say what is missing;
+    for several this raises a UserError.
     """
     with open_recording(path) as root:
-        best = best_mapping(root, ready)
+        best = best_mapping(root, mappings)
         if best is None:
+            whole = [mapping for mapping in mappings if mapping.demonstrations is None]
             of_groups = []
             for holder in ("/", *root):
-                of_groups += [replace(mapping, demonstrations=holder) for mapping in ready]
+                of_groups += [replace(mapping, demonstrations=holder) for mapping in whole]
             best = best_mapping(root, of_groups)
+        if best is None and len(mappings) == 1:
+            return mappings[0]
         if best is None:
             names: list[str] = []
             root.visit(names.append)
