@@ -30,7 +30,8 @@ from genima.conversion import convert
 from genima.episodes import CAMERAS, find_episodes, read_episode
 from genima.export_act import export_act
 from genima.files import UserError, check_number, run_stage
-from genima.import_hdf5 import detect_mapping, open_recording, read_recording
+from genima.import_groups import detect_mapping
+from genima.import_hdf5 import open_recording, read_recording
 from genima.import_sources import (
     Source,
     find_hdf5,
@@ -39,6 +40,7 @@ from genima.import_sources import (
     keep,
     name_places,
     prepare,
+    shorten_list,
 )
 from genima.mapping import Mapping, read_mapping, ready_mappings
 from genima.parallel import run_in_parallel, usable_cores
@@ -271,7 +273,7 @@ def import_all(settings: Settings):
     report(outcomes, settings.run / "episodes")
     if errors:
         summary = f"{counted(len(errors), 'demonstration')} not imported."
-        raise UserError("\n".join([*sorted(set(errors)), summary]))
+        raise UserError("\n".join([*shorten_list(errors), summary]))
 
 
 def import_sources(sources: list[Source], settings: Settings) -> Iterator[tuple]:

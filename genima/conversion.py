@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from genima.calibration import check_view, fit_size, undistort, undistortion
+from genima.calibration import check_view
 from genima.episodes import Episode
 from genima.files import UserError
 from genima.import_cameras import cameras_of, recorded_camera
+from genima.lens import fit_size, undistort, undistortion
 from genima.recordings import (
     MOVES,
     NEAR,

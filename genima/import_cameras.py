@@ -7,9 +7,10 @@ from dataclasses import replace
 import numpy as np
 
 from genima.arrays import check_array
-from genima.calibration import check_view, read_calibration
+from genima.calibration import check_distance, check_view, read_calibration
 from genima.calibration_files import Camera
 from genima.files import UserError
+from genima.lens import fit_size
 from genima.recordings import Conversion, Recording
 from genima.robots import Robot
 
@@ -42,6 +43,7 @@ def cameras_of(
                 f"{recording.source} does not say where camera '{name}' is: "
                 "give --calibration; see docs/your-data.md."
             )
+        check_distance(camera, name)
     return recorded
 
 
@@ -64,6 +66,8 @@ def recorded_camera(
     poses = camera.pose[chosen if at_pictures else index]
     check_array(camera.intrinsics, (3, 3), np.float64, f"{where}: its intrinsics")
     check_array(poses, (None, 4, 4), np.float64, f"{where}: its extrinsics")
+    if camera.source != recording.source:  # a file says what its lens does
+        fit_size(camera, name, size)
     camera = replace(camera, source=recording.source, pose=poses)
     try:
         return camera, check_view(camera, name, size, joint_poses)

@@ -1,6 +1,5 @@
 """HDF5 files of other programs -> recordings, by a mapping (genima/mapping.py).
 
-    mapping = detect_mapping(path, ready_mappings())
     with open_recording(path) as root:
         recording = read_recording(root, mapping)
 
@@ -11,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -34,7 +32,8 @@ from genima.mapping import (
     Mapping,
     find,
     find_cameras,
-    find_groups,
+    find_pictures,
+    get,
     is_there,
     name_of,
 )
@@ -55,13 +54,15 @@ def open_recording(path: Path, group: str = "") -> Iterator[h5py.Group]:
     except OSError as error:
         raise UserError(f"{path}: {reason_of(path, error)}") from error
     try:
+        if group and get(root, group) is None:
+            raise UserError(f"{path} has no {group}.")
         yield root[group or "/"]
     except (UserError, MemoryError):
         raise
     except Exception as error:
         if getattr(error, "filename", None):  # of another file: the episode that is written
             raise
-        raise UserError(f"{path} is damaged: {why_not_read(error)}.") from error
+        raise UserError(f"{path}{group} is damaged: {why_not_read(error)}.") from error
     finally:
         root.close()
 
@@ -83,53 +84,11 @@ def reason_of(path: Path, error: OSError) -> str:
 def why_not_read(error: Exception) -> str:
     """Why something in an open HDF5 file cannot be read, and what to do."""
     words = shorten(f"{type(error).__name__}: {error}")
+    if "filter returned failure" in words:
+        return f"{words}: copy it again from where it was recorded"
     if "filter" in words or "plugin" in words:
         return f"its compression is not known here ({words}): rewrite it with h5repack -f GZIP=1"
     return f"{words}: copy it again from where it was recorded"
-
-
-def detect_mapping(path: Path, mappings: Sequence[Mapping]) -> Mapping:
-    """The one that finds most of its parts in this file, or else in each group of it.
-
-    Where none fits, a single one is returned as it is, for read_recording to say what is missing;
-    for several this raises a UserError.
-    """
-    with open_recording(path) as root:
-        best = best_mapping(root, mappings)
-        if best is None:
-            whole = [mapping for mapping in mappings if mapping.demonstrations is None]
-            of_groups = []
-            for holder in ("/", *root):
-                of_groups += [replace(mapping, demonstrations=holder) for mapping in whole]
-            best = best_mapping(root, of_groups)
-        if best is None and len(mappings) == 1:
-            return mappings[0]
-        if best is None:
-            names: list[str] = []
-            root.visit(names.append)
-            raise UserError(
-                f"{path}: no ready mapping fits its datasets ({', '.join(names[:12])}): "
-                f"write one and give it with --mapping; {HELP}."
-            )
-    return best
-
-
-def best_mapping(root: h5py.Group, mappings: Sequence[Mapping]) -> Mapping | None:
-    """The one that finds most of its parts in a file's first demonstration; None: none fits."""
-    best = None
-    most = 0
-    for mapping in mappings:
-        groups = find_groups(root, mapping)
-        if not groups:
-            continue
-        first = root[groups[0] or "/"]
-        if find(first, mapping.joints) is None or not find_cameras(first, mapping.images):
-            continue
-        found = sum(is_there(first, name) for name in vars(mapping).values())
-        if found > most:
-            best = mapping
-            most = found
-    return best
 
 
 # ----------------------------------------------------------------------- a whole recording
@@ -167,7 +126,7 @@ def read_recording(
         raise UserError(f"{path}: {mapping.joints} has shape {joints.shape}, not (frames, joints).")
     frames = len(joints)
     if frames == 0:
-        raise UserError(f"{path}: {mapping.joints} has no frames: move the file away.")
+        raise UserError(f"{path}: {mapping.joints} has no frames: leave it out.")
     names = find(root, mapping.joint_names)
     if names is not None:
         check_order(names, mapping.joints, joints.shape[1], f"{path}: {mapping.joint_names}")
@@ -188,7 +147,7 @@ def read_recording(
     if tool_poses is not None:
         tool_poses = tool_poses_of(tool_poses, f"{path}: {mapping.tool_pose}")
     images = {}
-    for camera, dataset in find_cameras(root, mapping.images).items():
+    for camera, dataset in find_pictures(root, mapping.images).items():
         if not cameras or camera in cameras:
             images[camera] = StoredImages(dataset, mapping)
     if not images:

@@ -16,11 +16,14 @@ import numpy as np
 
 from genima.episodes import FORMAT, Episode, check_episode, layout_of, read_episode, write_episode
 from genima.files import UserError, read_hdf5
+from genima.import_groups import find_groups
 from genima.import_hdf5 import column, open_recording
 from genima.mapped_numbers import gripper_of
-from genima.mapping import HELP, Mapping, find_groups, split_columns
+from genima.mapping import HELP, Mapping, split_columns
 
 ENDINGS = (".hdf5", ".h5")  # also in capitals
+MOST_SENTENCES = 20  # that are printed on what was not imported
+LONGEST_NAME = 200  # letters; a file system takes 255
 LITTLE = 3  # of 255: what decoding a video on another machine may change
 
 
@@ -79,9 +82,12 @@ def find_hdf5(path: Path, name: str, mapping: Mapping) -> list[Source]:
             f"{path} has no demonstrations in {mapping.demonstrations}, as {mapping.source} says: "
             f"{HELP}."
         )
+    shorter = [Path(group).name for group in groups]
+    if len(set(shorter)) < len(groups):  # train/demo_0 and test/demo_0
+        shorter = [group.strip("/").replace("/", "_") for group in groups]
     sources = []
-    for group in groups:
-        own = f"{name}_{Path(group).name}" if group else name
+    for group, short in zip(groups, shorter):
+        own = f"{name}_{short}"[:LONGEST_NAME] if group else name
         sources.append(Source(path, own, mapping, group=group))
     return sources
 
@@ -148,6 +154,15 @@ def gripper_values(path: Path, group: str, name: str) -> np.ndarray:
         table = read_table(place, columns=[split_columns(name)[0]])
         parts.append(gripper_of(table_column(table, name, str(place), needed=True), str(place)))
     return np.concatenate(parts)
+
+
+def shorten_list(sentences: list[str]) -> list[str]:
+    """The different ones of many, and how many more there are."""
+    different = sorted(set(sentences))
+    more = len(different) - MOST_SENTENCES
+    if more <= 0:
+        return different
+    return [*different[:MOST_SENTENCES], f"and {more} sentences more."]
 
 
 # -------------------------------------------------------------------------------- the episodes

@@ -16,6 +16,7 @@ YES = ("true", "yes", "y", "success", "successful", "succeeded", "ok", "pass", "
 NO = ("false", "no", "n", "failure", "failed", "fail")
 NO_LABEL = ("", "nan", "none", "null")
 UR_JOINTS = ("shoulder_pan", "shoulder_lift", "elbow", "wrist_1", "wrist_2", "wrist_3")
+UR_PENDANT = ("base", "shoulder", "elbow", "wrist_1", "wrist_2", "wrist_3")
 
 
 def text(value) -> str:
@@ -105,6 +106,7 @@ def ways_to_say_it(sentence: str, where: str) -> list[str]:
 
     LIBERO writes {"language_instruction": "...", ...}.
     """
+    sentence = sentence.strip()
     if not sentence.startswith(("[", "{")):
         return [sentence]
     try:
@@ -120,39 +122,68 @@ def ways_to_say_it(sentence: str, where: str) -> list[str]:
     )
 
 
-# -------------------------------------------------------------------------------- joints' names
+# ------------------------------------------------------------------------------- joints' names
 def check_order(values, joints: str, count: int, where: str):
     """Raise a UserError where recorded names say that the joints are not in the arm's order.
 
     values: a name for each of the `count` joints, or for each column of the dataset; joints: what
-    the mapping names, such as "q[0:6]". ROS gives a UR's joints by the alphabet: elbow first.
-    Names without a number, of other arms than UR's, tell nothing.
+    the mapping names, such as "q[0:6]". ROS gives a UR's joints by the alphabet: elbow first. Names
+    of other arms that have no number tell nothing, nor do YuMi's, whose joint 7 is the third.
     """
     dataset, columns = split_columns(joints)
-    if isinstance(values, dict):  # LeRobot's {"motors": [...]}
-        values = next(iter(values.values()), [])
-    names = [text(value) for value in flatten(values)]
+    names = names_of(values)
     numbers = np.arange(len(names))
     with suppress(IndexError):
         picked = numbers if columns is None else np.atleast_1d(numbers[columns])
         numbers = picked if len(picked) == count else numbers
-    places = [place_of(names[number]) for number in numbers]
-    if len(places) != count or None in places or len(set(places)) < count:
+    if len(numbers) > count:
+        is_hand = [re.search("grip|finger|hand", names[number].lower()) for number in numbers]
+        numbers = numbers[[not found for found in is_hand]]
+    chosen = [names[number] for number in numbers]
+    places = places_of(chosen)
+    if len(chosen) != count or places is None or "yumi" in chosen[0].lower():
         return
     order = np.argsort(places)
     if (order != np.arange(count)).any():
-        first = ", ".join(names[number] for number in numbers[:3])
         columns = ",".join(str(number) for number in numbers[order])
         raise UserError(
-            f"{where} has its joints in the order {first}, ...: name them from the base on in the "
-            f"mapping, {dataset}[{columns}], and the action's likewise."
+            f"{where} has its joints in the order {', '.join(chosen[:3])}, ...: name them from the "
+            f"base on in the mapping, {dataset}[{columns}], and the action's likewise."
         )
 
 
-def place_of(name: str) -> int | None:
-    """Which joint from the base a name means: fr3_joint2 -> 2; None: it does not say."""
-    for place, part in enumerate(UR_JOINTS):
-        if part in name.lower():
-            return place
-    digits = re.findall(r"\d+", name)
-    return int(digits[-1]) if digits else None
+def names_of(values) -> list[str]:
+    """Names from a list, a row for each frame, LeRobot's dict, or one text that lists them."""
+    if isinstance(values, dict):  # {"motors": [...]}, or {name: column}
+        first = next(iter(values.values()), [])
+        values = list(values) if isinstance(first, int) else first
+    if isinstance(values, h5py.Dataset):
+        values = values[()]
+    if np.ndim(values) > 1:
+        values = values[0]
+    names = [text(value) for value in flatten(values)]
+    if len(names) != 1:
+        return names
+    with suppress(ValueError):
+        content = json.loads(names[0])
+        if isinstance(content, list):
+            return [str(name) for name in content]
+    return re.split(r"[,;\s]+", names[0].strip())
+
+
+def places_of(names: list[str]) -> list[int] | None:
+    """Which joint from the base each name means: fr3_joint2 -> 2; None: they do not say."""
+    separated = [re.sub(r"(?<=[a-z])(?=[A-Z0-9])|[\s.-]+", "_", name).lower() for name in names]
+    for words in (UR_JOINTS, UR_PENDANT):
+        found = [[place for place, word in enumerate(words) if word in name] for name in separated]
+        if all(len(places) == 1 for places in found):
+            places = [place for (place,) in found]
+            if len(set(places)) == len(places):
+                return places
+    numbers = [[int(digits) for digits in re.findall(r"\d+", name)] for name in names]
+    if not names or len({len(row) for row in numbers}) != 1:
+        return None
+    for column in zip(*numbers):
+        if len(set(column)) == len(column):
+            return list(column)
+    return None

@@ -38,7 +38,7 @@ class Mapping:
     """Which part of a file is what; None: the file has no such part."""
 
     source: str = ""  # the mapping's own file
-    demonstrations: str | None = None  # the group that holds one group for each
+    demonstrations: str | None = None  # the groups that are one each, such as data/*
     joints: str | None = None  # (T, D)
     joint_names: str | None = None  # in which order they are
     joint_unit: str = "radians"  # or degrees
@@ -139,35 +139,19 @@ def name_of(root: h5py.Group) -> str:
     return root.file.filename + root.name.rstrip("/")
 
 
-def find_groups(root: h5py.Group, mapping: Mapping) -> list[str]:
-    """Where a file's demonstrations are, demo_2 before demo_10; [""]: the file is one."""
-    if mapping.demonstrations is None:
-        return [""]
-    node = get(root, mapping.demonstrations)
-    found = []
-    for name in node if isinstance(node, h5py.Group) else ():
-        inner = node.get(name)
-        if isinstance(inner, h5py.Group) and (
-            is_there(inner, mapping.joints) or is_there(inner, mapping.images)
-        ):
-            found.append(inner.name)
-    return sorted(found, key=lambda name: [len(name), name])
-
-
 def find(root: h5py.Group, name: str | None):
     """A dataset (of some columns), an attribute's value, or None where the file has none.
 
-    An attribute that is not there may be a dataset of the same name: writers differ.
+    An attribute that is not there may be a dataset of the same name: writers differ. What a
+    demonstration's group does not have may be said once, further up in the file.
     """
     if not name:
         return None
     if name.startswith("@"):
-        name = name[1:]
-        group, _, attribute = name.rpartition("/")
-        holder = root if not group else root.get(group)
-        if holder is not None and attribute in holder.attrs:
-            value = holder.attrs[attribute]
-            return None if isinstance(value, h5py.Empty) else value
+        value = find_attribute(root, name[1:])
+        if value is None and root.name != "/":
+            value = find(root.parent, name)
+        return value
     dataset, columns = split_columns(name)
     node = get(root, dataset)
     if not isinstance(node, h5py.Dataset) or node.shape is None:
@@ -178,6 +162,16 @@ def find(root: h5py.Group, name: str | None):
     if columns is None:
         return node
     return take_columns(node[()], name, columns, name_of(root))
+
+
+def find_attribute(root: h5py.Group, name: str):
+    """The value of an attribute, or else of the dataset of this name; None where there is none."""
+    group, slash, attribute = name.rpartition("/")
+    holder = root.get(group or "/") if slash else root
+    if holder is not None and attribute in holder.attrs:
+        value = holder.attrs[attribute]
+        return None if isinstance(value, h5py.Empty) else value
+    return find(root, name)
 
 
 def get(root: h5py.Group, name: str):
@@ -240,6 +234,16 @@ def find_cameras(root: h5py.Group, pattern: str) -> dict[str, h5py.Dataset]:
             )
         check_there(node)
         found[camera] = node
+    return found
+
+
+def find_pictures(root: h5py.Group, pattern: str) -> dict[str, h5py.Dataset]:
+    """find_cameras without what else has such a name: rgb_fps or rgb_times beside rgb_front."""
+    found = {}
+    for camera, dataset in find_cameras(root, pattern).items():
+        in_a_group = pattern.endswith("/{camera}") or "{camera}" not in pattern
+        if dataset.ndim >= 3 or (dataset.ndim and (in_a_group or not no_bytes(dataset))):
+            found[camera] = dataset
     return found
 
 

@@ -19,9 +19,9 @@ from contextlib import suppress
 import numpy as np
 from PIL import Image, ImageOps
 
-from genima.calibration import undistort, undistortion
 from genima.calibration_files import Camera
 from genima.files import UserError
+from genima.lens import undistort, undistortion
 from robot.arm import Fault, one_line
 
 FIRST_FRAME = 10  # seconds that a camera may take to start

@@ -9,17 +9,10 @@ import yaml
 from conftest import look_at, random_pose
 from make_recordings import HAND_EYE, ROS
 
-from genima.calibration import (
-    check_view,
-    fit_size,
-    load_calibration,
-    read_calibration,
-    share_in_view,
-    undistort,
-    undistortion,
-)
+from genima.calibration import check_view, load_calibration, read_calibration, share_in_view
 from genima.files import UserError
 from genima.kinematics import franka_chain, rotate_z
+from genima.lens import fit_size, undistort, undistortion
 from genima.robots import robot_chain, robot_frames
 
 MATRIX = [[607.0, 0, 320.5], [0, 606.0, 240.5], [0, 0, 1]]  # pixel centres at +0.5

@@ -273,6 +273,58 @@ def test_a_calibration_counts_more_than_the_recording(tmp_path, run, bring):
     np.testing.assert_allclose(episode.intrinsics["front"], other["front"]["intrinsics"])
 
 
+def test_a_size_in_a_file_of_the_pose_says_nothing_of_the_recorded_lens(tmp_path, run, bring):
+    path = vendor(tmp_path / "in/a.hdf5")
+    edit(path, cam__front__K=MATRIX)
+    pose = tmp_path / "pose.json"
+    entry = {"size": [480, 640], "world_from_camera": POSE.tolist()}
+    pose.write_text(json.dumps({"front": entry}))
+    assert bring(path, mapping=mapping(tmp_path, **IN_FILE), calibration=(str(pose),))[1] == ""
+    (episode,) = episodes(run)
+    np.testing.assert_allclose(episode.intrinsics["front"], MATRIX, atol=1e-6)
+
+
+@pytest.mark.parametrize("with_lens", [True, False])
+def test_recorded_poses_in_millimetres_are_refused(tmp_path, bring, with_lens):
+    path = vendor(tmp_path / "in/a.hdf5")
+    poses = np.tile(POSE, (FRAMES, 1, 1))
+    poses[:, :3, 3] *= 1000
+    edit(path, cam__front__K=MATRIX, cam__front__T=poses)
+    lens = tmp_path / "lens.json"
+    lens.write_text(json.dumps({"front": {"intrinsics": MATRIX}}))
+    files = (str(lens),) if with_lens else ()
+    _, error = bring(path, mapping=mapping(tmp_path, **IN_FILE), calibration=files)
+    assert "is it in millimetres?" in error
+
+
+def test_a_fault_of_the_lens_is_its_files(tmp_path, bring):
+    path = vendor(tmp_path / "in/a.hdf5")
+    edit(path, cam__front__T=np.tile(POSE, (FRAMES, 1, 1)))
+    lens = tmp_path / "lens.json"
+    lens.write_text(json.dumps({"front": {"intrinsics": MATRIX, "size": [480, 480]}}))
+    _, error = bring(path, mapping=mapping(tmp_path, **IN_FILE), calibration=(str(lens),))
+    assert error.startswith(str(lens)) and "'front' was calibrated at 480x480" in error
+
+
+def test_a_camera_from_one_that_moves(tmp_path, bring):
+    path = vendor(tmp_path / "in/a.hdf5", cameras={"cam0": (96, 128), "cam1": (96, 128)})
+    poses = np.tile(POSE, (FRAMES, 1, 1))
+    edit(path, cam__cam0__K=MATRIX, cam__cam0__T=poses)
+    kalibr = tmp_path / "kalibr.yaml"
+    lens = {"camera_model": "pinhole", "intrinsics": [128, 128, 63.5, 47.5]}
+    lens |= {"distortion_model": "radtan", "distortion_coeffs": [0, 0, 0, 0]}
+    shifted = np.eye(4)
+    shifted[0, 3] = 0.1
+    second = lens | {"T_cn_cnm1": shifted.tolist()}
+    kalibr.write_text(yaml.safe_dump({"cam0": lens, "cam1": second}))
+    mine = mapping(tmp_path, **IN_FILE)
+    assert bring(path, mapping=mine, calibration=(str(kalibr),))[1] == ""
+    poses[:, 0, 3] += np.arange(FRAMES) / 100
+    edit(path, cam__cam0__T=poses)
+    _, error = bring(path, mapping=mine, calibration=(str(kalibr),))
+    assert "'cam1' is given from 'cam0', which was recorded moving" in error
+
+
 def test_seven_radians_are_no_degrees(tmp_path, bring):
     home = UR5E_HOME.copy()
     home[5] = 7.2
@@ -281,6 +333,18 @@ def test_seven_radians_are_no_degrees(tmp_path, bring):
     assert "joint 6 goes up to 7." in error and "degrees" not in error
     edit(path, joint_positions=np.degrees(motion(UR5E_HOME, FRAMES)[0]))
     assert "set joint_unit: degrees" in bring(path)[1]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["elbow joint", "shoulder-lift", "shoulderPan", "wrist1Joint", "wrist.2", "WRIST_3"],
+        ["Elbow", "Shoulder", "Base", "Wrist1", "Wrist2", "Wrist3"],
+    ],
+)
+def test_other_spellings_of_a_urs_joints(names):
+    with pytest.raises(UserError, match=re.escape("q[2,1,0,3,4,5]")):
+        check_order(names, "q", 6, "a.hdf5")
 
 
 ALPHABET = ["elbow", "shoulder_lift", "shoulder_pan", "wrist_1", "wrist_2", "wrist_3"]
@@ -310,6 +374,13 @@ def test_joints_in_the_order_of_the_alphabet_are_refused(tmp_path, run, bring):
         ([f"m{i}" for i in (7, 6, 5, 4, 3, 2, 1)], "q", "q[6,5,4,3,2,1,0]"),
         (["gripper", *(f"joint{i}" for i in (2, 1, 3, 4, 5, 6, 7))], "q[1:]", "q[2,1,3,4,5,6,7]"),
         ([b"j1", b"j1", b"j1", b"j1", b"j1", b"j1", b"j1"], "q", ""),
+        ([f"joint{i}_pos_0" for i in (7, 6, 5, 4, 3, 2, 1)], "q", "q[6,5,4,3,2,1,0]"),
+        (json.dumps([f"joint{i}" for i in (2, 1, 3, 4, 5, 6, 7)]), "q", "q[1,0,2,3,4,5,6]"),
+        ("joint2, joint1, joint3, joint4, joint5, joint6, joint7", "q", "q[1,0,2,3,4,5,6]"),
+        ({f"joint{i}": c for c, i in enumerate((2, 1, 3, 4, 5, 6, 7))}, "q", "q[1,0,2,3,4,5,6]"),
+        (np.array([[f"joint{i}" for i in (2, 1, 3, 4, 5, 6, 7)]] * 4), "q", "q[1,0,2,3,4,5,6]"),
+        ([*(f"j{i}" for i in (2, 1, 3, 4, 5, 6, 7)), "finger_joint"], "q", "q[1,0,2,3,4,5,6]"),
+        ([f"yumi_joint_{i}_r" for i in (1, 2, 7, 3, 4, 5, 6)], "q", ""),
         ([], "q", ""),
     ],
 )

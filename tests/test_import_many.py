@@ -7,7 +7,7 @@ from make_recordings import PANDA_HOME, motion, pictures
 from test_import_again import episodes, mapping, vendor
 
 from genima.files import UserError
-from genima.import_hdf5 import detect_mapping
+from genima.import_groups import detect_mapping
 from genima.import_sources import find_hdf5
 from genima.mapping import find_cameras, read_mapping, ready_mappings
 
@@ -87,9 +87,10 @@ def test_what_is_wrong_is_said_with_the_group(tmp_path, bring):
 
 def test_a_group_that_is_not_there(tmp_path, bring):
     path = robomimic(tmp_path / "image.hdf5", demonstrations=1)
-    mine = mapping(tmp_path, "robomimic", demonstrations="episodes")
+    mine = mapping(tmp_path, "robomimic", demonstrations="episodes/*")
     assert (
-        f"{path} has no demonstrations in episodes, as {mine} says" in bring(path, mapping=mine)[1]
+        f"{path} has no demonstrations in episodes/*, as {mine} says"
+        in bring(path, mapping=mine)[1]
     )
 
 
@@ -115,3 +116,83 @@ def test_cameras_by_the_end_or_the_beginning_of_a_name(tmp_path):
         del root["data/demo_0/obs/robot0_joint_pos"]
     with pytest.raises(UserError, match="no ready mapping fits"):
         detect_mapping(path, ready_mappings())
+
+
+def test_what_is_said_once_holds_for_all(tmp_path, bring):
+    many = tmp_path / "many.h5"
+    with h5py.File(many, "w") as root:
+        root.attrs["language_instruction"] = "lift it"
+        root.attrs["success"] = False
+        root.attrs["joint_names"] = [f"joint{i}" for i in (2, 1, 3, 4, 5, 6, 7)]
+        for number in range(2):
+            one = vendor(tmp_path / f"one_{number}.hdf5", seed=number)
+            with h5py.File(one) as other:
+                other.copy("/", root, f"take_{number}")
+            del root[f"take_{number}"].attrs["language_instruction"]
+            del root[f"take_{number}"].attrs["success"]
+    assert "joint_positions[1,0,2,3,4,5,6]" in bring(many)[1]
+    with h5py.File(many, "r+") as root:
+        del root.attrs["joint_names"]
+    out, error = bring(many)
+    assert error == "" and "lift_it: 2 demonstrations imported; 2 of them FAILED" in out
+    mine = mapping(tmp_path, instruction="@/language_instruction")
+    assert bring(many, mapping=mine, task="other")[1] == ""
+
+
+def test_links_to_files_of_one_demonstration_each(tmp_path, bring):
+    with h5py.File(tmp_path / "master.h5", "w") as root:
+        for number in range(2):
+            robomimic(tmp_path / f"part_{number}.h5", demonstrations=1 + number)
+            link = h5py.ExternalLink(f"part_{number}.h5", f"/data/demo_{number}")
+            root[f"train/demo_{number}"] = link
+        root["train/demo_2"] = h5py.ExternalLink("lost.h5", "/data/demo_0")
+    out, error = bring(tmp_path / "master.h5", instruction="lift")
+    assert "2 demonstrations imported" in out
+    assert "/train/demo_2 is a link to what is not there" in error
+    first, second = episodes(tmp_path / "run")
+    assert (first.qpos[-1] != second.qpos[-1]).any()
+
+
+def test_one_broken_group_does_not_hide_the_others(tmp_path, bring):
+    path = robomimic(tmp_path / "image.hdf5", demonstrations=5)
+    with h5py.File(path, "r+") as root:
+        del root["data/demo_0/obs/front_image"]
+        del root["data/demo_1/obs/robot0_joint_pos"]
+        root["data/demo_1/obs/robot0_joint_pos"] = h5py.SoftLink("/nowhere")
+        del root["data/demo_2/obs"]
+        root["latest"] = h5py.SoftLink("/data/demo_9")
+    out, error = bring(path, instruction="lift the cube")
+    assert "2 demonstrations imported" in out
+    for number in range(3):
+        assert f"{path}/data/demo_{number}" in error
+    assert "3 demonstrations not imported" in error
+
+
+def test_demonstrations_in_several_places_of_a_file(tmp_path, bring):
+    path = robomimic(tmp_path / "image.hdf5", demonstrations=2)
+    with h5py.File(path, "r+") as root:
+        root.move("data", "train")
+        root.copy("train", "val")
+    out, error = bring(path, instruction="lift the cube")
+    assert error == "" and "4 demonstrations imported" in out
+    names = [episode.path.stem for episode in episodes(tmp_path / "run")]
+    assert names == [f"image_{part}_demo_{i}" for part in ("train", "val") for i in range(2)]
+
+
+def test_numbers_beside_the_pictures_are_no_cameras(tmp_path, bring):
+    path = robomimic(tmp_path / "image.hdf5", demonstrations=1)
+    with h5py.File(path, "r+") as root:
+        group = root["data/demo_0/obs"]
+        group["has_image"] = True
+        group["time_of_image"] = np.arange(FRAMES) / 20
+        group["intrinsics_image"] = np.eye(3)
+    assert bring(path, instruction="lift the cube")[1] == ""
+    (episode,) = episodes(tmp_path / "run")
+    assert list(episode.images) == ["front"]
+
+
+def test_a_long_list_of_sentences_is_cut(tmp_path, bring):
+    path = robomimic(tmp_path / "image.hdf5", demonstrations=30)
+    error = bring(path)[1].splitlines()
+    assert len(error) == 22 and error[-2] == "and 10 sentences more."
+    assert error[-1] == "30 demonstrations not imported."

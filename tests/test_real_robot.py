@@ -21,11 +21,11 @@ import numpy as np
 import pytest
 
 import real_robot
-from genima.calibration import undistort, undistortion
 from genima.calibration_files import read_calibration_file
 from genima.episodes import read_episode
 from genima.files import UserError, run_stage
 from genima.kinematics import JOINT_LIMITS, franka_chain
+from genima.lens import undistort, undistortion
 from real_robot import Record, Replay, Run
 from robot import policy_process
 from robot.arm import Fault, Franka, explain
