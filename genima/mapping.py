@@ -242,7 +242,7 @@ def find_pictures(root: h5py.Group, pattern: str) -> dict[str, h5py.Dataset]:
     found = {}
     for camera, dataset in find_cameras(root, pattern).items():
         in_a_group = pattern.endswith("/{camera}") or "{camera}" not in pattern
-        if dataset.ndim >= 3 or (dataset.ndim and (in_a_group or not no_bytes(dataset))):
+        if in_a_group or dataset.ndim >= 3 or (dataset.ndim and not no_bytes(dataset)):
             found[camera] = dataset
     return found
 
