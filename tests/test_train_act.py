@@ -288,7 +288,7 @@ def test_the_network_learns_one_batch_by_heart():
     batch, model = samples[0], ACT(config)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     before = act_loss(model, batch)[1]
-    for _ in range(80):
+    for _ in range(160):
         loss, parts = act_loss(model, batch)
         optimizer.zero_grad()
         loss.backward()
