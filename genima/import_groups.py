@@ -16,7 +16,7 @@ import h5py
 
 from genima.files import UserError
 from genima.import_hdf5 import open_recording
-from genima.mapping import HELP, Mapping, find_cameras, is_there
+from genima.mapping import HELP, Mapping, is_there
 
 ANYWHERE = ("*", "*/*", "*/*/*")  # where groups are looked for if no mapping says it
 
@@ -58,22 +58,20 @@ def in_order(place: str) -> list:
 def may_be(root: h5py.File, place: str, mapping: Mapping) -> bool:
     """Whether a group is a demonstration, perhaps a broken one."""
     group = root.get(place)
+    if group is None:
+        return False
     try:
-        return group is not None and (
-            is_there(group, mapping.joints) or is_there(group, mapping.images)
-        )
+        return is_there(group, mapping.joints) or is_there(group, mapping.images)
     except UserError:
         return True
 
 
 def is_whole(group: h5py.Group | None, mapping: Mapping) -> bool:
     """Whether a group has the joints and the pictures that a mapping names."""
+    if group is None:
+        return False
     try:
-        return (
-            group is not None
-            and is_there(group, mapping.joints)
-            and bool(find_cameras(group, mapping.images))
-        )
+        return is_there(group, mapping.joints) and is_there(group, mapping.images)
     except UserError:
         return False
 

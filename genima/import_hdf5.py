@@ -54,9 +54,7 @@ def open_recording(path: Path, group: str = "") -> Iterator[h5py.Group]:
     except OSError as error:
         raise UserError(f"{path}: {reason_of(path, error)}") from error
     try:
-        if group and get(root, group) is None:
-            raise UserError(f"{path} has no {group}.")
-        yield root[group or "/"]
+        yield get(root, group or "/")
     except (UserError, MemoryError):
         raise
     except Exception as error:
