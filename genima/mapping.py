@@ -166,8 +166,8 @@ def find(root: h5py.Group, name: str | None):
 
 def find_attribute(root: h5py.Group, name: str):
     """The value of an attribute, or else of the dataset of this name; None where there is none."""
-    group, slash, attribute = name.rpartition("/")
-    holder = root.get(group or "/") if slash else root
+    group, _, attribute = name.rpartition("/")
+    holder = root.get(group) if group else root
     if holder is not None and attribute in holder.attrs:
         value = holder.attrs[attribute]
         return None if isinstance(value, h5py.Empty) else value

@@ -539,6 +539,19 @@ def test_the_scale_of_a_lerobot_dataset(tmp_path):
     assert source.extremes["gripper"] == pytest.approx((0.4, 1.0))
 
 
+def test_the_order_of_joints_in_a_lerobot_dataset(tmp_path, run, bring):
+    folder = lerobot_dataset(tmp_path / "set")
+    path = folder / "meta/info.json"
+    info = json.loads(path.read_text())
+    names = [*(f"joint_{i}.pos" for i in (2, 1, 3, 4, 5, 6, 7)), "gripper.pos"]
+    info["features"]["observation.state"] = {"dtype": "float32", "shape": [8], "names": names}
+    path.write_text(json.dumps(info))
+    assert "observation.state[1,0,2,3,4,5,6]" in bring(folder)[1]
+    info["features"]["observation.state"]["names"] = [*sorted(names[:-1]), "gripper.pos"]
+    path.write_text(json.dumps(info))
+    assert bring(folder)[1] == ""
+
+
 def test_a_mapping_that_is_called_rlbench(tmp_path, run, bring):
     path = tmp_path / "rlbench.yaml"
     path.write_text((ROOT / "mappings/vendor.yaml").read_text())

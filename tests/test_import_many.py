@@ -196,3 +196,25 @@ def test_a_long_list_of_sentences_is_cut(tmp_path, bring):
     error = bring(path)[1].splitlines()
     assert len(error) == 22 and error[-2] == "and 10 sentences more."
     assert error[-1] == "30 demonstrations not imported."
+
+
+def test_a_damaged_demonstration_is_named(tmp_path, bring):
+    path = robomimic(tmp_path / "image.hdf5", demonstrations=3)
+    with h5py.File(path, "r+") as root:
+        joints = root["data/demo_1/obs/robot0_joint_pos"][()]
+        del root["data/demo_1/obs/robot0_joint_pos"]
+        packed = root["data/demo_1/obs"].create_dataset(
+            "robot0_joint_pos", data=joints, chunks=joints.shape, compression="gzip"
+        )
+        packed.id.write_direct_chunk((0, 0), b"no gzip")
+    out, error = bring(path, instruction="lift the cube")
+    assert "2 demonstrations imported" in out
+    assert f"{path}/data/demo_1 is damaged" in error and "copy it again" in error
+
+
+def test_a_long_name_of_a_group_is_cut(tmp_path, bring):
+    path = robomimic(tmp_path / "image.hdf5", demonstrations=1)
+    with h5py.File(path, "r+") as root:
+        root.move("data/demo_0", "data/" + 260 * "d")
+    assert bring(path, instruction="lift the cube")[1] == ""
+    assert len(episodes(tmp_path / "run")) == 1
