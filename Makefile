@@ -63,7 +63,7 @@ demo: setup
 	$(PY) collect_demos.py --run $(RUN) --demos $(DEMOS)
 	$(PY) render_spheres.py --run $(RUN) --preview
 	$(PY) pretrain_painter.py --out runs/scenes --scenes 1500 --steps 0
-	$(PY) train_controlnet.py --run $(RUN) --rehearse runs/scenes
+	$(PY) train_controlnet.py --run $(RUN) --rehearse runs/scenes --backgrounds
 	$(PY) train_act.py --run $(RUN)
 	$(PY) evaluate.py --run $(RUN)
 

@@ -59,7 +59,7 @@ class Settings:
     run: Path = Path("runs/mine")
     """Folder of the run; episodes go to <run>/episodes."""
     mapping: str | None = None
-    """act, vendor, lerobot or nanogenima, or a YAML file of your own; none: the one that fits."""
+    """act, vendor, robomimic, lerobot, nanogenima, or a YAML file of your own; none: what fits."""
     robot: str = ""
     """panda, fr3 or ur5e; none: as the file says, or by the number of joints."""
     urdf: Path | None = None

@@ -6,7 +6,7 @@
           validation.png (scenes held out), losses.csv, losses.png, training.pt
 
     python train_controlnet.py                                       tiny, from the shipped base
-    python train_controlnet.py --rehearse runs/scenes                with random scenes (make demo)
+    python train_controlnet.py --rehearse runs/scenes --backgrounds  what make demo does
     python train_controlnet.py --base none --run runs/scratch        tiny, from random weights
     python train_controlnet.py --size small --run runs/small         ten times tiny, on one GPU
     python train_controlnet.py --size sd-turbo --run runs/turbo      SD-Turbo, on one GPU
@@ -88,12 +88,12 @@ class Settings:
     objective: Literal["one-step", "noise"] = "one-step"
     """one-step: reconstruct the target in one pass; noise: predict the noise in it (the paper)."""
     base: str | None = None
-    """Where training starts. sd-turbo: its folder or name on the Hub (stabilityai/sd-turbo); the
-    others: a folder of pretrain_painter.py (for tiny checkpoints/base, for small runs/base-small),
-    or none for random weights."""
+    """sd-turbo: its folder or name on the Hub (stabilityai/sd-turbo); the others: a folder of
+    pretrain_painter.py (tiny: checkpoints/base, small: runs/base-small), or none: at random."""
     rehearse: Path | None = None
-    """Folder of random scenes (pretrain_painter.py --steps 0): they are every fourth sample, so
-    that training does not forget what else the base has seen."""
+    """Folder of pretrain_painter.py --steps 0: every fourth sample is one of its random scenes."""
+    backgrounds: bool = False
+    """In half of the samples, random textures where a camera sees nothing but the empty room."""
     resolution: int | None = None
     """Height of the tiled views, pixels; by default 512 for sd-turbo. Else small square views stay
     as recorded, and others become as large as the base's."""
@@ -215,11 +215,12 @@ def build_painter(settings, data, device):
 
 def make_batches(settings, data, accelerator, start):
     """The batches of all steps to come; with several processes, this one's share of each."""
+    room = setup.find_room(data, settings.resolution) if settings.backgrounds else None
     dataset = PainterDataset(
         data.training,
         data.cameras,
         settings.resolution,
-        Augmentation(crop=settings.crop, hue=HUE[settings.size]),
+        Augmentation(crop=settings.crop, hue=HUE[settings.size], room=room),
         settings.batch_size,
         settings.seed,
         accelerator.process_index,
@@ -228,8 +229,7 @@ def make_batches(settings, data, accelerator, start):
         settings.any_frame,
     )
     on_cpu = accelerator.device.type == "cpu"  # whose cores loading would take away
-    num_workers = 0 if on_cpu else 8
-    return batches(dataset, start, settings.steps, num_workers, pin_memory=not on_cpu)
+    return batches(dataset, start, settings.steps, 0 if on_cpu else 8, pin_memory=not on_cpu)
 
 
 def learning_rate_at(step, settings):

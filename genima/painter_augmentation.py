@@ -1,4 +1,4 @@
-"""Random changes to stage 2's samples: views moved by pixels, colours of the condition jittered.
+"""Random changes to stage 2's samples: other rooms, views moved, colours of the condition jittered.
 
 All that is random comes from the generators, one for each sample.
 """
@@ -6,10 +6,15 @@ All that is random comes from the generators, one for each sample.
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from genima.views import tile_views, untile_views
+from genima.textures import random_texture
+from genima.views import grid_of, tile_views, untile_views
+
+OTHER_ROOMS = 0.5  # of the samples, where there is a room to replace
+MOVED = 0.08  # of 1: by how much a pixel differs from the room's, where something is before it
 
 
 @dataclass
@@ -24,6 +29,26 @@ class Augmentation:
     saturation: float = 0.1
     hue: float = 0.05
     """A turn of the colours, as a part of the full circle."""
+    room: torch.Tensor | None = None
+    """What the cameras see when nothing is before them, tiled (3, H, W); nothing: it stays."""
+
+
+def replace_room(picture: torch.Tensor, room: torch.Tensor, rng, views: int) -> torch.Tensor:
+    """Random textures where the views (C, H, W) show nothing but the room (3, H, W).
+
+    A pixel's neighbours stay with what is before the room, and of a camera on the arm everything,
+    for which the room is infinite.
+    """
+    if rng.random() >= OTHER_ROOMS:
+        return picture
+    difference = (picture[:3] - room).abs().amax(0)  # (H, W)
+    before = F.max_pool2d((difference > MOVED).float()[None, None], 3, 1, 1)[0, 0]
+    rows, columns = grid_of(views)
+    height, width = picture.shape[1] // rows, picture.shape[2] // columns
+    textures = np.stack([random_texture(rng, height, width) for _ in range(views)])
+    textures = torch.from_numpy(textures / 255).float().permute(0, 3, 1, 2)  # (V, 3, h, w)
+    replaced = torch.where(before > 0, picture[:3], tile_views(textures[None])[0])
+    return torch.cat([replaced, picture[3:]])
 
 
 def random_crop(pictures: torch.Tensor, rngs: list, crop: int, views: int) -> torch.Tensor:

@@ -7,7 +7,7 @@ A batch is a dict. B samples, and all views of a frame tiled to one picture of H
     layer        (B, 4, H, W)  RGBA, what is to be painted over them
     prompts      B sentences
     seeds        B seeds of the diffusion noise
-    keys         B names of the target pictures, or None for those changed by a random crop
+    keys         B names of the target pictures, or None for those that are augmented
 
 Pictures are floats, 0..1. The target is the layer over the observation.
 """
@@ -25,7 +25,7 @@ from genima.episodes import ATTRIBUTES, find_episodes, order_cameras, read_attri
 from genima.episodes import FORMAT as EPISODE_FORMAT
 from genima.files import UserError, read_hdf5
 from genima.painter import PROMPT
-from genima.painter_augmentation import Augmentation, colour_jitter, random_crop
+from genima.painter_augmentation import Augmentation, colour_jitter, random_crop, replace_room
 from genima.scene_files import RandomScenes, Scene
 from genima.scenes import check_successful, held_out_scenes, name_of, scene_of
 from genima.spheres import FORMAT as SPHERES_FORMAT
@@ -104,7 +104,7 @@ class PainterData:
     def instructions(self) -> list[str]:
         """All different instructions, sorted."""
         frames = self.training + self.held_out
-        return sorted(set().union(*(frame.instructions for frame in frames)))
+        return sorted({text for frame in frames for text in frame.instructions})
 
 
 def find_frames(run: Path, use_failed: bool = False) -> PainterData:
@@ -238,14 +238,15 @@ class PainterDataset(torch.utils.data.Dataset):
 
 
 def read_batch(
-    frames: list[Frame | Scene],
-    cameras: list[str],
-    resolution: int,
-    rngs: list[np.random.Generator],
-    augmentation: Augmentation | None = None,
+    frames: list[Frame | Scene], cameras: list[str], resolution: int, rngs: list, augmentation=None
 ) -> dict:
     """Read frames from disk -> a batch (see above). rngs: a random generator per frame."""
     pictures = read_pictures(frames, cameras, resolution)  # (B, 7, H, W)
+    other_rooms = augmentation is not None and augmentation.room is not None
+    if other_rooms:
+        for i, (frame, rng) in enumerate(zip(frames, rngs)):
+            if isinstance(frame, Frame):  # random scenes have rooms enough
+                pictures[i] = replace_room(pictures[i], augmentation.room, rng, len(cameras))
     cropped = augmentation is not None and augmentation.crop > 0
     if cropped:
         pictures = random_crop(pictures, rngs, augmentation.crop, len(cameras))
@@ -263,7 +264,7 @@ def read_batch(
         prompts.append(PROMPT.format(instruction))
         seeds.append(int(rng.integers(2**31)))
         keys.append(f"{frame.key} {resolution}")
-    if cropped:
+    if cropped or other_rooms:
         keys = [None] * len(frames)
     return {
         "condition": condition,

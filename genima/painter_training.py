@@ -8,18 +8,21 @@ from transformers.optimization import Adafactor
 
 from genima.base import BASES, FROM_SCRATCH, fingerprint
 from genima.diffusion import VAE_PATCH
+from genima.episodes import read_episode
 from genima.files import UserError, check_number
 from genima.hub import check_hub
+from genima.kinematics import is_in_room
 from genima.painter import PROMPT, TinyPainter, TurboPainter
-from genima.painter_data import PainterData
+from genima.painter_data import PainterData, read_pictures
 from genima.scenes import describe_split
 from genima.tiny import LAYOUTS, pixel_unit
 from genima.tokenizer import tokenize, unknown_words
 from genima.training import check_numbers, trained_parameters
-from genima.views import TILED, grid_of
+from genima.views import TILED, grid_of, tile_views, untile_views
 
 MAX_RESOLUTION = 4096  # pixels
 TRAINED_STEPS = 1000  # of noise, in a training; painting can take no more
+ROOM_SAMPLES = 96  # pictures, of all demonstrations, that show what an empty room looks like
 # Steps and learning rate by default: from the base, and from random weights. Those of small are
 # tiny's, with a learning rate in proportion to 1 / width, and were never tuned.
 FROM_BASE = {"tiny": (1200, 2e-4), "small": (1200, 7e-5), "sd-turbo": (10_000, 1e-5)}
@@ -100,9 +103,32 @@ def identity_of(settings, data: PainterData) -> dict:
         identity["rehearsed"] = [Path(file).name for file in data.rehearsed.files]
     if settings.any_frame:
         identity["any_frame"] = True
+    if settings.backgrounds:
+        identity["backgrounds"] = True
     if settings.size in LAYOUTS:  # its base is a folder
         identity["base"] = fingerprint(settings.base)
     return identity
+
+
+def find_room(data: PainterData, resolution: int) -> torch.Tensor:
+    """What the cameras see when nothing is before them, tiled (3, H, W): the medians of pictures.
+
+    Infinity for a camera on the arm, which sees another part of the room in each. Raises UserError
+    where all are on the arm.
+    """
+    chosen = data.training[:: max(1, len(data.training) // ROOM_SAMPLES)]
+    episode = read_episode(Path(chosen[0].episode), images=False)
+    on_arm = [not is_in_room(episode, camera) for camera in data.cameras]
+    if all(on_arm):
+        raise UserError(
+            f"--backgrounds needs a camera in the room, but {', '.join(data.cameras)} moves with "
+            "the arm: train without it."
+        )
+    pictures = read_pictures(chosen, data.cameras, resolution)[:, :3]
+    room = pictures.median(dim=0).values  # (3, H, W)
+    views = untile_views(room[None], len(data.cameras))  # (1, V, 3, h, w)
+    views[:, on_arm] = torch.inf
+    return tile_views(views)[0]
 
 
 # ------------------------------------------------------------------------- precision and memory

@@ -1,4 +1,6 @@
-"""Stage 2 with random scenes among the demonstrations: which samples they are, and bad folders."""
+"""Stage 2 with random scenes among the demonstrations, and with other rooms behind these."""
+
+from dataclasses import replace
 
 import h5py
 import numpy as np
@@ -8,9 +10,11 @@ from conftest import call
 
 import pretrain_painter
 import train_controlnet
+from genima import painter_training as setup
 from genima import scene_files
 from genima.episodes import CAMERAS
 from genima.files import UserError
+from genima.painter_augmentation import Augmentation, replace_room
 from genima.painter_data import PainterDataset, find_frames
 from genima.scene_files import find_scenes
 
@@ -124,3 +128,77 @@ def test_scenes_alone_then_stage_2(recorded, tmp_path, capsys):
     make_scenes(tmp_path / "others", 4)
     assert call(train_controlnet, *words, tmp_path / "others") == 2
     assert "rehearsed" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------ other rooms
+class Always:
+    """A generator of random numbers that says yes, or no, to another room."""
+
+    def __init__(self, answer):
+        self.answer = answer
+        self.rng = np.random.default_rng(0)
+
+    def random(self, *arguments):
+        return (0.0 if self.answer else 0.99) if not arguments else self.rng.random(*arguments)
+
+    def __getattr__(self, name):
+        return getattr(self.rng, name)
+
+
+def test_another_room_is_seen_behind_what_is_before_it():
+    room = torch.full((3, SIZE, 2 * SIZE), 0.5)
+    room[:, :, :SIZE] = torch.inf  # the left view's camera is on the arm
+    picture = torch.full((7, SIZE, 2 * SIZE), 0.5)
+    picture[:3, 4:8, 20:24] = 0.9  # a block in the right view
+    replaced = replace_room(picture, room, Always(True), 2)
+    torch.testing.assert_close(replaced[3:], picture[3:])
+    torch.testing.assert_close(replaced[:, :, :SIZE], picture[:, :, :SIZE])
+    torch.testing.assert_close(replaced[:, 3:9, 19:25], picture[:, 3:9, 19:25])
+    changed = (replaced[:3] - picture[:3]).abs().amax(0) > 0.01
+    changed[3:9, 19:25] = True
+    assert changed[:, SIZE:].float().mean() > 0.9
+    assert replaced[:3].min() >= 0 and replaced[:3].max() <= 1
+    torch.testing.assert_close(replace_room(picture, room, Always(False), 2), picture)
+
+
+def test_the_room_is_what_a_camera_sees_most_of_the_time(recorded):
+    data = find_frames(recorded)
+    room = setup.find_room(data, 2 * SIZE)
+    wrist, front = room[:, :SIZE, :SIZE], room[:, :SIZE, SIZE:]
+    assert data.cameras[:2] == ["wrist", "front"]
+    assert wrist.isinf().all()
+    with h5py.File(data.training[0].episode) as root:
+        seen = torch.from_numpy(root["observations/images/front"][0] / 255).permute(2, 0, 1)
+    differs = (front - seen).abs().amax(0) > 0.08
+    assert 0.02 < differs.float().mean() < 0.5  # the arm, and what lies on the table
+
+    with pytest.raises(UserError, match="--backgrounds needs a camera in the room, but wrist"):
+        setup.find_room(replace(data, cameras=["wrist"]), 2 * SIZE)
+
+
+def test_half_of_the_demonstrations_are_in_other_rooms(recorded, tmp_path):
+    """The targets are the same spheres; random scenes stay as they are."""
+    scenes = find_scenes(make_scenes(tmp_path), list(CAMERAS), SIZE)
+    plain = make_dataset(recorded, scenes)
+    data = find_frames(recorded)
+    room = setup.find_room(data, 2 * SIZE)
+    moved = make_dataset(recorded, scenes)
+    moved.augmentation = Augmentation(0, 0, 0, 0, 0, room)
+    others = []
+    for step in range(12):
+        before, after = plain[step], moved[step]
+        assert after["keys"] == [None] * 8
+        differs = (after["observation"] - before["observation"]).abs().amax((1, 2, 3)) > 0.05
+        assert not differs[3] and not differs[7]
+        others += differs[[0, 1, 2, 4, 5, 6]].tolist()
+        torch.testing.assert_close(after["layer"], before["layer"])
+    assert 0.3 < np.mean(others) < 0.7
+
+
+def test_stage_2_with_other_rooms_resumes_with_them_alone(recorded, tmp_path, capsys):
+    words = ["--run", recorded, "--out", tmp_path / "painter", "--steps", 2, "--batch-size", 4]
+    words += ["--precision", "fp32"]
+    assert call(train_controlnet, *words, "--backgrounds") == 0
+    assert call(train_controlnet, *words, "--backgrounds") == 0
+    assert call(train_controlnet, *words) == 2
+    assert "backgrounds" in capsys.readouterr().err

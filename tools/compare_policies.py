@@ -48,7 +48,7 @@ ACT = "train_act.py --observation rgb --out {seed}/act_rgb"
 POLICIES = {
     "genima": Policy(
         (
-            "train_controlnet.py --out {seed}/controlnet --rehearse {scenes}",
+            "train_controlnet.py --out {seed}/controlnet --rehearse {scenes} --backgrounds",
             "train_act.py --out {seed}/act",
         ),
         "--painter {seed}/controlnet --controller {seed}/act",
