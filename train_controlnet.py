@@ -93,7 +93,7 @@ class Settings:
     rehearse: Path | None = None
     """Folder of pretrain_painter.py --steps 0: every fourth sample is one of its random scenes."""
     backgrounds: bool = False
-    """In half of the samples, random textures where a camera sees nothing but the empty room."""
+    """In half of the samples, random textures where a camera sees only the empty room."""
     resolution: int | None = None
     """Height of the tiled views, pixels; by default 512 for sd-turbo. Else small square views stay
     as recorded, and others become as large as the base's."""

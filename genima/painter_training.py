@@ -23,6 +23,7 @@ from genima.views import TILED, grid_of, tile_views, untile_views
 MAX_RESOLUTION = 4096  # pixels
 TRAINED_STEPS = 1000  # of noise, in a training; painting can take no more
 ROOM_SAMPLES = 96  # pictures, of all demonstrations, that show what an empty room looks like
+LEAST_SCENES = 5  # in fewer, what is to be grasped is often at one place, as if it were the room's
 # Steps and learning rate by default: from the base, and from random weights. Those of small are
 # tiny's, with a learning rate in proportion to 1 / width, and were never tuned.
 FROM_BASE = {"tiny": (1200, 2e-4), "small": (1200, 7e-5), "sd-turbo": (10_000, 1e-5)}
@@ -114,8 +115,13 @@ def find_room(data: PainterData, resolution: int) -> torch.Tensor:
     """What the cameras see when nothing is before them, tiled (3, H, W): the medians of pictures.
 
     Infinity for a camera on the arm, which sees another part of the room in each. Raises UserError
-    where all are on the arm.
+    where all are on the arm, and for few scenes.
     """
+    if data.scenes < LEAST_SCENES:
+        raise UserError(
+            f"--backgrounds needs demonstrations of at least {LEAST_SCENES} scenes, to tell things "
+            f"from the room by where they lie, and here are {data.scenes}: train without it."
+        )
     chosen = data.training[:: max(1, len(data.training) // ROOM_SAMPLES)]
     episode = read_episode(Path(chosen[0].episode), images=False)
     on_arm = [not is_in_room(episode, camera) for camera in data.cameras]

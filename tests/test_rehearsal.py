@@ -23,9 +23,10 @@ SENTENCE = "scene {}, sentence {}"
 
 
 @pytest.fixture(autouse=True)
-def few_scenes_a_file(monkeypatch):
+def few_scenes(monkeypatch):
     monkeypatch.setattr(scene_files, "SHARD", 2)
     monkeypatch.setattr(pretrain_painter, "SHARD", 2)
+    monkeypatch.setattr(setup, "LEAST_SCENES", 1)
 
 
 def make_scenes(folder, first=0, size=SIZE):
@@ -161,7 +162,7 @@ def test_another_room_is_seen_behind_what_is_before_it():
     torch.testing.assert_close(replace_room(picture, room, Always(False), 2), picture)
 
 
-def test_the_room_is_what_a_camera_sees_most_of_the_time(recorded):
+def test_the_room_is_what_a_camera_sees_most_of_the_time(recorded, monkeypatch):
     data = find_frames(recorded)
     room = setup.find_room(data, 2 * SIZE)
     wrist, front = room[:, :SIZE, :SIZE], room[:, :SIZE, SIZE:]
@@ -174,6 +175,9 @@ def test_the_room_is_what_a_camera_sees_most_of_the_time(recorded):
 
     with pytest.raises(UserError, match="--backgrounds needs a camera in the room, but wrist"):
         setup.find_room(replace(data, cameras=["wrist"]), 2 * SIZE)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="at least 5 scenes.* here are 4: train without it"):
+        setup.find_room(replace(data, scenes=4), 2 * SIZE)
 
 
 def test_half_of_the_demonstrations_are_in_other_rooms(recorded, tmp_path):
