@@ -88,8 +88,8 @@ class Settings:
     objective: Literal["one-step", "noise"] = "one-step"
     """one-step: reconstruct the target in one pass; noise: predict the noise in it (the paper)."""
     base: str | None = None
-    """sd-turbo: its folder or name on the Hub (stabilityai/sd-turbo); the others: a folder of
-    pretrain_painter.py (tiny: checkpoints/base, small: runs/base-small), or none: at random."""
+    """Where training starts: sd-turbo's folder or name on the Hub (stabilityai/sd-turbo), else a
+    folder of pretrain_painter.py (checkpoints/base; small: runs/base-small), or none (random)."""
     rehearse: Path | None = None
     """Folder of pretrain_painter.py --steps 0: every fourth sample is one of its random scenes."""
     backgrounds: bool = False

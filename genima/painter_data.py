@@ -238,15 +238,18 @@ class PainterDataset(torch.utils.data.Dataset):
 
 
 def read_batch(
-    frames: list[Frame | Scene], cameras: list[str], resolution: int, rngs: list, augmentation=None
+    frames: list[Frame | Scene],
+    cameras: list[str],
+    resolution: int,
+    rngs: list[np.random.Generator],
+    augmentation: Augmentation | None = None,
 ) -> dict:
     """Read frames from disk -> a batch (see above). rngs: a random generator per frame."""
     pictures = read_pictures(frames, cameras, resolution)  # (B, 7, H, W)
     other_rooms = augmentation is not None and augmentation.room is not None
-    if other_rooms:
-        for i, (frame, rng) in enumerate(zip(frames, rngs)):
-            if isinstance(frame, Frame):  # random scenes have rooms enough
-                pictures[i] = replace_room(pictures[i], augmentation.room, rng, len(cameras))
+    for i, frame in enumerate(frames):
+        if other_rooms and isinstance(frame, Frame):  # random scenes have rooms enough
+            pictures[i] = replace_room(pictures[i], augmentation.room, rngs[i], len(cameras))
     cropped = augmentation is not None and augmentation.crop > 0
     if cropped:
         pictures = random_crop(pictures, rngs, augmentation.crop, len(cameras))
