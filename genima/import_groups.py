@@ -34,6 +34,16 @@ def find_groups(root: h5py.File, mapping: Mapping) -> list[str]:
     return sorted((place for place in places if without_numbers(place) in kinds), key=in_order)
 
 
+def groups_beside(root: h5py.File, mapping: Mapping) -> list[str]:
+    """Groups that are demonstrations too, in a file that is taken for one as a whole."""
+    beside = []
+    if mapping.demonstrations is None:
+        for pattern in ANYWHERE:
+            groups = find_groups(root, replace(mapping, demonstrations=pattern))
+            beside += [place for place in groups if is_whole(root.get(place), mapping)]
+    return beside
+
+
 def walk(group: h5py.Group, pattern: Sequence[str], before: str = "") -> Iterator[str]:
     """Groups, and links to nothing, whose names fit the parts of a pattern."""
     for name in group:

@@ -16,7 +16,7 @@ import numpy as np
 
 from genima.episodes import FORMAT, Episode, check_episode, layout_of, read_episode, write_episode
 from genima.files import UserError, read_hdf5
-from genima.import_groups import find_groups
+from genima.import_groups import find_groups, groups_beside
 from genima.import_hdf5 import column, open_recording
 from genima.mapped_numbers import gripper_of
 from genima.mapping import HELP, Mapping, split_columns
@@ -77,6 +77,13 @@ def find_hdf5(path: Path, name: str, mapping: Mapping) -> list[Source]:
     """The demonstrations of an HDF5 file."""
     with open_recording(path) as root:
         groups = find_groups(root, mapping)
+        beside = groups_beside(root, mapping)
+    if beside:
+        pattern = f"{beside[0].rsplit('/', 1)[0]}/*".strip("/")
+        print(
+            f"Note: {path} is a demonstration itself; {len(beside)} more in groups such as "
+            f"{beside[0]} are left out: for those, a mapping says `demonstrations: {pattern}`."
+        )
     if not groups:
         raise UserError(
             f"{path} has no demonstrations in {mapping.demonstrations}, as {mapping.source} says: "

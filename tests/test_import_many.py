@@ -76,6 +76,19 @@ def test_a_vendors_demonstrations_in_one_file(tmp_path, bring, holder, options):
     assert len({episode.instruction for episode in episodes(tmp_path / "run")}) == 1
 
 
+def test_demonstrations_beside_the_one_at_the_top_are_named(tmp_path, bring):
+    path = vendor(tmp_path / "many.hdf5")
+    for number in range(2):
+        one = vendor(tmp_path / f"one_{number}.hdf5", seed=number + 1)
+        with h5py.File(path, "r+") as root, h5py.File(one) as other:
+            other.copy("/", root.require_group("more"), f"take_{number}")
+    out, error = bring(path)
+    assert error == "" and "1 demonstration imported" in out
+    assert f"Note: {path} is a demonstration itself; 2 more in groups such as /more/take_0" in out
+    assert "`demonstrations: more/*`" in out
+    assert "Note:" not in bring(tmp_path / "one_0.hdf5")[0]
+
+
 def test_what_is_wrong_is_said_with_the_group(tmp_path, bring):
     path = robomimic(tmp_path / "image.hdf5", demonstrations=3)
     with h5py.File(path, "r+") as root:
