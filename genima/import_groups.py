@@ -35,12 +35,16 @@ def find_groups(root: h5py.File, mapping: Mapping) -> list[str]:
 
 
 def groups_beside(root: h5py.File, mapping: Mapping) -> list[str]:
-    """Groups that are demonstrations too, in a file that is taken for one as a whole."""
+    """Groups that are demonstrations too, in a file that is taken for one as a whole.
+
+    None for a mapping with /joints, which are at the top from wherever one looks.
+    """
+    if mapping.demonstrations is not None or mapping.joints.startswith("/"):
+        return []
     beside = []
-    if mapping.demonstrations is None:
-        for pattern in ANYWHERE:
-            groups = find_groups(root, replace(mapping, demonstrations=pattern))
-            beside += [place for place in groups if is_whole(root.get(place), mapping)]
+    for pattern in ANYWHERE:
+        groups = find_groups(root, replace(mapping, demonstrations=pattern))
+        beside += [place for place in groups if is_whole(root.get(place), mapping)]
     return beside
 
 

@@ -1,5 +1,7 @@
 """import_demos.py: one HDF5 file of many demonstrations, as robomimic and others write them."""
 
+from dataclasses import replace
+
 import h5py
 import numpy as np
 import pytest
@@ -86,7 +88,19 @@ def test_demonstrations_beside_the_one_at_the_top_are_named(tmp_path, bring):
     assert error == "" and "1 demonstration imported" in out
     assert f"Note: {path} is a demonstration itself; 2 more in groups such as /more/take_0" in out
     assert "`demonstrations: more/*`" in out
-    assert "Note:" not in bring(tmp_path / "one_0.hdf5")[0]
+    mine = mapping(tmp_path, "vendor", demonstrations="more/*")
+    assert "2 demonstrations imported" in bring(path, mapping=mine)[0]
+
+
+def test_one_demonstration_is_not_taken_for_more(tmp_path, capsys):
+    path = vendor(tmp_path / "one.hdf5")
+    with h5py.File(path, "r+") as root:
+        root["calibration/joint_positions"] = root["joint_positions"][:3]  # without pictures
+    relative = read_mapping("vendor")
+    absolute = replace(relative, joints=f"/{relative.joints}", images=f"/{relative.images}")
+    for one in (relative, absolute):
+        assert [source.group for source in find_hdf5(path, "one", one)] == [""]
+    assert capsys.readouterr().out == ""
 
 
 def test_what_is_wrong_is_said_with_the_group(tmp_path, bring):
